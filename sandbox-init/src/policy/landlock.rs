@@ -1,0 +1,461 @@
+//! The landlock domain of a sandbox: one ruleset, entered once by the spawner and inherited by all that runs below it.
+//!
+//! It is the second fence behind the mounts. It keeps writes where the profile says, refuses `mount` in any form,
+//! device commands outside of `/dev`, device nodes (also the 0:0 node, which an overlay takes for "deleted"), and
+//! from ABI 6 on abstract unix sockets and signals across the border of the domain: so nothing inside can signal
+//! process 1, whatever ids are in use.
+//!
+//! What the domain forbids includes opening files that are not below the root, whoever holds the directory: a process
+//! inside cannot open `cgroup.procs` of its slot, but can use a descriptor that was opened outside. The spawner is
+//! inside and is protected by its ids, or by seccomp where ids are shared.
+//!
+//! Uses the highest ABI that both the kernel and this code know, never ABI 1: that one refuses every rename between
+//! directories, which breaks package managers and compilers. Does not restrict TCP; the network namespace does.
+//! Never follows a symbolic link of the image when it opens a directory to grant.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use landlock::{
+    ABI, Access, AccessFs, BitFlags, Erratum, PathBeneath, Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr,
+    RulesetError, RulesetStatus, Scope, make_bitflags,
+};
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
+use nix::sys::stat::Mode;
+
+use super::Profile;
+use crate::sys;
+
+/// The newest ABI whose rights this file grants. A newer kernel is used as if it had this one.
+const NEWEST: ABI = ABI::V9;
+
+/// Below the root, what a strict sandbox may change. The rest is read and executed only.
+const STRICT_WRITABLE: [&str; 6] = ["workspace", "tmp", "dev/shm", "home", "var/tmp", "run"];
+
+/// The directory whose nodes take device commands: terminals need them, and the set of nodes is ours.
+const DEVICES: &str = "dev";
+
+/// Why landlock could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum LandlockError {
+    /// The root, or a directory to grant, cannot be opened.
+    #[error("cannot open {} for the landlock ruleset", path.display())]
+    Open {
+        /// Which one.
+        path: PathBuf,
+        /// Why.
+        source: nix::Error,
+    },
+    /// The kernel refused the ruleset or a rule.
+    #[error("cannot build the landlock ruleset of profile {}", profile.name())]
+    Build {
+        /// Whose ruleset.
+        profile: Profile,
+        /// Why.
+        source: RulesetError,
+    },
+    /// The kernel refused to apply it.
+    #[error("cannot enter the landlock domain")]
+    Enter {
+        /// Why.
+        source: RulesetError,
+    },
+    /// The kernel has landlock, but the ruleset ended up empty.
+    #[error("the landlock domain was not entered although the kernel offers ABI {abi}")]
+    Ignored {
+        /// What it offers.
+        abi: i32,
+    },
+}
+
+/// Why a kernel gets no domain at all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NotApplied {
+    /// The kernel has no landlock, or it is not enabled.
+    Unavailable(Errno),
+    /// ABI 1 forbids renames between directories.
+    RenamesForbidden,
+}
+
+impl std::fmt::Display for NotApplied {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Unavailable(Errno::EOPNOTSUPP) => {
+                f.write_str("landlock is not enabled: add it to the lsm= boot option")
+            }
+            Self::Unavailable(Errno::ENOSYS) => f.write_str("this kernel has no landlock"),
+            Self::Unavailable(errno) => write!(f, "landlock cannot be used here ({errno})"),
+            Self::RenamesForbidden => {
+                f.write_str("landlock ABI 1 forbids renames between directories: Linux 5.19 is needed")
+            }
+        }
+    }
+}
+
+/// What is enforced, for the receipt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Achieved {
+    /// The ABI in use; 0 when nothing is.
+    pub abi: i32,
+    /// What the kernel offers, which may be newer.
+    pub kernel_abi: Option<i32>,
+    /// Why nothing is in use.
+    pub not_applied: Option<NotApplied>,
+    /// Truncation counts as a write (ABI 3).
+    pub truncate: bool,
+    /// Device commands are refused outside of `/dev` (ABI 5).
+    pub ioctl_dev: bool,
+    /// Abstract unix sockets and signals end at the border of the domain (ABI 6).
+    pub scopes: bool,
+    /// Known faults of landlock that the kernel says it has repaired, as its bit mask.
+    pub repaired_errata: u32,
+    /// Directories of the profile that are absent, links or no directories in this root, and were not granted.
+    pub not_granted: Vec<&'static str>,
+}
+
+/// A ruleset that is complete but not yet in force.
+#[derive(Debug)]
+pub struct Prepared {
+    ruleset: Option<RulesetCreated>,
+    achieved: Achieved,
+}
+
+/// The landlock ABI of the running kernel, `None` where it has none.
+#[must_use]
+pub fn kernel_abi() -> Option<i32> {
+    sys::landlock::abi().ok()
+}
+
+/// Builds the domain of `profile` over the tree at `root`, which is `/` after the root has been changed.
+///
+/// Restricts nothing yet. The directories are opened here, so later changes of the tree cannot move the rules.
+///
+/// # Errors
+/// [`LandlockError::Open`] when `root` itself cannot be opened, or a directory for another reason than its shape;
+/// [`LandlockError::Build`] when the kernel refuses. A kernel without usable landlock is no error: [`Achieved`] says
+/// so.
+pub fn prepare(profile: Profile, root: &Path) -> Result<Prepared, LandlockError> {
+    let mut achieved = offered(sys::landlock::abi());
+    if achieved.abi == 0 {
+        return Ok(Prepared { ruleset: None, achieved });
+    }
+    achieved.repaired_errata = Erratum::current().bits();
+
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let tree =
+        open(root, flags, Mode::empty()).map_err(|source| LandlockError::Open { path: root.to_path_buf(), source })?;
+    let mut grants = Vec::new();
+    for (directory, access) in grants_below_root(profile) {
+        let how = OpenHow::new().flags(flags).resolve(
+            ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_MAGICLINKS,
+        );
+        match openat2(&tree, directory, how) {
+            Ok(opened) => grants.push((opened, access)),
+            Err(Errno::ENOENT | Errno::ELOOP | Errno::ENOTDIR) => achieved.not_granted.push(directory),
+            Err(source) => return Err(LandlockError::Open { path: root.join(directory), source }),
+        }
+    }
+    grants.push((tree, access_to_root(profile)));
+
+    let ruleset = build(grants).map_err(|source| LandlockError::Build { profile, source })?;
+    Ok(Prepared { ruleset: Some(ruleset), achieved })
+}
+
+impl Prepared {
+    /// What will be in force after [`Self::restrict_self`].
+    #[must_use]
+    pub fn achieved(&self) -> &Achieved {
+        &self.achieved
+    }
+
+    /// Puts the calling thread, and all it starts from now on, into the domain. There is no way back.
+    ///
+    /// Sets `no_new_privs`, which the kernel demands. The caller is single-threaded: other threads stay outside.
+    ///
+    /// # Errors
+    /// [`LandlockError::Enter`] when the kernel refuses, [`LandlockError::Ignored`] when it had no effect.
+    pub fn restrict_self(self) -> Result<Achieved, LandlockError> {
+        let Some(ruleset) = self.ruleset else { return Ok(self.achieved) };
+        let status = ruleset.restrict_self().map_err(|source| LandlockError::Enter { source })?;
+        match status.ruleset {
+            RulesetStatus::FullyEnforced | RulesetStatus::PartiallyEnforced => Ok(self.achieved),
+            RulesetStatus::NotEnforced => Err(LandlockError::Ignored { abi: self.achieved.abi }),
+        }
+    }
+}
+
+/// What a kernel with this answer to the version question lets us enforce.
+fn offered(kernel: nix::Result<i32>) -> Achieved {
+    let (abi, not_applied) = match kernel {
+        Err(errno) => (0, Some(NotApplied::Unavailable(errno))),
+        Ok(..=1) => (0, Some(NotApplied::RenamesForbidden)),
+        Ok(abi) => (abi.min(NEWEST as i32), None),
+    };
+    Achieved {
+        abi,
+        kernel_abi: kernel.ok(),
+        not_applied,
+        truncate: abi >= 3,
+        ioctl_dev: abi >= 5,
+        scopes: abi >= 6,
+        repaired_errata: 0,
+        not_granted: Vec::new(),
+    }
+}
+
+/// Reading and changing files and directories, without device nodes and device commands.
+fn access_for_writing() -> BitFlags<AccessFs> {
+    let withheld = make_bitflags!(AccessFs::{MakeChar | MakeBlock | IoctlDev});
+    AccessFs::from_all(NEWEST) & !withheld
+}
+
+fn access_to_root(profile: Profile) -> BitFlags<AccessFs> {
+    match profile {
+        // The rootfs is the sandbox's own copy; what must not change in it is read-only by its mount.
+        Profile::Standard => access_for_writing(),
+        Profile::Strict => AccessFs::from_read(NEWEST),
+    }
+}
+
+fn grants_below_root(profile: Profile) -> Vec<(&'static str, BitFlags<AccessFs>)> {
+    let devices = make_bitflags!(AccessFs::{ReadFile | ReadDir | WriteFile | Truncate | IoctlDev});
+    let mut grants = vec![(DEVICES, devices)];
+    if profile == Profile::Strict {
+        grants.extend(STRICT_WRITABLE.map(|directory| (directory, access_for_writing())));
+    }
+    grants
+}
+
+fn build(grants: Vec<(OwnedFd, BitFlags<AccessFs>)>) -> Result<RulesetCreated, RulesetError> {
+    let mut ruleset =
+        Ruleset::default().handle_access(AccessFs::from_all(NEWEST))?.scope(Scope::from_all(NEWEST))?.create()?;
+    for (directory, access) in grants {
+        ruleset = ruleset.add_rule(PathBeneath::new(directory, access))?;
+    }
+    Ok(ruleset)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::ErrorKind;
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::fs::symlink;
+    use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+
+    use nix::mount::{MsFlags, mount};
+    use nix::sched::{CloneFlags, unshare};
+    use nix::sys::signal::kill;
+    use nix::sys::stat::{SFlag, makedev, mknod};
+    use nix::unistd::{Pid, isatty};
+
+    use super::*;
+
+    /// A tree with the directories a rootfs has.
+    fn tree() -> tempfile::TempDir {
+        let root = tempfile::tempdir().expect("a directory");
+        for directory in STRICT_WRITABLE.into_iter().chain(["dev", "usr/bin", "etc"]) {
+            fs::create_dir_all(root.path().join(directory)).expect("a directory");
+        }
+        fs::write(root.path().join("etc/passwd"), "root").expect("a file");
+        root
+    }
+
+    /// Runs `body` in a thread inside the domain; a domain binds its thread only and ends with it.
+    fn confined<T: Send + 'static>(profile: Profile, root: &Path, body: impl FnOnce() -> T + Send + 'static) -> T {
+        let prepared = prepare(profile, root).expect("a ruleset");
+        std::thread::spawn(move || {
+            prepared.restrict_self().expect("the domain");
+            body()
+        })
+        .join()
+        .expect("the confined thread")
+    }
+
+    fn kind<T>(result: std::io::Result<T>) -> Option<ErrorKind> {
+        result.err().map(|error| error.kind())
+    }
+
+    #[test]
+    fn strict_writes_only_where_the_profile_says_and_reads_everywhere_below_the_root() {
+        let root = tree();
+        let path = root.path().to_path_buf();
+        let (inside, system, device_node_directory, outside, read) =
+            confined(Profile::Strict, root.path(), move || {
+                (
+                    STRICT_WRITABLE.map(|directory| fs::write(path.join(directory).join("new"), "x").is_ok()),
+                    kind(fs::write(path.join("usr/bin/new"), "x")),
+                    kind(fs::write(path.join("dev/new"), "x")),
+                    kind(fs::read("/etc/hostname").or_else(|_| fs::read("/proc/version"))),
+                    fs::read(path.join("etc/passwd")).is_ok(),
+                )
+            });
+        assert_eq!(inside, [true; 6]);
+        assert_eq!(system, Some(ErrorKind::PermissionDenied));
+        assert_eq!(device_node_directory, Some(ErrorKind::PermissionDenied));
+        assert_eq!(outside, Some(ErrorKind::PermissionDenied));
+        assert!(read);
+    }
+
+    #[test]
+    fn standard_writes_everywhere_below_the_root_and_nowhere_else() {
+        let (root, other) = (tree(), tempfile::tempdir().expect("a directory"));
+        let (path, outside) = (root.path().to_path_buf(), other.path().join("new"));
+        let (below, beside) = confined(Profile::Standard, root.path(), move || {
+            (fs::write(path.join("usr/bin/new"), "x").is_ok(), kind(fs::write(outside, "x")))
+        });
+        assert!(below);
+        assert_eq!(beside, Some(ErrorKind::PermissionDenied));
+        assert!(!other.path().join("new").exists());
+    }
+
+    #[test]
+    fn a_descriptor_of_an_outer_directory_opens_nothing_but_one_of_an_outer_file_stays_usable() {
+        let (root, other) = (tree(), tempfile::tempdir().expect("a directory"));
+        fs::write(other.path().join("procs"), "").expect("a file");
+        let directory = open(other.path(), OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()).expect("a directory");
+        let file = open(&other.path().join("procs"), OFlag::O_WRONLY, Mode::empty()).expect("a file");
+        let (opened, written) = confined(Profile::Standard, root.path(), move || {
+            let opened = nix::fcntl::openat(&directory, "procs", OFlag::O_WRONLY, Mode::empty()).map(drop);
+            (opened, nix::unistd::write(&file, b"1"))
+        });
+        assert_eq!(opened, Err(Errno::EACCES));
+        assert_eq!(written, Ok(1));
+    }
+
+    #[test]
+    fn files_move_between_directories_in_both_profiles() {
+        for profile in Profile::ALL {
+            let root = tree();
+            fs::write(root.path().join("workspace/a"), "x").expect("a file");
+            let path = root.path().to_path_buf();
+            let moved =
+                confined(profile, root.path(), move || fs::rename(path.join("workspace/a"), path.join("tmp/b")));
+            moved.expect("the rename");
+            assert!(root.path().join("tmp/b").exists(), "{profile:?}");
+        }
+    }
+
+    #[test]
+    fn truncating_a_file_that_may_only_be_read_is_refused() {
+        let root = tree();
+        let file = root.path().join("etc/passwd");
+        let truncated = confined(Profile::Strict, root.path(), move || nix::unistd::truncate(&file, 0));
+        assert_eq!(truncated, Err(Errno::EACCES));
+        assert_eq!(fs::read(root.path().join("etc/passwd")).expect("the file"), b"root");
+    }
+
+    #[test]
+    fn mounting_is_refused_even_to_a_caller_with_the_capability() {
+        let root = tree();
+        let target = root.path().join("tmp");
+        let prepared = prepare(Profile::Standard, root.path()).expect("a ruleset");
+        let (before, inside) = std::thread::spawn(move || {
+            // A mount namespace of this thread, so that nothing is mounted on the machine.
+            if unshare(CloneFlags::CLONE_NEWNS).is_err() {
+                return (None, Err(Errno::EPERM));
+            }
+            mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
+                .expect("private");
+            let attempt = || mount(Some("none"), &target, Some("tmpfs"), MsFlags::empty(), None::<&str>);
+            let before = attempt();
+            prepared.restrict_self().expect("the domain");
+            (Some(before), attempt())
+        })
+        .join()
+        .expect("the confined thread");
+        match before {
+            Some(before) => assert_eq!((before, inside), (Ok(()), Err(Errno::EPERM))),
+            None => println!("skipped: no right to make a mount namespace"),
+        }
+    }
+
+    #[test]
+    fn signals_and_abstract_sockets_end_at_the_border_of_the_domain() {
+        let root = tree();
+        let address = SocketAddr::from_abstract_name(format!("sbr-policy-{}", std::process::id())).expect("an address");
+        let listener = UnixListener::bind_addr(&address).expect("a socket outside");
+        UnixStream::connect_addr(&address).expect("outside, the socket can be reached");
+        let mut child = std::process::Command::new("/bin/sleep").arg("60").spawn().expect("a process outside");
+        let pid = Pid::from_raw(i32::try_from(child.id()).expect("a pid"));
+        kill(pid, None).expect("outside, the process can be signalled");
+        let scopes = prepare(Profile::Standard, root.path()).expect("a ruleset").achieved().scopes;
+
+        let (connected, signalled) = confined(Profile::Standard, root.path(), move || {
+            (kind(UnixStream::connect_addr(&address)), kill(pid, None))
+        });
+        child.kill().expect("the end of the process");
+        child.wait().expect("the end of the process");
+        drop(listener);
+
+        if scopes {
+            assert_eq!(connected, Some(ErrorKind::PermissionDenied));
+            assert_eq!(signalled, Err(Errno::EPERM));
+        } else {
+            println!("skipped: this kernel has no scopes");
+        }
+    }
+
+    #[test]
+    fn device_commands_work_below_dev_only_and_device_nodes_cannot_be_made() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (node, new) = (directory.path().join("null"), directory.path().join("whiteout"));
+        let made = mknod(&node, SFlag::S_IFCHR, Mode::from_bits_truncate(0o666), makedev(1, 3));
+        let usable = made.is_ok() && fs::File::open(&node).is_ok();
+        let achieved = prepare(Profile::Standard, Path::new("/")).expect("a ruleset").achieved().clone();
+
+        let (in_dev, elsewhere, whiteout) = confined(Profile::Standard, Path::new("/"), move || {
+            let command = |path: &Path| fs::File::open(path).map(|file| isatty(&file));
+            let whiteout = mknod(&new, SFlag::S_IFCHR, Mode::from_bits_truncate(0o600), 0);
+            (command(Path::new("/dev/null")), command(&node), whiteout)
+        });
+
+        // "Not a terminal" is the device's own answer, so the command has reached it.
+        assert_eq!(in_dev.expect("/dev/null"), Ok(false));
+        assert_eq!(whiteout, Err(Errno::EACCES));
+        if usable && achieved.ioctl_dev {
+            assert_eq!(elsewhere.expect("the node"), Err(Errno::EACCES));
+        } else {
+            println!("skipped: no device node could be made, or the kernel has no such right");
+        }
+    }
+
+    #[test]
+    fn a_link_of_the_image_in_place_of_a_writable_directory_grants_nothing() {
+        let root = tree();
+        fs::remove_dir(root.path().join("tmp")).expect("removed");
+        symlink("usr", root.path().join("tmp")).expect("a link");
+        let path = root.path().to_path_buf();
+        let prepared = prepare(Profile::Strict, root.path()).expect("a ruleset");
+        assert_eq!(prepared.achieved().not_granted, ["tmp"]);
+        let written = confined(Profile::Strict, root.path(), move || kind(fs::write(path.join("usr/new"), "x")));
+        assert_eq!(written, Some(ErrorKind::PermissionDenied));
+    }
+
+    #[test]
+    fn a_root_that_is_missing_is_an_error_with_its_path() {
+        let error = prepare(Profile::Standard, Path::new("/nonexistent/root")).expect_err("no such root");
+        assert_eq!(error.to_string(), "cannot open /nonexistent/root for the landlock ruleset");
+    }
+
+    #[test]
+    fn old_kernels_get_less_and_are_told_why() {
+        let none = offered(Err(Errno::ENOSYS));
+        assert_eq!((none.abi, none.kernel_abi, none.scopes), (0, None, false));
+        assert_eq!(none.not_applied, Some(NotApplied::Unavailable(Errno::ENOSYS)));
+        let first = offered(Ok(1));
+        assert_eq!((first.abi, first.kernel_abi), (0, Some(1)));
+        let reason = first.not_applied.expect("a reason").to_string();
+        assert_eq!(reason, "landlock ABI 1 forbids renames between directories: Linux 5.19 is needed");
+        let features = |abi| {
+            let achieved = offered(Ok(abi));
+            (achieved.abi, achieved.truncate, achieved.ioctl_dev, achieved.scopes)
+        };
+        assert_eq!(features(2), (2, false, false, false));
+        assert_eq!(features(4), (4, true, false, false));
+        assert_eq!(features(5), (5, true, true, false));
+        assert_eq!(features(6), (6, true, true, true));
+        assert_eq!(features(99), (9, true, true, true));
+    }
+}
