@@ -1,0 +1,276 @@
+//! Privileged: the launcher's second process, a copy of it made at start.
+//!
+//! Does everything that may block: making blanks (namespaces, v1 attaches), removing cgroups and uppers. The request loop
+//! talks to it over a socket pair and never waits for it. When the launcher is gone it finishes what it began; in embedded
+//! mode, where nobody will come back for the sandboxes, it ends them and removes every trace.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::resource::{Resource, setrlimit};
+use prost::Message;
+
+use super::cgroup::{Group, Tree};
+use super::host::place;
+use super::spawn::{Blank, Range, Workshop, make_blank};
+use crate::sys::socket::{Packet, receive, send};
+use crate::tree;
+
+/// Launcher to background process.
+#[derive(Clone, PartialEq, Message)]
+pub struct Order {
+    /// Make a blank with this name; empty: no.
+    #[prost(string, tag = "1")]
+    pub make: String,
+    /// Remove what this name holds; empty: no.
+    #[prost(string, tag = "2")]
+    pub remove: String,
+    /// Id slot.
+    #[prost(uint32, tag = "3")]
+    pub slot: u32,
+    /// First host id.
+    #[prost(uint32, tag = "4")]
+    pub base: u32,
+    /// Number of ids.
+    #[prost(uint32, tag = "5")]
+    pub count: u32,
+}
+
+/// Background process to launcher.
+#[derive(Clone, PartialEq, Message)]
+pub struct Report {
+    /// A blank of this name is ready; descriptors follow.
+    #[prost(string, tag = "1")]
+    pub made: String,
+    /// This name holds nothing any more.
+    #[prost(string, tag = "2")]
+    pub removed: String,
+    /// The order failed: what failed.
+    #[prost(string, tag = "3")]
+    pub failure: String,
+    /// errno of the failure.
+    #[prost(int32, tag = "4")]
+    pub errno: i32,
+    /// Id slot.
+    #[prost(uint32, tag = "5")]
+    pub slot: u32,
+    /// Host pid of a made blank.
+    #[prost(int32, tag = "6")]
+    pub pid: i32,
+    /// Names of the v1 directories among the descriptors.
+    #[prost(string, repeated, tag = "7")]
+    pub v1: Vec<String>,
+    /// Whether cgroup directories are among the descriptors.
+    #[prost(bool, tag = "8")]
+    pub grouped: bool,
+}
+
+/// Largest order or report.
+pub const PACKET_BYTES: usize = 16 * 1024;
+
+/// What the background process needs.
+#[derive(Debug)]
+pub struct Background {
+    /// Our cgroups.
+    pub tree: Tree,
+    /// The sealed image.
+    pub image: OwnedFd,
+    /// To the launcher.
+    pub socket: OwnedFd,
+    /// Nobody adopts the sandboxes of this launcher.
+    pub embedded: bool,
+    /// How the names of this launcher begin.
+    pub prefix: String,
+}
+
+/// A removal that has to be tried again.
+#[derive(Debug)]
+struct Removal {
+    order: Order,
+    since: Instant,
+}
+
+/// How long a removal may fail before it is left for the next start.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+impl Background {
+    /// Serves until the launcher is gone.
+    pub fn run(self) {
+        // What a blank inherits bounds its user namespace: pending signals are counted for the launcher's user.
+        let _ = setrlimit(Resource::RLIMIT_SIGPENDING, 4096, 4096);
+        let mut removals: Vec<Removal> = Vec::new();
+        loop {
+            let timeout = if removals.is_empty() { PollTimeout::NONE } else { PollTimeout::from(2_u8) };
+            let mut interest = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut interest, timeout) {
+                Ok(0) => {}
+                Ok(_) => match receive(&self.socket, PACKET_BYTES) {
+                    Ok(Some(packet)) => self.obey(&packet, &mut removals),
+                    Err(Errno::EINTR) => {}
+                    Ok(None) | Err(_) => break,
+                },
+                Err(Errno::EINTR) => {}
+                Err(_) => break,
+            }
+            removals.retain(|removal| !self.remove(removal));
+        }
+        while removals.iter().any(|removal| removal.since.elapsed() < PATIENCE) {
+            removals.retain(|removal| !self.remove(removal));
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        if self.embedded {
+            self.remove_every_trace();
+        }
+    }
+
+    fn obey(&self, packet: &Packet, removals: &mut Vec<Removal>) {
+        let Ok(order) = Order::decode(packet.bytes.as_slice()) else { return };
+        if !order.remove.is_empty() {
+            removals.push(Removal { order, since: Instant::now() });
+        } else if !order.make.is_empty() {
+            self.make(&order);
+        }
+    }
+
+    fn make(&self, order: &Order) {
+        let workshop = Workshop { tree: &self.tree, image: self.image.as_fd() };
+        let range = Range { slot: order.slot, base: order.base, count: order.count };
+        match make_blank(&workshop, order.make.clone(), range) {
+            Ok(blank) => self.hand_over(&blank),
+            Err(error) => {
+                let _ = self.tree.remove(&order.make);
+                let errno = root_errno(&error);
+                self.report(&Report { failure: chain(&error), errno, slot: order.slot, ..Report::default() }, &[]);
+            }
+        }
+    }
+
+    fn hand_over(&self, blank: &Blank) {
+        let mut descriptors = vec![blank.pidfd.as_raw_fd(), blank.boot.as_raw_fd(), blank.user_namespace.as_raw_fd()];
+        let mut report =
+            Report { made: blank.name.clone(), slot: blank.slot, pid: blank.pid.as_raw(), ..Report::default() };
+        if let Some(group) = &blank.group {
+            report.grouped = true;
+            descriptors.extend([group.init.as_raw_fd(), group.work.as_raw_fd()]);
+            for (name, directory) in &group.v1 {
+                report.v1.push((*name).to_owned());
+                descriptors.push(directory.as_raw_fd());
+            }
+        }
+        self.report(&report, &descriptors);
+    }
+
+    fn report(&self, report: &Report, descriptors: &[RawFd]) {
+        // The socket blocks; a launcher that is gone shows in the next poll.
+        let _ = send(&self.socket, &report.encode_to_vec(), descriptors);
+    }
+
+    /// One try. True when there is nothing left to do.
+    fn remove(&self, removal: &Removal) -> bool {
+        let order = &removal.order;
+        self.tree.kill(&order.remove);
+        if !self.tree.remove(&order.remove) {
+            let given_up = removal.since.elapsed() > PATIENCE;
+            if given_up {
+                let failure = format!("the cgroup of {} does not become empty", order.remove);
+                self.report(
+                    &Report { removed: order.remove.clone(), failure, slot: order.slot, ..Report::default() },
+                    &[],
+                );
+            }
+            return given_up;
+        }
+        remove_files(&order.remove, order.base, order.count);
+        self.report(&Report { removed: order.remove.clone(), slot: order.slot, ..Report::default() }, &[]);
+        true
+    }
+
+    fn remove_every_trace(&self) {
+        for name in self.tree.names(&self.prefix) {
+            self.tree.kill(&name);
+        }
+        self.tree.close(&self.prefix);
+        for name in leftover_names(&self.prefix) {
+            remove_files(&name, 0, 0);
+        }
+    }
+}
+
+/// Names with this prefix that have files.
+#[must_use]
+pub fn leftover_names(prefix: &str) -> Vec<String> {
+    let mut names = Vec::new();
+    for directory in [Path::new(place::RUN).join("sandboxes"), Path::new(place::STATE).join("sandboxes")] {
+        let Ok(entries) = std::fs::read_dir(&directory) else { continue };
+        let found = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+        names.extend(
+            found.filter(|name| name.starts_with(prefix)).map(|name| name.trim_end_matches(".sock").to_owned()),
+        );
+    }
+    names.sort();
+    names.dedup();
+    names
+}
+
+/// Removes socket, spool and upper of one name.
+pub fn remove_files(name: &str, base: u32, count: u32) {
+    let _ = std::fs::remove_file(Path::new(place::RUN).join("sandboxes").join(format!("{name}.sock")));
+    tree::remove_below(&Path::new(place::STATE).join("sandboxes"), name, base, count);
+}
+
+/// An error and its causes in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text.push_str(": ");
+        text.push_str(&inner.to_string());
+        cause = inner.source();
+    }
+    text
+}
+
+/// errno of the innermost cause, 0 if there is none.
+pub fn root_errno(error: &(dyn std::error::Error + 'static)) -> i32 {
+    let mut current: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    let mut found = 0;
+    while let Some(inner) = current {
+        if let Some(errno) = inner.downcast_ref::<nix::Error>() {
+            found = *errno as i32;
+        } else if let Some(io) = inner.downcast_ref::<std::io::Error>() {
+            found = io.raw_os_error().unwrap_or(found);
+        }
+        current = inner.source();
+    }
+    found
+}
+
+/// Rebuilds a blank from a report and its descriptors. `None`: the report does not hold together.
+#[must_use]
+pub fn blank_from(report: Report, descriptors: Vec<OwnedFd>) -> Option<Blank> {
+    let mut descriptors = descriptors.into_iter();
+    let (pidfd, boot, user_namespace) = (descriptors.next()?, descriptors.next()?, descriptors.next()?);
+    let group = if report.grouped {
+        let (init, work) = (descriptors.next()?, descriptors.next()?);
+        let mut v1 = Vec::new();
+        for name in &report.v1 {
+            let name = ["memory", "pids", "cpu", "cpuacct"].into_iter().find(|known| known == name)?;
+            v1.push((name, descriptors.next()?));
+        }
+        Some(Group { name: report.made.clone(), init, work, v1 })
+    } else {
+        None
+    };
+    Some(Blank {
+        name: report.made,
+        slot: report.slot,
+        pid: nix::unistd::Pid::from_raw(report.pid),
+        pidfd,
+        boot,
+        user_namespace,
+        group,
+    })
+}

@@ -1,0 +1,284 @@
+//! Privileged: binds sockets and gives directories to the sandbox's range (CAP_CHOWN, CAP_FOWNER).
+//!
+//! Turns a blank and a checked request into a boot packet: root filesystem, control socket, spool, limits.
+
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{AT_FDCWD, OFlag, open};
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+use nix::sys::stat::Mode;
+use proto::launch::v1::Layer;
+
+use super::cgroup::{CgroupError, Tree};
+use super::host::{HostRoot, place};
+use super::ids::Slot;
+use super::policy_file::Policy;
+use super::rootfs::{Builder, Plan, RootfsError, Upper};
+use super::spawn::Blank;
+use super::validate::Checked;
+use crate::boot::{Boot, Role};
+use crate::sys::mount::{attribute, open_tree, set_attributes};
+use crate::sys::socket::send;
+
+/// Why a sandbox could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// The root filesystem.
+    #[error(transparent)]
+    Rootfs(#[from] RootfsError),
+    /// The limits.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// A file of ours.
+    #[error("cannot {step} {}", path.display())]
+    File {
+        /// What was tried.
+        step: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A kernel call.
+    #[error("cannot {step}")]
+    Step {
+        /// What was tried.
+        step: &'static str,
+        /// The cause.
+        #[source]
+        source: nix::Error,
+    },
+}
+
+fn file<'a>(step: &'static str, path: &'a Path) -> impl FnOnce(std::io::Error) -> CreateError + 'a {
+    move |source| CreateError::File { step, path: path.to_owned(), source }
+}
+
+fn step(step: &'static str) -> impl FnOnce(nix::Error) -> CreateError {
+    move |source| CreateError::Step { step, source }
+}
+
+/// What creation needs of the launcher.
+#[derive(Debug)]
+pub struct Context<'a> {
+    /// The policy.
+    pub policy: &'a Policy,
+    /// Our cgroups.
+    pub tree: &'a Tree,
+    /// Builds root filesystems.
+    pub builder: &'a mut Builder,
+    /// The host's directories.
+    pub host_root: &'a HostRoot,
+    /// The launcher works in an unprivileged user namespace.
+    pub rootless: bool,
+    /// Sandboxes die with the launcher.
+    pub embedded: bool,
+    /// Processors of this host.
+    pub processors: &'a [u32],
+}
+
+/// Share of the disk limit that spool files may take on top of it.
+const SPOOL_SHARE: u64 = 4;
+
+/// Sends the boot packet. Returns the layers that the launcher itself made.
+///
+/// # Errors
+/// [`CreateError`]; the caller kills the blank.
+pub fn boot(
+    context: &mut Context<'_>,
+    blank: &Blank,
+    slot: &Slot,
+    request: &Checked,
+) -> Result<Vec<Layer>, CreateError> {
+    let danger = |layer: &str| context.policy.danger.without.iter().any(|name| name == layer);
+    if !danger("cgroup_limits") {
+        context.tree.limit(&blank.name, &request.limits)?;
+    }
+    let directory = Path::new(place::STATE).join("sandboxes").join(&blank.name);
+    fs::create_dir(&directory).map_err(file("create", &directory))?;
+    // Nobody else on this host has business in here; the runner reads spool files.
+    fs::set_permissions(&directory, fs::Permissions::from_mode(0o710)).map_err(file("set the mode of", &directory))?;
+    if !context.rootless {
+        std::os::unix::fs::chown(&directory, None, Some(context.policy.runner_gid))
+            .map_err(file("hand over", &directory))?;
+    }
+    let keeper = slot.base + slot.count - 1;
+    let upper = if request.ephemeral {
+        Upper::Memory { bytes: request.limits.disk_bytes }
+    } else {
+        Upper::Directory { path: directory.clone() }
+    };
+    let plan = Plan {
+        lower: &request.lower,
+        slot: slot.number,
+        base: slot.base,
+        user_namespace: blank.user_namespace.as_fd(),
+        upper,
+        rootless: context.rootless,
+        add_points: context.rootless && !request.host_rootfs,
+    };
+    let root = context.builder.build(&plan)?;
+    let (spool, spool_mount) = make_spool(&directory.join("output"), keeper, context)?;
+    let listener = make_listener(&blank.name, context)?;
+    let devices = open_tree(AT_FDCWD, c"/dev", true).map_err(step("copy /dev"))?;
+
+    let mut message = message(context, slot, request);
+    let mut descriptors: Vec<(Role, BorrowedFd<'_>)> = vec![
+        (Role::Root, root.mount.as_fd()),
+        (Role::Devices, devices.as_fd()),
+        (Role::Listener, listener.as_fd()),
+        (Role::Spool, spool.as_fd()),
+        (Role::SpoolMount, spool_mount.as_fd()),
+    ];
+    if let Some(group) = &blank.group {
+        descriptors.push((Role::WorkCgroup, group.work.as_fd()));
+        for (role, name) in [(Role::V1Memory, "memory"), (Role::V1Pids, "pids"), (Role::V1Account, "cpuacct")] {
+            if let Some(directory) = group.v1_directory(name) {
+                descriptors.push((role, directory));
+            }
+        }
+    }
+    if let Some(lock) = slot.lock() {
+        descriptors.push((Role::SlotLock, lock));
+    }
+    let mounts = extra_mounts(context, request)?;
+    for (target, mount) in &mounts {
+        message.mount_targets.push(target.clone());
+        descriptors.push((Role::Mount, mount.as_fd()));
+    }
+    message.roles = descriptors.iter().map(|(role, _)| *role as i32).collect();
+    let raw: Vec<i32> = descriptors.iter().map(|(_, fd)| fd.as_raw_fd()).collect();
+    send(&blank.boot, &prost::Message::encode_to_vec(&message), &raw).map_err(step("send the boot packet"))?;
+    drop(root.upper);
+    Ok(layers(context, request, root.idmapped, !danger("cgroup_limits")))
+}
+
+fn message(context: &Context<'_>, slot: &Slot, request: &Checked) -> Boot {
+    // A whole number of processors is also an affinity, so that nproc and thread pools see the limit.
+    let wanted = usize::try_from(request.limits.cpu_millis.div_ceil(1000)).unwrap_or(usize::MAX);
+    let first = usize::try_from(slot.number).unwrap_or(0);
+    let count = context.processors.len();
+    let processors = if wanted < count {
+        (0..wanted).filter_map(|n| context.processors.get((first + n) % count)).copied().collect()
+    } else {
+        Vec::new()
+    };
+    Boot {
+        sandbox_id: request.sandbox_id.clone(),
+        hostname: request.hostname.clone(),
+        environment: request.environment.clone(),
+        working_directory: request.working_directory.clone().into_bytes(),
+        orphan_timeout_ms: request.orphan_timeout_ms,
+        root: request.profile.root || slot.count == 1,
+        strict: request.profile.seccomp == super::policy_file::SeccompProfile::Strict,
+        id_count: slot.count,
+        // Charged to memory: half of it at most, so that a full /tmp is ENOSPC and not a kill.
+        temporary_bytes: request.limits.disk_bytes.min(request.limits.memory_bytes / 2),
+        spool_budget_bytes: request.limits.disk_bytes / SPOOL_SHARE,
+        without: context.policy.danger.without.clone(),
+        processors,
+        die_with_launcher: context.embedded,
+        mount_targets: Vec::new(),
+        roles: Vec::new(),
+        memory_bytes: request.limits.memory_bytes,
+        own_skeleton: request.host_rootfs,
+    }
+}
+
+/// The spool: written by process 1 (`keeper`), readable by the runner's group on the host and by everybody inside.
+fn make_spool(path: &Path, keeper: u32, context: &Context<'_>) -> Result<(OwnedFd, OwnedFd), CreateError> {
+    fs::create_dir(path).map_err(file("create", path))?;
+    if !context.rootless {
+        std::os::unix::fs::chown(path, Some(keeper), Some(context.policy.runner_gid))
+            .map_err(file("hand over", path))?;
+    }
+    fs::set_permissions(path, fs::Permissions::from_mode(0o2775)).map_err(file("set the mode of", path))?;
+    let directory = open(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
+        .map_err(step("open the spool"))?;
+    let mount = open_tree(directory.as_fd(), c"", false).map_err(step("copy the mount of the spool"))?;
+    let attributes = attribute::READ_ONLY | attribute::NO_SET_UID | attribute::NO_DEVICES | attribute::NO_EXECUTE;
+    set_attributes(mount.as_fd(), attributes, 0, None, false).map_err(step("make the spool read-only"))?;
+    Ok((directory, mount))
+}
+
+/// The control socket: on the host side of the fence, for the runner alone, not visible inside.
+fn make_listener(name: &str, context: &Context<'_>) -> Result<OwnedFd, CreateError> {
+    let path = Path::new(place::RUN).join("sandboxes").join(format!("{name}.sock"));
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let listener =
+        socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).map_err(step("make the control socket"))?;
+    let address = UnixAddr::new(&path).map_err(step("name the control socket"))?;
+    bind(listener.as_raw_fd(), &address).map_err(step("bind the control socket"))?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).map_err(file("set the mode of", &path))?;
+    if !context.rootless {
+        std::os::unix::fs::chown(&path, Some(context.policy.runner_uid), Some(context.policy.runner_gid))
+            .map_err(file("hand over", &path))?;
+    }
+    listen(&listener, Backlog::new(4).unwrap_or(Backlog::MAXCONN)).map_err(step("listen on the control socket"))?;
+    Ok(listener)
+}
+
+fn extra_mounts(context: &Context<'_>, request: &Checked) -> Result<Vec<(String, OwnedFd)>, CreateError> {
+    let mut mounts = Vec::new();
+    let copy = |path: &Path| {
+        let directory = open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
+            .map_err(step("open a mount"))?;
+        open_tree(directory.as_fd(), c"", false).map_err(step("copy a mount"))
+    };
+    if request.host_rootfs {
+        for name in &context.host_root.directories {
+            mounts.push((format!("/{name}"), copy(&Path::new(place::HOST).join(name))?));
+        }
+    }
+    for volume in &request.volumes {
+        let mount = copy(&volume.source)?;
+        if volume.read_only {
+            set_attributes(mount.as_fd(), attribute::READ_ONLY, 0, None, false)
+                .map_err(step("make a volume read-only"))?;
+        }
+        mounts.push((volume.target.clone(), mount));
+    }
+    Ok(mounts)
+}
+
+fn layer(name: &str, requested: impl Into<String>, enforced: impl Into<String>, errno: i32) -> Layer {
+    Layer { name: name.to_owned(), requested: requested.into(), enforced: enforced.into(), errno }
+}
+
+fn layers(context: &Context<'_>, request: &Checked, idmapped: bool, limited: bool) -> Vec<Layer> {
+    let limits = &request.limits;
+    let errno = context.tree.failure.as_ref().map_or(0, |failure| failure.errno());
+    let has = |name: &str| limited && context.tree.controllers.iter().any(|controller| controller == name);
+    let enforced = |name: &str, text: String| if has(name) { text } else { String::new() };
+    let memory = format!("{} bytes", limits.memory_bytes);
+    let pids = format!("{} processes", limits.pids);
+    let cpu = format!("{} thousandths of a processor", limits.cpu_millis);
+    let disk = format!("{} bytes", limits.disk_bytes);
+    vec![
+        layer("cgroup_memory", memory.clone(), enforced("memory", memory), errno),
+        layer("cgroup_pids", pids.clone(), enforced("pids", pids), errno),
+        layer("cgroup_cpu", cpu.clone(), enforced("cpu", cpu), errno),
+        layer(
+            "cgroup_kill",
+            "cgroup.kill",
+            if context.tree.mode() == super::cgroup::Mode::None { "" } else { "cgroup.kill" },
+            errno,
+        ),
+        layer(
+            "disk_limit",
+            disk.clone(),
+            if request.ephemeral { format!("{disk}, tmpfs charged to memory") } else { String::new() },
+            if request.ephemeral { 0 } else { libc::ENOTSUP },
+        ),
+        layer(
+            "idmapped_lowers",
+            "idmapped",
+            if idmapped { "idmapped" } else { "" },
+            if idmapped { 0 } else { libc::EINVAL },
+        ),
+    ]
+}

@@ -1,0 +1,401 @@
+//! Privileged: CAP_SYS_ADMIN to make a mount namespace of the launcher's own; CAP_MKNOD for the prebuilt `/dev`.
+//!
+//! The trimmed mount namespace. The launcher leaves the host's tree for a tmpfs that holds nothing but: a bare `/proc`, the
+//! cgroup tree, the host's `/usr` read-only, the directories that the policy names, our state and run directories, and two
+//! trees made here once: `/dev` with the seven nodes a sandbox gets, and the skeleton of the `host` root filesystem. Every
+//! sandbox starts from a copy of this namespace, so a busy host's thousands of mounts are neither copied nor reachable.
+
+use std::ffi::CString;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{AT_FDCWD, OFlag, open};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+
+use super::policy_file::Policy;
+use crate::sys::mount::{FilesystemContext, attach, attribute, open_tree, set_attributes};
+
+/// Why the namespace could not be made.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {step} {}", path.display())]
+pub struct HostError {
+    /// What was tried.
+    pub step: &'static str,
+    /// On what.
+    pub path: PathBuf,
+    /// The cause.
+    #[source]
+    pub source: io::Error,
+}
+
+impl HostError {
+    /// errno of the cause.
+    #[must_use]
+    pub fn errno(&self) -> i32 {
+        self.source.raw_os_error().unwrap_or(0)
+    }
+}
+
+fn failed<'a>(step: &'static str, path: impl Into<PathBuf> + 'a) -> impl FnOnce(nix::Error) -> HostError + 'a {
+    move |errno| HostError { step, path: path.into(), source: errno.into() }
+}
+
+fn failed_io<'a>(step: &'static str, path: impl Into<PathBuf> + 'a) -> impl FnOnce(io::Error) -> HostError + 'a {
+    move |source| HostError { step, path: path.into(), source }
+}
+
+/// Fixed places in the trimmed namespace.
+pub mod place {
+    /// Where process 1 assembles the sandbox's root.
+    pub const NEW_ROOT: &str = "/newroot";
+    /// The prebuilt `/dev`.
+    pub const DEVICES: &str = "/dev";
+    /// Skeleton of the host root filesystem.
+    pub const SKELETON: &str = "/skeleton";
+    /// What is ours in the state directory of the policy.
+    pub const STATE: &str = "/state";
+    /// What is ours in the run directory of the policy.
+    pub const RUN: &str = "/run";
+    /// Named root filesystems.
+    pub const ROOTFS: &str = "/rootfs";
+    /// Named volumes.
+    pub const VOLUMES: &str = "/volumes";
+    /// Mount points of ours, laid over a root filesystem in which an ordinary user may not make any.
+    pub const POINTS: &str = "/points";
+    /// Scratch mount points.
+    pub const SCRATCH: &str = "/m";
+    /// Read-only copies of the host's directories for the host root filesystem.
+    pub const HOST: &str = "/host";
+}
+
+/// Directories of the host that the host root filesystem shows, when they are not links into `/usr`.
+const HOST_DIRECTORIES: [&str; 7] = ["usr", "bin", "sbin", "lib", "lib64", "lib32", "libx32"];
+
+/// Files of the host's `/etc` that programs need to run and that say nothing about the host's users or networks.
+const HOST_ETC: [&str; 14] = [
+    "ld.so.cache",
+    "ld.so.conf",
+    "localtime",
+    "timezone",
+    "protocols",
+    "services",
+    "mime.types",
+    "magic",
+    "debian_version",
+    "os-release",
+    "lsb-release",
+    "redhat-release",
+    "login.defs",
+    "ssl/openssl.cnf",
+];
+
+/// Directories of the host's `/etc` that are copied one level deep.
+const HOST_ETC_DIRECTORIES: [&str; 4] = ["alternatives", "ld.so.conf.d", "ssl/certs", "terminfo"];
+
+/// Device nodes a sandbox gets: name, major, minor.
+const DEVICE_NODES: [(&str, u64, u64); 6] =
+    [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
+
+/// What the host root filesystem of this host looks like.
+#[derive(Clone, Debug, Default)]
+pub struct HostRoot {
+    /// Directories below [`place::HOST`] that must be mounted at the same name.
+    pub directories: Vec<&'static str>,
+}
+
+impl HostRoot {
+    /// Looks at a trimmed namespace that was made before.
+    #[must_use]
+    pub fn found() -> Self {
+        let there = |name: &&str| Path::new(place::HOST).join(name).is_dir();
+        Self { directories: HOST_DIRECTORIES.into_iter().filter(there).collect() }
+    }
+}
+
+/// Makes a mount namespace of our own, still with the host's tree in it. Descriptors of directories that are to be copied
+/// must be opened after this: the kernel copies only what is in the caller's namespace.
+///
+/// # Errors
+/// [`HostError`] names the step.
+pub fn separate() -> Result<(), HostError> {
+    unshare(CloneFlags::CLONE_NEWNS).map_err(failed("make a mount namespace", "/"))?;
+    let nothing: Option<&str> = None;
+    mount(nothing, "/", nothing, MsFlags::MS_REC | MsFlags::MS_PRIVATE, nothing).map_err(failed("make private", "/"))
+}
+
+/// Enters the trimmed namespace. `own` are our directories and where they go.
+///
+/// # Errors
+/// [`HostError`] names the step.
+pub fn enter(policy: &Policy, own: &[(&str, OwnedFd)], rootless: bool, cgroups: bool) -> Result<HostRoot, HostError> {
+    // Mounts that came from a more privileged namespace are locked together, so that a single one of them cannot be copied.
+    let copy = |path: &Path| copy_tree(path, rootless);
+
+    let mut host_root = HostRoot::default();
+    let mut trees: Vec<(PathBuf, OwnedFd, u64)> = vec![(PathBuf::from("/proc"), copy(Path::new("/proc"))?, 0)];
+    if cgroups {
+        trees.push((PathBuf::from("/sys/fs/cgroup"), copy_tree(Path::new("/sys/fs/cgroup"), true)?, 0));
+    }
+    let read_only = attribute::READ_ONLY | attribute::NO_SET_UID | attribute::NO_DEVICES;
+    let mut links: Vec<(&str, PathBuf)> = Vec::new();
+    for name in HOST_DIRECTORIES {
+        let path = Path::new("/").join(name);
+        match fs::symlink_metadata(&path) {
+            Ok(found) if found.is_symlink() => {
+                links.push((name, fs::read_link(&path).map_err(failed_io("read link", &path))?));
+            }
+            Ok(found) if found.is_dir() => {
+                trees.push((Path::new(place::HOST).join(name), copy(&path)?, read_only));
+                host_root.directories.push(name);
+            }
+            _ => {}
+        }
+    }
+    for (name, rootfs) in &policy.rootfs {
+        trees.push((Path::new(place::ROOTFS).join(name), copy(&rootfs.path)?, read_only));
+    }
+    for (name, volume) in &policy.volumes {
+        trees.push((
+            Path::new(place::VOLUMES).join(name),
+            copy(&volume.path)?,
+            attribute::NO_SET_UID | attribute::NO_DEVICES,
+        ));
+    }
+    // By descriptor, so that whoever owns the directories above cannot put anything else in their place.
+    let hidden = attribute::NO_SET_UID | attribute::NO_DEVICES;
+    for (target, directory) in own {
+        let tree = open_tree(directory.as_fd(), c"", rootless).map_err(failed("copy the mount of", target))?;
+        trees.push((PathBuf::from(target), tree, hidden));
+    }
+    let etc = read_host_etc();
+    // Nobody but root of the whole machine makes device nodes; a container's root binds those it has.
+    let nodes = if rootless || in_user_namespace() { Some(copy_nodes()?) } else { None };
+
+    let root = small_tmpfs(c"16777216", c"0755")?;
+    let scratch = Path::new("/tmp");
+    let scratch_fd = open(scratch, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
+        .map_err(failed("open", scratch))?;
+    attach(root.as_fd(), scratch_fd.as_fd(), c"").map_err(failed("mount tmpfs on", scratch))?;
+    nix::unistd::chdir(scratch).map_err(failed("enter", scratch))?;
+    nix::unistd::fchdir(&root).map_err(failed("enter", scratch))?;
+    for directory in [place::NEW_ROOT, place::SCRATCH, place::DEVICES, place::SKELETON] {
+        make(&relative(Path::new(directory)))?;
+    }
+    for point in ["run/sandbox-runner", "workspace"] {
+        make(&relative(&Path::new(place::POINTS).join(point)))?;
+    }
+    for (target, tree, attributes) in trees {
+        let target = relative(&target);
+        make(&target)?;
+        if attributes != 0 {
+            set_attributes(tree.as_fd(), attributes, 0, None, rootless).map_err(failed("make read-only", &target))?;
+        }
+        let at = open(&target, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
+            .map_err(failed("open", &target))?;
+        attach(tree.as_fd(), at.as_fd(), c"").map_err(failed("attach", &target))?;
+    }
+    build_devices(&relative(Path::new(place::DEVICES)), nodes)?;
+    build_skeleton(&relative(Path::new(place::SKELETON)), &links, &etc)?;
+    nix::unistd::pivot_root(".", ".").map_err(failed("pivot to", scratch))?;
+    umount2(".", MntFlags::MNT_DETACH).map_err(failed("leave", "/"))?;
+    nix::unistd::chdir("/").map_err(failed("enter", "/"))?;
+    Ok(host_root)
+}
+
+/// Whether root here is somebody else on the host, as in a container with a user namespace.
+#[must_use]
+pub fn in_user_namespace() -> bool {
+    fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| map.split_whitespace().nth(2) != Some("4294967295"))
+}
+
+fn relative(path: &Path) -> PathBuf {
+    Path::new(".").join(path.strip_prefix("/").unwrap_or(path))
+}
+
+fn make(path: &Path) -> Result<(), HostError> {
+    fs::create_dir_all(path).map_err(failed_io("create", path))
+}
+
+fn c_path(path: &Path) -> Result<CString, HostError> {
+    CString::new(path.as_os_str().as_encoded_bytes()).map_err(|error| HostError {
+        step: "name",
+        path: path.to_owned(),
+        source: error.into(),
+    })
+}
+
+fn copy_tree(path: &Path, recursive: bool) -> Result<OwnedFd, HostError> {
+    let directory = open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
+        .map_err(failed("open", path))?;
+    open_tree(directory.as_fd(), c"", recursive).map_err(failed("copy the mount of", path))
+}
+
+fn small_tmpfs(size: &std::ffi::CStr, mode: &std::ffi::CStr) -> Result<OwnedFd, HostError> {
+    let make = || {
+        let context = FilesystemContext::open(c"tmpfs")?;
+        context.set_string(c"size", size)?;
+        context.set_string(c"mode", mode)?;
+        context.create(attribute::NO_SET_UID)
+    };
+    make().map_err(failed("make a tmpfs for", "/"))
+}
+
+/// Copies of the host's device nodes, for a launcher that may not make nodes.
+fn copy_nodes() -> Result<Vec<(&'static str, OwnedFd)>, HostError> {
+    let mut nodes = Vec::new();
+    for (name, _, _) in DEVICE_NODES {
+        let path = Path::new("/dev").join(name);
+        let tree = open_tree(AT_FDCWD, &c_path(&path)?, false).map_err(failed("copy the mount of", &path))?;
+        nodes.push((name, tree));
+    }
+    Ok(nodes)
+}
+
+fn build_devices(directory: &Path, nodes: Option<Vec<(&'static str, OwnedFd)>>) -> Result<(), HostError> {
+    let tree = small_tmpfs(c"65536", c"0755")?;
+    let at = open(directory, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
+        .map_err(failed("open", directory))?;
+    attach(tree.as_fd(), at.as_fd(), c"").map_err(failed("attach", directory))?;
+    for name in ["pts", "shm"] {
+        make(&directory.join(name))?;
+    }
+    for (name, target) in
+        [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2"), ("ptmx", "pts/ptmx")]
+    {
+        let link = directory.join(name);
+        symlink(target, &link).map_err(failed_io("link", link))?;
+    }
+    match nodes {
+        None => {
+            for (name, major, minor) in DEVICE_NODES {
+                let path = directory.join(name);
+                mknod(&path, SFlag::S_IFCHR, Mode::from_bits_truncate(0o666), makedev(major, minor))
+                    .map_err(failed("make device", &path))?;
+                fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).map_err(failed_io("chmod", &path))?;
+            }
+        }
+        Some(nodes) => {
+            for (name, tree) in nodes {
+                let path = directory.join(name);
+                let file = fs::File::create(&path).map_err(failed_io("create", &path))?;
+                attach(tree.as_fd(), file.as_fd(), c"").map_err(failed("attach", &path))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Content of the host's `/etc` that the skeleton takes over: path and bytes, or path and link target.
+enum EtcEntry {
+    File(PathBuf, Vec<u8>),
+    Link(PathBuf, PathBuf),
+}
+
+/// A file of `/etc` larger than this is not one of those we want.
+const MAX_ETC_BYTES: u64 = 1 << 20;
+
+fn read_host_etc() -> Vec<EtcEntry> {
+    let mut entries = Vec::new();
+    let mut add = |name: PathBuf| {
+        let path = Path::new("/etc").join(&name);
+        let Ok(found) = fs::symlink_metadata(&path) else { return };
+        if found.is_symlink() {
+            // Links into /usr stay links; what they point to is mounted.
+            if let Ok(target) = fs::read_link(&path) {
+                entries.push(EtcEntry::Link(name, target));
+            }
+        } else if found.is_file() && found.len() <= MAX_ETC_BYTES && found.permissions().mode() & 0o004 != 0 {
+            if let Ok(bytes) = fs::read(&path) {
+                entries.push(EtcEntry::File(name, bytes));
+            }
+        }
+    };
+    for name in HOST_ETC {
+        add(PathBuf::from(name));
+    }
+    for directory in HOST_ETC_DIRECTORIES {
+        let Ok(found) = fs::read_dir(Path::new("/etc").join(directory)) else { continue };
+        for entry in found.flatten().take(4096) {
+            add(Path::new(directory).join(entry.file_name()));
+        }
+    }
+    entries
+}
+
+/// Directories of the skeleton with their modes.
+const SKELETON_DIRECTORIES: [(&str, u32); 21] = [
+    ("etc", 0o755),
+    ("etc/ssl", 0o755),
+    ("home", 0o755),
+    ("home/agent", 0o755),
+    ("root", 0o700),
+    ("workspace", 0o755),
+    ("tmp", 0o1777),
+    ("run", 0o755),
+    ("var", 0o755),
+    ("var/tmp", 0o1777),
+    ("var/lib", 0o755),
+    ("var/cache", 0o755),
+    ("var/log", 0o755),
+    ("opt", 0o755),
+    ("srv", 0o755),
+    ("mnt", 0o755),
+    ("media", 0o755),
+    ("proc", 0o555),
+    ("sys", 0o555),
+    ("dev", 0o755),
+    ("usr", 0o755),
+];
+
+/// Users of the sandbox; the host's are not its business.
+const PASSWD: &str = "root:x:0:0:root:/root:/bin/bash\nagent:x:1000:1000:agent:/home/agent:/bin/bash\n_apt:x:42:65534::/nonexistent:/usr/sbin/nologin\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n";
+const GROUP: &str = "root:x:0:\ntty:x:5:\nstaff:x:50:\nagent:x:1000:\nnogroup:x:65534:\n";
+const NSSWITCH: &str =
+    "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\nprotocols: files\nservices: files\n";
+const HOSTS: &str = "127.0.0.1 localhost sandbox\n::1 localhost ip6-localhost ip6-loopback sandbox\n";
+
+fn build_skeleton(directory: &Path, links: &[(&str, PathBuf)], etc: &[EtcEntry]) -> Result<(), HostError> {
+    let tree = small_tmpfs(c"33554432", c"0755")?;
+    let at = open(directory, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
+        .map_err(failed("open", directory))?;
+    attach(tree.as_fd(), at.as_fd(), c"").map_err(failed("attach", directory))?;
+    for (name, mode) in SKELETON_DIRECTORIES {
+        let path = directory.join(name);
+        make(&path)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).map_err(failed_io("chmod", &path))?;
+    }
+    for name in HOST_DIRECTORIES {
+        let path = directory.join(name);
+        match links.iter().find(|(link, _)| *link == name) {
+            Some((_, target)) => symlink(target, &path).map_err(failed_io("link", &path))?,
+            None => make(&path)?,
+        }
+    }
+    for entry in etc {
+        let (EtcEntry::File(name, _) | EtcEntry::Link(name, _)) = entry;
+        let path = directory.join("etc").join(name);
+        if let Some(parent) = path.parent() {
+            make(parent)?;
+        }
+        match entry {
+            EtcEntry::File(_, bytes) => fs::write(&path, bytes).map_err(failed_io("write", &path))?,
+            EtcEntry::Link(_, target) => symlink(target, &path).map_err(failed_io("link", &path))?,
+        }
+        if matches!(entry, EtcEntry::File(..)) {
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).map_err(failed_io("chmod", &path))?;
+        }
+    }
+    for (name, text) in
+        [("passwd", PASSWD), ("group", GROUP), ("nsswitch.conf", NSSWITCH), ("hosts", HOSTS), ("resolv.conf", "")]
+    {
+        let path = directory.join("etc").join(name);
+        fs::write(&path, text).map_err(failed_io("write", &path))?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).map_err(failed_io("chmod", &path))?;
+    }
+    Ok(())
+}

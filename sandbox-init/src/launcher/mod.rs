@@ -1,0 +1,21 @@
+//! Privileged: the only process of sandbox-runner that holds host capabilities.
+//!
+//! The launcher parses requests of a closed vocabulary (`launch/v1`), makes sandboxes and fences them. It never parses a
+//! byte that came from a network or from inside a sandbox, and it never opens a path that its policy file does not root.
+//!
+//! Two processes: the request loop ([`serve`]), which never blocks, and a background process ([`background`]), which makes
+//! blanks and removes what ended sandboxes held.
+
+pub mod background;
+pub mod cgroup;
+pub mod create;
+pub mod host;
+pub mod ids;
+pub mod policy_file;
+pub mod replace;
+pub mod rootfs;
+pub mod serve;
+pub mod spawn;
+pub mod start;
+pub mod state;
+pub mod validate;

@@ -1,0 +1,427 @@
+//! Privileged: from a bare process to a serving launcher.
+//!
+//! The order is: signals and descriptors (whatever the caller left behind), own image, policy, user namespace where there
+//! is no privilege, cgroups, locks, sockets, and last the trimmed mount namespace, after which no host path can be opened.
+
+use std::ffi::CString;
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{OFlag, open};
+use nix::sched::{CloneFlags, sched_getaffinity, unshare};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt, listen, socket, socketpair,
+    sockopt::SockType as SockTypeOption,
+};
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::{Pid, geteuid};
+use proto::launch::v1::{HostReport, MissingLayer};
+use sha2::{Digest, Sha256};
+
+use super::background::{Background, chain};
+use super::cgroup::Tree;
+use super::host;
+use super::ids::{IdsError, Slots};
+use super::policy_file::{self, Policy, PolicyError};
+use super::replace::{Handover, Program, ReplaceError};
+use super::serve::{End, Launcher, Parts};
+use super::state;
+use crate::policy::landlock;
+use crate::sys::process::{CloneArguments, Cloned, clone3, close_range, inherited_descriptor, reset_signals};
+
+/// Why the launcher cannot serve.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The policy.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// The locks.
+    #[error(transparent)]
+    Ids(#[from] IdsError),
+    /// The mount namespace.
+    #[error(transparent)]
+    Host(#[from] host::HostError),
+    /// The program was not replaced.
+    #[error(transparent)]
+    Replace(#[from] ReplaceError),
+    /// A kernel call.
+    #[error("cannot {step}")]
+    Step {
+        /// What was tried.
+        step: &'static str,
+        /// The cause.
+        #[source]
+        source: nix::Error,
+    },
+    /// A file.
+    #[error("cannot prepare {}", path.display())]
+    File {
+        /// Where.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A directory of ours belongs to somebody else.
+    #[error("{} belongs to uid {owner}; remove it or give it to the launcher's user", path.display())]
+    Foreign {
+        /// Where.
+        path: PathBuf,
+        /// Its owner.
+        owner: u32,
+    },
+    /// Too few descriptors.
+    #[error("the limit of open files is {hard}; raise it to at least 1024 (ulimit -Hn, LimitNOFILE=)")]
+    FewDescriptors {
+        /// The hard limit.
+        hard: u64,
+    },
+    /// The ids of the host itself.
+    #[error("ids.base is {base}; ids below 65536 belong to the host's own users")]
+    LowIds {
+        /// The base.
+        base: u32,
+    },
+    /// Nobody to serve.
+    #[error("descriptor 0 is no connection and the policy names no `listen` socket")]
+    NoSocket,
+}
+
+fn step(step: &'static str) -> impl FnOnce(nix::Error) -> StartError {
+    move |source| StartError::Step { step, source }
+}
+
+fn file(path: &Path) -> impl FnOnce(std::io::Error) -> StartError + '_ {
+    move |source| StartError::File { path: path.to_owned(), source }
+}
+
+/// Everything that differs between a first start and a replaced program.
+struct Beginning {
+    policy: Policy,
+    policy_text: String,
+    tree: Tree,
+    slots: Slots,
+    host_root: host::HostRoot,
+    listener: Option<OwnedFd>,
+    connection: Option<OwnedFd>,
+    program: Option<Program>,
+    rootless: bool,
+}
+
+/// Runs the launcher until it has nothing left to serve.
+///
+/// # Errors
+/// [`StartError`] says what is missing.
+pub fn run(policy_path: &Path) -> Result<(), StartError> {
+    reset_signals();
+    umask(Mode::from_bits_truncate(0o022));
+    close_range(3, i32::MAX).map_err(step("close inherited descriptors"))?;
+    let image = own_image()?;
+    let (mut policy, policy_text) = policy_file::load(policy_path)?;
+    let connection = connection();
+    let rootless = !geteuid().is_root();
+    if rootless {
+        enter_user_namespace()?;
+        policy.ids = super::policy_file::Ids { base: 0, per_sandbox: 1, slots: policy.ids.slots };
+    }
+    if !rootless && policy.ids.base < LOWEST_ID && !host::in_user_namespace() {
+        return Err(StartError::LowIds { base: policy.ids.base });
+    }
+    nix::sys::prctl::set_dumpable(rootless).map_err(step("protect the launcher's memory"))?;
+    raise_descriptor_limit()?;
+    host::separate()?;
+    let group = if rootless { None } else { Some(policy.runner_gid) };
+    let own = [
+        ("/state/sandboxes", own_directory(&policy.state_directory, "sandboxes", 0o710, group)?),
+        ("/state/launcher", own_directory(&policy.state_directory, "launcher", 0o700, None)?),
+        ("/run/sandboxes", own_directory(&policy.run_directory, "sandboxes", 0o711, None)?),
+    ];
+    let tree = Tree::open(&tag(&policy));
+    let locks = policy.lock_directory.clone().unwrap_or_else(|| {
+        if rootless { policy.run_directory.join("ids") } else { PathBuf::from("/run/sandbox-runner-ids") }
+    });
+    let slots = Slots::open(&locks, policy.ids.clone(), rootless)?;
+    let listener = if connection.is_some() { None } else { Some(listen_on(&policy, rootless)?) };
+    let program =
+        policy.program.as_deref().map(Program::open).transpose().map_err(step("open the directory of `program`"))?;
+    let host_root = host::enter(&policy, &own, rootless, tree.mode() != super::cgroup::Mode::None)?;
+    // The launcher has no use for any network.
+    unshare(CloneFlags::CLONE_NEWNET).map_err(step("leave the network"))?;
+    begin(Beginning { policy, policy_text, tree, slots, host_root, listener, connection, program, rootless }, image)
+}
+
+/// Goes on where the program before was replaced.
+fn resume(name: CString) -> Result<(), StartError> {
+    reset_signals();
+    umask(Mode::from_bits_truncate(0o022));
+    let handover = Handover::receive(name).map_err(step("take over from the program before"))?;
+    close_range(7, i32::MAX).map_err(step("close inherited descriptors"))?;
+    let image = own_image()?;
+    nix::sys::prctl::set_dumpable(false).map_err(step("protect the launcher's memory"))?;
+    let policy = policy_file::parse(&handover.policy, Path::new("(handed over)"))?;
+    let tree = Tree::open(&tag(&policy));
+    let slots = Slots::new(handover.locks, policy.ids.clone(), false);
+    let beginning = Beginning {
+        policy_text: handover.policy,
+        tree,
+        slots,
+        host_root: host::HostRoot::found(),
+        listener: Some(handover.listener),
+        connection: None,
+        program: Some(handover.program),
+        rootless: false,
+        policy,
+    };
+    begin(beginning, image)
+}
+
+/// A directory of ours below one that may belong to the runner: made if it is missing, never reached through a link, and
+/// refused when anybody else could change it.
+fn own_directory(parent: &Path, name: &str, mode: u32, group: Option<u32>) -> Result<OwnedFd, StartError> {
+    use nix::sys::stat::{fchmod, fstat, mkdirat};
+    let path = parent.join(name);
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let above = open(parent, flags, Mode::empty()).map_err(|errno| file(parent)(errno.into()))?;
+    match mkdirat(&above, name, Mode::from_bits_truncate(0o700)) {
+        Ok(()) | Err(nix::Error::EEXIST) => {}
+        Err(errno) => return Err(file(&path)(errno.into())),
+    }
+    let opened = nix::fcntl::openat(&above, name, flags | OFlag::O_NOFOLLOW, Mode::empty())
+        .map_err(|errno| file(&path)(errno.into()))?;
+    let found = fstat(&opened).map_err(|errno| file(&path)(errno.into()))?;
+    if found.st_uid != geteuid().as_raw() {
+        return Err(StartError::Foreign { path, owner: found.st_uid });
+    }
+    if group.is_some() {
+        nix::unistd::fchown(&opened, None, group.map(nix::unistd::Gid::from_raw)).map_err(step("own a directory"))?;
+    }
+    fchmod(&opened, Mode::from_bits_truncate(mode)).map_err(step("close a directory"))?;
+    Ok(opened)
+}
+
+/// A sandbox takes about a dozen descriptors here; running out of them in the middle would end all of them.
+fn raise_descriptor_limit() -> Result<(), StartError> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(step("read the descriptor limit"))?;
+    if hard < LEAST_DESCRIPTORS {
+        return Err(StartError::FewDescriptors { hard });
+    }
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map_err(step("raise the descriptor limit"))
+}
+
+/// Ids below it belong to users of the host.
+const LOWEST_ID: u32 = 65_536;
+
+/// Fewest descriptors to serve with.
+const LEAST_DESCRIPTORS: u64 = 1024;
+
+fn own_image() -> Result<OwnedFd, StartError> {
+    let image = open("/proc/self/exe", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())
+        .map_err(step("open the own image"))?;
+    // Process 1 executes it as root of a namespace that owns nothing on this host: only the bits for "others" count.
+    let found = nix::sys::stat::fstat(&image).map_err(step("look at the own image"))?;
+    if found.st_mode & 0o005 != 0o005 {
+        nix::sys::stat::fchmod(&image, Mode::from_bits_truncate(0o555))
+            .map_err(step("make the own image executable"))?;
+    }
+    Ok(image)
+}
+
+fn begin(beginning: Beginning, image: OwnedFd) -> Result<(), StartError> {
+    let Beginning { policy, policy_text, tree, slots, host_root, listener, connection, program, rootless } = beginning;
+    let embedded = connection.is_some();
+    let prefix = name_prefix(embedded);
+    let kind = kind_prefix(embedded);
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+        .map_err(step("make a socket pair"))?;
+    let arguments = CloneArguments { flags: 0, exit_signal: libc::SIGCHLD, cgroup: None, ..CloneArguments::default() };
+    let background_process = match clone3(&arguments).map_err(step("start the background process"))? {
+        Cloned::Child => {
+            drop((ours, connection, listener, slots, program));
+            Background { tree, image, socket: theirs, embedded, prefix: kind }.run();
+            crate::sys::process::exit_now(0)
+        }
+        Cloned::Parent { pidfd, .. } => pidfd,
+    };
+    drop(theirs);
+    nix::fcntl::fcntl(&ours, nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
+        .map_err(step("never wait for the background process"))?;
+    let for_later = (|| {
+        Some(Handover {
+            policy: policy_text,
+            listener: listener.as_ref()?.try_clone().ok()?,
+            locks: slots.directory().try_clone_to_owned().ok()?,
+            program: program?,
+        })
+    })();
+    let parts = Parts {
+        report: report(&policy, &tree, rootless),
+        policy,
+        tree: tree.clone(),
+        slots,
+        host_root,
+        background: ours,
+        listener,
+        connection,
+        rootless,
+        processors: processors(),
+        prefix,
+        replaceable: for_later.is_some() && !embedded && !rootless,
+    };
+    let checked = |handover: &Handover| handover.program.check();
+    let launcher =
+        Launcher::new(parts, for_later.as_ref().map(|handover| &handover.program)).map_err(step("prepare to serve"))?;
+    let end = launcher.run().map_err(step("serve"))?;
+    // The loop is gone and with it our end of the socket: the background process finishes and ends.
+    let _ = nix::sys::wait::waitid(
+        nix::sys::wait::Id::PIDFd(background_process.as_fd()),
+        nix::sys::wait::WaitPidFlag::WEXITED,
+    );
+    match (end, for_later) {
+        (End::Reexecute, Some(handover)) => {
+            // Checked again, on the descriptor that is executed.
+            let file = checked(&handover)?;
+            Err(handover.execute(&file).into())
+        }
+        (End::Stopped | End::Reexecute, _) => {
+            tree.close(&kind_prefix(embedded));
+            if !embedded {
+                state::clear();
+            }
+            Ok(())
+        }
+    }
+}
+
+/// How names of this launcher begin: those of an embedded one are its own alone, the others are adopted by a successor.
+fn kind_prefix(embedded: bool) -> String {
+    if embedded { format!("e{}-", std::process::id()) } else { "s-".to_owned() }
+}
+
+/// The kind and eight random digits, so that a name never comes again, not even with the same pid after a restart.
+fn name_prefix(embedded: bool) -> String {
+    let random = fs::read_to_string("/proc/sys/kernel/random/uuid").unwrap_or_default();
+    let digits: String = random.chars().filter(char::is_ascii_hexdigit).take(8).collect();
+    format!("{}{digits}", kind_prefix(embedded))
+}
+
+/// Descriptor 0, when the runner that started us put a connection there.
+fn connection() -> Option<OwnedFd> {
+    let input = inherited_descriptor(0).ok()?;
+    let connected = matches!(getsockopt(&input, SockTypeOption), Ok(SockType::SeqPacket));
+    if !connected {
+        // Descriptor 0 stays open for whatever comes after us.
+        std::mem::forget(input);
+        return None;
+    }
+    let moved = crate::sys::process::duplicate_above(input.as_fd(), 3).ok()?;
+    // Blocking would let one slow runner stop the loop.
+    nix::fcntl::fcntl(&moved, nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).ok()?;
+    drop(input);
+    let null = open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).ok()?;
+    crate::sys::process::place_descriptor(null.as_raw_fd(), 0).ok()?;
+    if null.as_raw_fd() == 0 {
+        std::mem::forget(null);
+    }
+    Some(moved)
+}
+
+/// An ordinary user becomes root of a user namespace of his own, with the one id that he may map.
+fn enter_user_namespace() -> Result<(), StartError> {
+    let (uid, gid) = (geteuid(), nix::unistd::getegid());
+    unshare(CloneFlags::CLONE_NEWUSER).map_err(step("make a user namespace"))?;
+    for (path, text) in [
+        ("/proc/self/setgroups", "deny".to_owned()),
+        ("/proc/self/uid_map", format!("0 {uid} 1")),
+        ("/proc/self/gid_map", format!("0 {gid} 1")),
+    ] {
+        fs::write(path, text).map_err(file(Path::new(path)))?;
+    }
+    Ok(())
+}
+
+/// Distinguishes launchers of one host in cgroup names.
+fn tag(policy: &Policy) -> String {
+    let digest = Sha256::digest(policy.run_directory.as_os_str().as_encoded_bytes());
+    digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn listen_on(policy: &Policy, rootless: bool) -> Result<OwnedFd, StartError> {
+    let path = policy.listen.as_deref().ok_or(StartError::NoSocket)?;
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(file(path)(error)),
+        _ => {}
+    }
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let listener = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).map_err(step("make the socket"))?;
+    let address = UnixAddr::new(path).map_err(step("name the socket"))?;
+    bind(listener.as_raw_fd(), &address).map_err(step("bind the socket"))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(file(path))?;
+    if !rootless {
+        std::os::unix::fs::chown(path, Some(policy.runner_uid), Some(policy.runner_gid)).map_err(file(path))?;
+    }
+    listen(&listener, Backlog::new(16).unwrap_or(Backlog::MAXCONN)).map_err(step("listen"))?;
+    Ok(listener)
+}
+
+fn processors() -> Vec<u32> {
+    let Ok(set) = sched_getaffinity(Pid::from_raw(0)) else { return Vec::new() };
+    (0..nix::sched::CpuSet::count())
+        .filter(|cpu| set.is_set(*cpu).unwrap_or(false))
+        .filter_map(|cpu| u32::try_from(cpu).ok())
+        .collect()
+}
+
+fn report(policy: &Policy, tree: &Tree, rootless: bool) -> HostReport {
+    let mut missing = Vec::new();
+    if let Some(failure) = &tree.failure {
+        missing.push(MissingLayer {
+            layer: "cgroup_memory".to_owned(),
+            attempt: chain(failure.as_ref()),
+            errno: failure.errno(),
+            remedy: "run as root, or under systemd with Delegate=yes".to_owned(),
+        });
+    }
+    if rootless {
+        missing.push(MissingLayer {
+            layer: "separate_principals".to_owned(),
+            attempt: "only one id can be mapped".to_owned(),
+            errno: libc::EPERM,
+            remedy: "run as root, or give the user a range in /etc/subuid".to_owned(),
+        });
+    }
+    let image_source = fs::read_link("/proc/self/exe")
+        .map(|link| if link.to_string_lossy().starts_with("/memfd:") { "memfd" } else { "file" })
+        .unwrap_or("file");
+    HostReport {
+        cgroup_mode: tree.mode().name().to_owned(),
+        cgroup_controllers: tree.controllers.clone(),
+        landlock_abi: landlock::kernel_abi().and_then(|abi| u32::try_from(abi).ok()).unwrap_or(0),
+        ids_per_sandbox: policy.ids.per_sandbox,
+        slots: policy.ids.slots,
+        rootless,
+        image_source: image_source.to_owned(),
+        idmapped_lowers: !rootless,
+        missing,
+        switched_off: policy.danger.without.clone(),
+    }
+}
+
+/// Arguments of the launcher role.
+///
+/// # Errors
+/// What is wrong with them, for the caller's standard error.
+pub fn main(arguments: &[CString]) -> Result<(), String> {
+    let usage = "usage: sandbox-init launcher --policy FILE";
+    let [flag, path] = arguments else { return Err(usage.to_owned()) };
+    if flag.as_bytes() == b"--resume" {
+        return resume(path.clone()).map_err(|error| chain(&error));
+    }
+    if flag.as_bytes() != b"--policy" {
+        return Err(usage.to_owned());
+    }
+    let path = std::str::from_utf8(path.as_bytes()).map_err(|_| usage.to_owned())?;
+    run(Path::new(path)).map_err(|error| chain(&error))
+}

@@ -1,0 +1,287 @@
+//! Privileged: root in the sandbox's own user namespace, for as long as this module runs.
+//!
+//! From a fresh `execve` to a closed sandbox. The order, and why:
+//!
+//! 1. signals, because ignored ones are inherited by every shell below;
+//! 2. `/proc` and U2, because the kernel gives a child's id map only to a dumpable owner;
+//! 3. the boot packet: nothing before it depends on the request;
+//! 4. mounts and `pivot_root`, because they need root of U1;
+//! 5. identity: process 1 stops being root and is no longer dumpable;
+//! 6. the spawner, in the sandbox's one landlock domain; from it every process of the workload comes;
+//! 7. the first spare child, hardened: a sandbox whose workload cannot be confined is not ready.
+
+pub mod identity;
+pub mod limit;
+pub mod mount;
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nix::sys::signal::{SigSet, Signal};
+use nix::unistd::sethostname;
+use prost::Message;
+use proto::launch::v1::Layer;
+
+use crate::boot::{BOOT_DESCRIPTOR, Boot, Booted, Role};
+use crate::init::slot::{Slots, V1Counters};
+use crate::init::spawn::{self, Confinement, SpawnerClient};
+use crate::init::{self, Context};
+use crate::policy::{Profile, landlock};
+use crate::sys::process::{inherited_descriptor, reset_signals};
+use crate::sys::socket::{receive, send};
+
+/// A step that the kernel refused.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {step}")]
+pub struct StageError {
+    /// What was tried.
+    pub step: String,
+    /// The cause.
+    #[source]
+    pub source: nix::Error,
+}
+
+fn step(step: &str) -> impl FnOnce(nix::Error) -> StageError + '_ {
+    move |source| StageError { step: step.to_owned(), source }
+}
+
+/// Largest boot packet.
+const BOOT_BYTES: usize = 128 * 1024;
+
+/// Role `init`: becomes process 1 of a sandbox and serves until it ends.
+///
+/// # Errors
+/// What failed; the launcher has been told.
+pub fn main() -> Result<(), String> {
+    reset_signals();
+    let boot = inherited_descriptor(BOOT_DESCRIPTOR).map_err(|errno| format!("no boot socket: {errno}"))?;
+    match close(&boot) {
+        Ok((context, layers)) => {
+            let booted = Booted { failure: String::new(), errno: 0, layers };
+            // A launcher that is gone by now is no reason to end: its successor adopts.
+            let _ = send(&boot, &booted.encode_to_vec(), &[]);
+            drop(boot);
+            let _ = init::run(context);
+            Ok(())
+        }
+        Err(error) => {
+            let failure = crate::launcher::background::chain(&error);
+            let booted = Booted { failure: failure.clone(), errno: error.source as i32, layers: Vec::new() };
+            let _ = send(&boot, &booted.encode_to_vec(), &[]);
+            Err(failure)
+        }
+    }
+}
+
+/// Descriptors of the boot packet by role.
+#[derive(Debug, Default)]
+struct Handed {
+    single: std::collections::BTreeMap<i32, OwnedFd>,
+    mounts: Vec<OwnedFd>,
+}
+
+impl Handed {
+    fn new(roles: &[i32], descriptors: Vec<OwnedFd>) -> Self {
+        let mut handed = Self::default();
+        for (role, descriptor) in roles.iter().zip(descriptors) {
+            if *role == Role::Mount as i32 {
+                handed.mounts.push(descriptor);
+            } else {
+                handed.single.insert(*role, descriptor);
+            }
+        }
+        handed
+    }
+
+    fn take(&mut self, role: Role) -> Result<OwnedFd, StageError> {
+        self.single.remove(&(role as i32)).ok_or_else(|| StageError {
+            step: format!("find the descriptor {role:?} in the boot packet"),
+            source: nix::Error::EBADF,
+        })
+    }
+}
+
+fn close(boot_socket: &OwnedFd) -> Result<(Context, Vec<Layer>), StageError> {
+    let proc = mount::make_proc()?;
+    identity::prepare_network(&proc)?;
+    let (packet, nested) = {
+        // U2 depends on the number of ids only, which the map of this process tells.
+        let ids = own_id_count();
+        let nested = identity::nested_user_namespace(&proc, ids)?;
+        let packet = receive(boot_socket, BOOT_BYTES)
+            .map_err(step("receive the boot packet"))?
+            .ok_or_else(|| StageError { step: "wait for the boot packet".to_owned(), source: nix::Error::EPIPE })?;
+        (packet, nested)
+    };
+    let boot = Boot::decode(packet.bytes.as_slice())
+        .map_err(|_| StageError { step: "read the boot packet".to_owned(), source: nix::Error::EBADMSG })?;
+    let mut handed = Handed::new(&boot.roles, packet.descriptors);
+    let without = |layer: &str| boot.without.iter().any(|name| name == layer);
+    let single_id = boot.id_count == 1;
+    let keeper = boot.id_count - 1;
+    let workload = if boot.root { 0 } else { identity::AGENT };
+
+    let mounts = std::mem::take(&mut handed.mounts);
+    let calls = mount::assemble(mount::Assembly {
+        root: handed.take(Role::Root)?,
+        devices: handed.take(Role::Devices)?,
+        proc,
+        spool: handed.take(Role::SpoolMount)?,
+        extra: boot.mount_targets.iter().cloned().zip(mounts).collect(),
+        temporary_bytes: boot.temporary_bytes,
+        keeper,
+        workload,
+        working_directory: String::from_utf8_lossy(&boot.working_directory).into_owned(),
+        mask: !without("proc_masked"),
+    })?;
+    sethostname(&boot.hostname).map_err(step("set the host name"))?;
+    limit::apply()?;
+    identity::become_keeper(boot.id_count)?;
+    if boot.die_with_launcher {
+        // After the last change of credentials, which clears it.
+        nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(step("tie process 1 to the launcher"))?;
+    }
+    SigSet::from(Signal::SIGCHLD).thread_block().map_err(step("block SIGCHLD"))?;
+
+    let profile = if boot.strict { Profile::Strict } else { Profile::Standard };
+    let confinement = Confinement {
+        profile,
+        nested,
+        root: boot.root,
+        single_id,
+        processors: boot.processors.iter().filter_map(|cpu| usize::try_from(*cpu).ok()).collect(),
+        landlock: !without("landlock"),
+        seccomp: !without("seccomp"),
+        capabilities: !without("capabilities"),
+        working_directory: PathBuf::from(String::from_utf8_lossy(&boot.working_directory).into_owned()),
+    };
+    let work = handed.take(Role::WorkCgroup).ok();
+    let mut slots = work.map_or_else(Slots::scan, Slots::cgroup);
+    let (spawner, spawner_pidfd, achieved) = start_spawner(confinement, &mut slots)?;
+    let v1 = match (handed.take(Role::V1Memory), handed.take(Role::V1Pids), handed.take(Role::V1Account)) {
+        (Ok(memory), Ok(pids), Ok(cpuacct)) => Some(V1Counters { memory, pids, cpuacct }),
+        _ => None,
+    };
+    if let Ok(lock) = handed.take(Role::SlotLock) {
+        // Open for as long as this process lives: the id slot stays taken.
+        std::mem::forget(lock);
+    }
+    let layers = layers(&boot, achieved.as_ref());
+    let context = Context {
+        sandbox_id: boot.sandbox_id,
+        listener: handed.take(Role::Listener)?,
+        spawner: Box::new(spawner),
+        spawner_pidfd: Some(spawner_pidfd),
+        slots,
+        v1,
+        spool_directory: handed.take(Role::Spool)?,
+        spool_path_inside: PathBuf::from(mount::OWN_DIRECTORY).join("output"),
+        spool_budget_bytes: boot.spool_budget_bytes,
+        call_directory: calls,
+        call_path_inside: PathBuf::from(mount::OWN_DIRECTORY).join("call"),
+        default_environment: environment(&boot.environment, boot.root),
+        working_directory: boot.working_directory,
+        shell_path: PathBuf::from("/bin/bash"),
+        orphan_timeout: (boot.orphan_timeout_ms > 0).then(|| Duration::from_millis(boot.orphan_timeout_ms)),
+        reaps_orphans: true,
+    };
+    Ok((context, layers))
+}
+
+fn start_spawner(
+    confinement: Confinement,
+    slots: &mut Slots,
+) -> Result<(SpawnerClient, OwnedFd, Option<landlock::Achieved>), StageError> {
+    let mut started =
+        spawn::start(confinement).map_err(|error| StageError { step: error.to_string(), source: error.errno() })?;
+    // Fail closed: the first spare goes through every step of the hardening before anybody is told that we are ready. It is
+    // parked in the slot of the first call, which therefore finds it there.
+    slots.prepare().map_err(step("make the first slot"))?;
+    started
+        .client
+        .prove(slots.prepared())
+        .map_err(|error| StageError { step: error.to_string(), source: error.errno() })?;
+    Ok((started.client, started.pidfd, started.achieved))
+}
+
+/// Number of ids mapped in this user namespace, from the one line of `/proc/self/uid_map`.
+fn own_id_count() -> u32 {
+    std::fs::read_to_string("/proc/self/uid_map")
+        .ok()
+        .and_then(|map| map.split_whitespace().nth(2)?.parse().ok())
+        .unwrap_or(1)
+}
+
+/// What every process finds in its environment, unless the request says otherwise.
+fn environment(asked: &[Vec<u8>], root: bool) -> Vec<Vec<u8>> {
+    let (home, user) = if root { ("/root", "root") } else { ("/home/agent", "agent") };
+    let defaults = [
+        "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned(),
+        format!("HOME={home}"),
+        format!("USER={user}"),
+        format!("LOGNAME={user}"),
+        "SHELL=/bin/bash".to_owned(),
+        "LANG=C.UTF-8".to_owned(),
+        "TERM=dumb".to_owned(),
+        "TMPDIR=/tmp".to_owned(),
+    ];
+    let name = |entry: &[u8]| entry.split(|byte| *byte == b'=').next().map(<[u8]>::to_vec);
+    let mut result: Vec<Vec<u8>> = defaults
+        .into_iter()
+        .map(String::into_bytes)
+        .filter(|default| !asked.iter().any(|entry| name(entry) == name(default)))
+        .collect();
+    result.extend(asked.iter().cloned());
+    result
+}
+
+fn layers(boot: &Boot, landlock: Option<&landlock::Achieved>) -> Vec<Layer> {
+    let without = |layer: &str| boot.without.iter().any(|name| name == layer);
+    let layer = |name: &str, enforced: &str, errno: i32| Layer {
+        name: name.to_owned(),
+        requested: "yes".to_owned(),
+        enforced: enforced.to_owned(),
+        errno,
+    };
+    let unless = |switch: &str, text: &'static str| if without(switch) { "" } else { text };
+    let single = boot.id_count == 1;
+    let mut layers = vec![
+        layer("user_namespace", &format!("{} ids", boot.id_count), 0),
+        layer(
+            "separate_principals",
+            if single { "" } else { "process 1 has an id of its own" },
+            if single { libc::EPERM } else { 0 },
+        ),
+        layer("nested_user_namespace", "workload in a nested one, no further one", 0),
+        layer("mount_namespace", "own", 0),
+        layer("root_switch", "pivot_root", 0),
+        layer("pid_namespace", "own", 0),
+        layer("network_namespace", "loopback only", 0),
+        layer("ipc_namespace", "own", 0),
+        layer("uts_namespace", "own", 0),
+        layer("cgroup_namespace", "own", 0),
+        layer("proc_masked", unless("proc_masked", "masked, hidepid=ptraceable"), 0),
+        layer("private_devices", "six nodes, read-only", 0),
+        layer("capabilities", unless("capabilities", if boot.root { "eight inside, none outside" } else { "none" }), 0),
+        layer("no_new_privileges", "yes", 0),
+        layer("seccomp", unless("seccomp", "two filters"), 0),
+    ];
+    match landlock {
+        Some(achieved) => {
+            layers.push(layer("landlock", &format!("ABI {}", achieved.abi), 0));
+            let scoped = achieved.scopes;
+            layers.push(layer(
+                "landlock_scopes",
+                if scoped { "signal, abstract unix socket" } else { "" },
+                if scoped { 0 } else { libc::ENOSYS },
+            ));
+        }
+        None => {
+            let errno = if without("landlock") { 0 } else { libc::ENOSYS };
+            layers.push(layer("landlock", "", errno));
+            layers.push(layer("landlock_scopes", "", errno));
+        }
+    }
+    layers
+}
