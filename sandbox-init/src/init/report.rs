@@ -1,0 +1,96 @@
+//! What the runner is told without asking. Computed from the state of the calls at the moment when the socket can take
+//! it, so nothing queues up for a slow runner and nothing is lost by a reconnect.
+
+use proto::init::v1::{CallStarted, Frame, OutputAdvanced, StreamLength, frame};
+
+use super::call::{Call, Phase};
+use super::clock::{MILLISECOND, Moment, now};
+use super::connection::Connection;
+use super::serve::Engine;
+
+/// Time between two reports of more output of one call.
+pub(crate) const ANNOUNCE_INTERVAL: u64 = 25 * MILLISECOND;
+/// A call that is over sooner is not reported as started: its end says it all, at half the cost.
+pub(crate) const STARTED_AFTER: u64 = 2 * MILLISECOND;
+/// More output than this is reported earlier, but not more often than every millisecond.
+const ANNOUNCE_BYTES: u64 = 32 * 1024;
+
+impl Engine {
+    /// Sends what the runner does not know yet.
+    pub(super) fn tell_runner(&mut self) {
+        let now = now();
+        let generation = self.generation;
+        let Some(connection) = &mut self.connection else { return };
+        if connection.generation.is_none() {
+            return;
+        }
+        let mut told = connection.flush().map(|()| connection.is_clear());
+        for call in self.calls.values_mut() {
+            if !matches!(told, Ok(true)) {
+                break;
+            }
+            told = tell(call, connection, generation, now);
+        }
+        match told {
+            Ok(clear) => self.update_interest(!clear),
+            Err(_) => self.disconnect(),
+        }
+    }
+
+    fn update_interest(&mut self, wants_to_write: bool) {
+        if self.waits_for_socket != wants_to_write {
+            self.waits_for_socket = wants_to_write;
+            self.watch_connection(wants_to_write);
+        }
+    }
+}
+
+/// Tells what is to be told of one call; `false` when the socket is full.
+fn tell(
+    call: &mut Call,
+    connection: &mut Connection,
+    generation: u64,
+    now: Moment,
+) -> Result<bool, super::connection::Gone> {
+    let call_id = &call.plan.call_id;
+    let mut send = |body| connection.event(&Frame { request_id: 0, generation, body: Some(body) });
+    match &mut call.phase {
+        Phase::Prepared => Ok(true),
+        Phase::Running(running) => {
+            let total = running.total_output();
+            let fresh = total.saturating_sub(running.announced.output);
+            let soon = running.announced.next_output.saturating_sub(ANNOUNCE_INTERVAL).saturating_add(MILLISECOND);
+            let is_output_due =
+                fresh != 0 && (running.announced.next_output <= now || (fresh >= ANNOUNCE_BYTES && soon <= now));
+            // The beginning is told before any output, and without output only when the call is not over at once.
+            let is_due = is_output_due || running.started.saturating_add(STARTED_AFTER) <= now;
+            if running.announced.has_begun && !running.announced.started && is_due {
+                let started = CallStarted { call_id: call_id.clone(), boottime_ns: running.started };
+                if !send(frame::Body::CallStarted(started))? {
+                    return Ok(false);
+                }
+                running.announced.started = true;
+            }
+            if !is_output_due || !running.announced.started {
+                return Ok(true);
+            }
+            let length = |output: &super::call::Output| StreamLength {
+                stream: output.stream.stream().into(),
+                total_bytes: output.stream.total(),
+            };
+            let streams = running.outputs.iter().map(length).collect();
+            if !send(frame::Body::OutputAdvanced(OutputAdvanced { call_id: call_id.clone(), streams }))? {
+                return Ok(false);
+            }
+            running.announced.output = total;
+            running.announced.next_output = now.saturating_add(ANNOUNCE_INTERVAL);
+            Ok(true)
+        }
+        Phase::Finished(finished) => {
+            if !finished.sent {
+                finished.sent = send(frame::Body::CallFinished(finished.message.clone()))?;
+            }
+            Ok(finished.sent)
+        }
+    }
+}

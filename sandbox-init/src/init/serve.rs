@@ -1,0 +1,389 @@
+//! The loop of process 1: wait, handle every event, run what is due, tell the runner, then do what nobody waits for.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use crate::sys::child::{Exit, Which, reap};
+
+use super::call::{Call, Phase};
+use super::clock::{Alarm, MILLISECOND, Moment, now};
+use super::connection::{Connection, PACKET_LIMIT, Received};
+use super::event::{Event, Key};
+use super::late::LateOutput;
+use super::pipe::READ_BUDGET;
+use super::prepare::Staging;
+use super::shell::{CallDirectory, Shell};
+use super::slot::Slots;
+use super::spawner::Spawner;
+use super::spool::SpoolDirectory;
+use super::{Context, ExitReason};
+
+/// Requests of one wake-up; the rest waits for the next, so that output is read in between.
+const REQUESTS_PER_WAKE: usize = 32;
+/// How often slots of finished calls are looked at again.
+const SWEEP_INTERVAL: u64 = 500 * MILLISECOND;
+
+/// Process 1.
+pub(crate) struct Engine {
+    pub(super) sandbox_id: String,
+    pub(super) epoll: Epoll,
+    pub(super) alarm: Alarm,
+    pub(super) listener: UnixListener,
+    pub(super) connection: Option<Connection>,
+    /// The loop also wakes up when the socket can take more.
+    pub(super) waits_for_socket: bool,
+    /// Highest generation of a runner seen so far.
+    pub(super) generation: u64,
+    pub(super) spawner: Box<dyn Spawner + Send>,
+    pub(super) spawner_pidfd: Option<OwnedFd>,
+    children: Option<SignalFd>,
+    pub(super) slots: Slots,
+    pub(super) spool: SpoolDirectory,
+    pub(super) environment: Vec<Vec<u8>>,
+    pub(super) working_directory: Vec<u8>,
+    pub(super) calls: BTreeMap<Key, Call>,
+    pub(super) acknowledged: VecDeque<(String, [u8; 32])>,
+    pub(super) staging: Staging,
+    pub(super) next_key: Key,
+    pub(super) late: LateOutput,
+    pub(super) shells: Shells,
+    pub(super) deadline: Option<Moment>,
+    pub(super) orphan_timeout: Option<Duration>,
+    pub(super) alone_since: Option<Moment>,
+    pub(super) shutdown: Option<Shutdown>,
+    pub(super) next_sweep: Option<Moment>,
+    pub(super) exit: Option<ExitReason>,
+    pub(super) buffer: Vec<u8>,
+    packet: Vec<u8>,
+}
+
+/// The shell and what is remembered between shells.
+pub(super) struct Shells {
+    pub(super) path: PathBuf,
+    pub(super) current: Option<Shell>,
+    /// Shells that were killed and not reaped yet.
+    pub(super) dying: BTreeMap<Key, OwnedFd>,
+    pub(super) generation: u64,
+    /// Last known working directory.
+    pub(super) working_directory: Vec<u8>,
+    /// A shell with state was lost while no call ran; the next call says so.
+    pub(super) lost_idle: bool,
+    /// A runner is there, so a shell is worth having before the first command.
+    pub(super) wanted: bool,
+    /// A runner that has just come usually brings a call. On a small machine the start of a shell would delay it by more
+    /// than the call takes, so a shell that nobody has asked for yet waits until then.
+    pub(super) not_before: Moment,
+    pub(super) files: CallDirectory,
+    /// The call that has just left the shell; whether it left processes is looked at after its answer was sent.
+    pub(super) just_left: Option<String>,
+    /// A command has ended since the counters of the slot were marked.
+    pub(super) needs_mark: bool,
+    /// Something else than our line wrote to the status descriptor of the current shell.
+    pub(super) doubted: bool,
+}
+
+/// The sandbox is ending.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shutdown {
+    pub(super) kill_at: Moment,
+}
+
+impl Engine {
+    /// Takes over everything in `context`.
+    pub(crate) fn new(context: Context) -> Result<Self, nix::Error> {
+        let listener = UnixListener::from(context.listener);
+        listener.set_nonblocking(true).map_err(errno_of)?;
+        let children = if context.reaps_orphans {
+            let mask = SigSet::from(Signal::SIGCHLD);
+            Some(SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?)
+        } else {
+            None
+        };
+        let mut slots = context.slots.with_v1(context.v1);
+        slots.set_sees_orphans(context.reaps_orphans);
+        let engine = Self {
+            sandbox_id: context.sandbox_id,
+            epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
+            alarm: Alarm::new()?,
+            listener,
+            connection: None,
+            waits_for_socket: false,
+            generation: 0,
+            spawner: context.spawner,
+            spawner_pidfd: context.spawner_pidfd,
+            children,
+            slots,
+            spool: SpoolDirectory::new(context.spool_directory, context.spool_path_inside, context.spool_budget_bytes),
+            environment: context.default_environment,
+            calls: BTreeMap::new(),
+            acknowledged: VecDeque::new(),
+            staging: Staging::default(),
+            next_key: 1,
+            late: LateOutput::default(),
+            shells: Shells {
+                path: context.shell_path,
+                current: None,
+                dying: BTreeMap::new(),
+                generation: 0,
+                working_directory: context.working_directory.clone(),
+                lost_idle: false,
+                wanted: false,
+                not_before: now(),
+                files: CallDirectory::new(context.call_directory, &context.call_path_inside),
+                just_left: None,
+                needs_mark: false,
+                doubted: false,
+            },
+            working_directory: context.working_directory,
+            deadline: None,
+            orphan_timeout: context.orphan_timeout,
+            alone_since: Some(now()),
+            shutdown: None,
+            next_sweep: None,
+            exit: None,
+            buffer: vec![0; READ_BUDGET],
+            packet: vec![0; PACKET_LIMIT + 1],
+        };
+        engine.watch(&engine.listener, Event::Accept)?;
+        engine.watch(&engine.alarm, Event::Alarm)?;
+        if let Some(pidfd) = &engine.spawner_pidfd {
+            engine.watch(pidfd, Event::SpawnerGone)?;
+        }
+        if let Some(children) = &engine.children {
+            engine.watch(children, Event::Children)?;
+        }
+        Ok(engine)
+    }
+
+    /// Runs until the sandbox ends.
+    pub(crate) fn run(&mut self) -> ExitReason {
+        let mut events = [EpollEvent::empty(); 32];
+        loop {
+            self.run_due(now());
+            self.tell_runner();
+            self.do_idle_work();
+            if let Some(reason) = self.exit.take() {
+                self.tear_down();
+                return reason;
+            }
+            self.alarm.wake_at(self.next_due());
+            let count = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+                Ok(count) => count,
+                Err(Errno::EINTR) => 0,
+                Err(error) => {
+                    self.tear_down();
+                    return ExitReason::Failed(error);
+                }
+            };
+            for event in events.iter().take(count) {
+                if let Some(event) = Event::from_token(event.data()) {
+                    self.handle(event);
+                }
+            }
+        }
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Accept => self.accept(),
+            Event::Connection => self.serve_connection(),
+            Event::Alarm => self.alarm.acknowledge(),
+            Event::Children => self.reap_children(),
+            Event::SpawnerGone => self.exit = Some(ExitReason::SpawnerGone),
+            Event::Output(key, index) => self.read_output(key, index),
+            Event::Stdin(key) => self.feed_stdin(key),
+            Event::StartError(key) => self.look_at_start(key),
+            Event::Process(key) => self.reap_process(key),
+            Event::ShellStatus(key) => self.listen_to_shell(key),
+            Event::ShellProcess(key) => self.reap_shell(key),
+        }
+    }
+
+    /// Wakes the loop with `event` whenever `fd` can be read.
+    pub(super) fn watch(&self, fd: impl AsFd, event: Event) -> Result<(), nix::Error> {
+        self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, event.token()))
+    }
+
+    /// A key that was never used before.
+    pub(super) fn new_key(&mut self) -> Key {
+        let key = self.next_key;
+        self.next_key = self.next_key.saturating_add(1);
+        key
+    }
+
+    fn accept(&mut self) {
+        while let Ok((stream, _)) = self.listener.accept() {
+            if stream.set_nonblocking(true).is_err() {
+                continue;
+            }
+            // The newest connection wins: the older runner is gone, or is about to notice that it is not wanted.
+            let connection = Connection::new(OwnedFd::from(stream));
+            if self.watch(&connection, Event::Connection).is_ok() {
+                self.alone_since = None;
+                self.connection = Some(connection);
+                self.waits_for_socket = false;
+            }
+        }
+    }
+
+    fn serve_connection(&mut self) {
+        for _ in 0..REQUESTS_PER_WAKE {
+            let Some(connection) = &mut self.connection else { return };
+            if connection.flush().is_err() {
+                return self.disconnect();
+            }
+            if !connection.may_read() {
+                return;
+            }
+            match connection.receive(&mut self.packet) {
+                Received::Request(request) => self.answer(*request),
+                Received::Nothing => return,
+                Received::Over => return self.disconnect(),
+            }
+        }
+    }
+
+    /// Forgets the connection. Calls go on; what they have to say waits for the next runner.
+    pub(super) fn disconnect(&mut self) {
+        self.connection = None;
+        self.alone_since = Some(now());
+    }
+
+    /// While something waits for the socket, the loop wakes up when the socket can take more.
+    pub(super) fn watch_connection(&mut self, wants_to_write: bool) {
+        let Some(connection) = &self.connection else { return };
+        let reads = if connection.may_read() { EpollFlags::EPOLLIN } else { EpollFlags::empty() };
+        let writes = if wants_to_write { EpollFlags::EPOLLOUT } else { EpollFlags::empty() };
+        let mut interest = EpollEvent::new(reads | writes, Event::Connection.token());
+        // A connection that cannot be watched cannot be served.
+        if self.epoll.modify(connection, &mut interest).is_err() {
+            self.disconnect();
+        }
+    }
+
+    fn reap_children(&mut self) {
+        if let Some(children) = &self.children {
+            while let Ok(Some(_)) = children.read_signal() {}
+        }
+        // A reaped pid may be used again at once, so whose it was is settled before the next one is reaped.
+        while let Ok(Some((pid, exit))) = reap(Which::Any) {
+            self.child_ended(pid, exit);
+        }
+    }
+
+    fn child_ended(&mut self, pid: nix::unistd::Pid, exit: Exit) {
+        if self.shells.current.as_ref().is_some_and(|shell| shell.pid == pid) {
+            return self.shell_ended(exit);
+        }
+        let owner = self.calls.values_mut().find_map(|call| {
+            let key = call.key;
+            let process = call.running()?.process()?;
+            (process.pid == pid).then_some(key)
+        });
+        if let Some(key) = owner {
+            self.process_ended(key, exit);
+        }
+    }
+
+    /// Earliest moment at which something is due.
+    fn next_due(&self) -> Option<Moment> {
+        let mut due = [
+            self.deadline,
+            self.orphan_at(),
+            self.next_sweep,
+            self.shutdown.map(|shutdown| shutdown.kill_at),
+            self.shell_at(),
+        ]
+        .into_iter()
+        .flatten()
+        .min();
+        for call in self.calls.values() {
+            let Phase::Running(running) = &call.phase else { continue };
+            let ending = running.ending.map(|ending| ending.next);
+            let deadline = if ending.is_some() { ending } else { running.deadline };
+            let announce = (self.connection.is_some() && running.total_output() > running.announced.output)
+                .then_some(running.announced.next_output);
+            let start = (self.connection.is_some() && running.announced.has_begun && !running.announced.started)
+                .then_some(running.started.saturating_add(super::report::STARTED_AFTER));
+            due = [due, deadline, running.spool_at, announce, start].into_iter().flatten().min();
+        }
+        due
+    }
+
+    /// When a shell is started ahead of need; `None` when there is no need, or when something else has to happen first.
+    pub(super) fn shell_at(&self) -> Option<Moment> {
+        let waits = self.shells.wanted && self.shells.current.is_none() && !self.has_running();
+        waits.then_some(self.shells.not_before)
+    }
+
+    fn orphan_at(&self) -> Option<Moment> {
+        let timeout = u64::try_from(self.orphan_timeout?.as_nanos()).unwrap_or(u64::MAX);
+        Some(self.alone_since?.saturating_add(timeout))
+    }
+
+    fn run_due(&mut self, now: Moment) {
+        if self.deadline.is_some_and(|deadline| deadline <= now) {
+            self.exit = Some(ExitReason::DeadlinePassed);
+        }
+        if self.orphan_at().is_some_and(|moment| moment <= now) {
+            self.exit = Some(ExitReason::Orphaned);
+        }
+        if self.shutdown.is_some_and(|shutdown| shutdown.kill_at <= now || !self.has_running()) {
+            self.exit = Some(ExitReason::Shutdown);
+        }
+        let running: Vec<Key> =
+            self.calls.values().filter(|call| matches!(call.phase, Phase::Running(_))).map(|call| call.key).collect();
+        for key in running {
+            self.run_due_of_call(key, now);
+        }
+        if self.next_sweep.is_some_and(|sweep| sweep <= now) {
+            self.next_sweep = self.slots.sweep().then(|| now.saturating_add(SWEEP_INTERVAL));
+        }
+    }
+
+    pub(super) fn has_running(&self) -> bool {
+        self.calls.values().any(|call| matches!(call.phase, Phase::Running(_)))
+    }
+
+    /// What was put off until the answer was on its way.
+    fn do_idle_work(&mut self) {
+        if self.exit.is_some() || self.shutdown.is_some() {
+            return;
+        }
+        self.settle_shell();
+        if self.shells.wanted {
+            // Without a spare the next call makes its slot itself, and reports what is wrong.
+            let _ = self.slots.prepare();
+            let parked = self.spawner.park(self.slots.prepared());
+            self.slots.set_parked(parked);
+        }
+        if self.slots.is_unswept() {
+            self.slots.sweep();
+        }
+        if self.slots.has_left() && self.next_sweep.is_none() {
+            self.next_sweep = Some(now().saturating_add(SWEEP_INTERVAL));
+        }
+    }
+
+    fn tear_down(&mut self) {
+        self.slots.tear_down();
+        if let Some(shell) = &self.shells.current {
+            // Where slots are read from /proc the shell may have escaped the reading; it is our child in any case.
+            let _ = nix::sys::signal::kill(shell.pid, Signal::SIGKILL);
+        }
+        self.shells.files.clear();
+    }
+}
+
+/// The number behind an error of the standard library.
+pub(super) fn errno_of(error: std::io::Error) -> nix::Error {
+    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+}

@@ -1,0 +1,218 @@
+//! The spare child: hardened first, then parked, then the program or the tool it was asked to be.
+//!
+//! Everything after the hardening runs as the workload: it holds nothing that the program it becomes may not have.
+
+use std::ffi::{CString, OsStr};
+use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+
+use nix::errno::Errno;
+use nix::unistd::{chdir, setsid};
+use prost::Message;
+use proto::init::v1::{ContentBlock, ToolResult};
+
+use super::Confinement;
+use crate::policy::seccomp::BpfProgram;
+use crate::stage::identity::become_workload;
+use crate::stage::mount::OWN_DIRECTORY;
+use crate::sys::process::{
+    close_range_on_exec, duplicate_above, execute_path, exit_now, inherited_descriptor, place_descriptor,
+    set_controlling_terminal,
+};
+use crate::sys::socket::{Packet, receive, send};
+use crate::tool;
+
+/// What a spare becomes.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Task {
+    /// Program and arguments; empty for a tool.
+    #[prost(bytes = "vec", repeated, tag = "1")]
+    pub argv: Vec<Vec<u8>>,
+    /// The whole environment.
+    #[prost(bytes = "vec", repeated, tag = "2")]
+    pub environment: Vec<Vec<u8>>,
+    /// Where it starts.
+    #[prost(bytes = "vec", tag = "3")]
+    pub working_directory: Vec<u8>,
+    /// Tool name; empty for a program.
+    #[prost(string, tag = "4")]
+    pub tool: String,
+    /// Input of the tool.
+    #[prost(bytes = "vec", tag = "5")]
+    pub input_json: Vec<u8>,
+    /// Descriptor 0 becomes the controlling terminal.
+    #[prost(bool, tag = "6")]
+    pub terminal: bool,
+    /// Number of each descriptor after the first, which is for start errors.
+    #[prost(int32, repeated, tag = "7")]
+    pub targets: Vec<RawFd>,
+}
+
+/// Packet that says: the last descriptor is a memory file that holds the task.
+pub(super) const IN_FILE: &[u8] = b"file";
+/// A spare says this when it is hardened.
+pub(super) const HARDENED: &[u8] = b"hardened";
+/// Largest task that travels in the packet itself.
+pub(super) const INLINE_BYTES: usize = 64 * 1024;
+/// Name of the built-in that attacks the sandbox from inside, for `doctor`.
+const PROBE: &str = "probe";
+/// Received descriptors first move here, out of the way of every number they may get.
+const ABOVE: RawFd = 256;
+
+/// Runs the whole life of a spare. Returns only when there is nothing to do.
+pub(super) fn run(socket: OwnedFd, confinement: &Confinement, programs: &[BpfProgram; 2]) {
+    let socket = match harden(socket, confinement, programs) {
+        Ok(socket) => socket,
+        Err(errno) => exit_now(errno as i32 & 0x7f),
+    };
+    // Nobody listens when the task was sent ahead.
+    let _ = send(&socket, HARDENED, &[]);
+    let packet = loop {
+        match receive(&socket, INLINE_BYTES + 1024) {
+            Ok(Some(packet)) => break packet,
+            // unix(7): a peer that closes with our packet unread resets us once; its task is in our queue all the same.
+            Err(Errno::ECONNRESET | Errno::EINTR) => {}
+            Ok(None) | Err(_) => return,
+        }
+    };
+    drop(socket);
+    perform(packet, confinement);
+}
+
+fn harden(socket: OwnedFd, confinement: &Confinement, programs: &[BpfProgram; 2]) -> nix::Result<OwnedFd> {
+    setsid()?;
+    become_workload(&confinement.nested, confinement.root, confinement.single_id, confinement.capabilities)?;
+    // Only now, because everything else of the spawner may go: its socket, U2.
+    let socket = keep_only(socket)?;
+    if confinement.seccomp {
+        for program in programs {
+            crate::sys::seccomp::install(program)?;
+        }
+    }
+    Ok(socket)
+}
+
+/// Closes every descriptor but 0 to 2 and this one.
+fn keep_only(socket: OwnedFd) -> nix::Result<OwnedFd> {
+    let high = duplicate_above(socket.as_fd(), ABOVE)?;
+    std::mem::forget(socket);
+    let number = high.as_raw_fd();
+    crate::sys::process::close_range(3, number - 1)?;
+    crate::sys::process::close_range(number + 1, RawFd::MAX)?;
+    Ok(high)
+}
+
+fn perform(packet: Packet, confinement: &Confinement) {
+    let mut descriptors = packet.descriptors;
+    let bytes = if packet.bytes == IN_FILE {
+        let Some(file) = descriptors.pop() else { return };
+        match read_all(file) {
+            Ok(bytes) => bytes,
+            Err(_) => return,
+        }
+    } else {
+        packet.bytes
+    };
+    let Ok(task) = Task::decode(bytes.as_slice()) else { return };
+    let mut descriptors = descriptors.into_iter();
+    let Some(errors) = descriptors.next() else { return };
+    let errors = match place(errors, descriptors.collect(), &task.targets) {
+        Ok(errors) => errors,
+        Err(_) => return,
+    };
+    let errno = match begin(&task) {
+        Ok(()) if task.tool.is_empty() => execute(&task),
+        Ok(()) => {
+            drop(errors);
+            exit_now(run_tool(&task, confinement));
+        }
+        Err(errno) => errno,
+    };
+    // The reader takes the number; when it is gone so is the call.
+    let _ = nix::unistd::write(&errors, &(errno as i32).to_ne_bytes());
+    exit_now(127)
+}
+
+fn read_all(file: OwnedFd) -> std::io::Result<Vec<u8>> {
+    use std::io::{Read, Seek};
+    let mut file = std::fs::File::from(file);
+    file.rewind()?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Gives each descriptor its number. Returns the one for start errors, close-on-exec.
+fn place(errors: OwnedFd, descriptors: Vec<OwnedFd>, targets: &[RawFd]) -> nix::Result<OwnedFd> {
+    let mut high = Vec::new();
+    for descriptor in &descriptors {
+        high.push(duplicate_above(descriptor.as_fd(), ABOVE)?);
+    }
+    let errors_high = duplicate_above(errors.as_fd(), ABOVE)?;
+    drop((errors, descriptors));
+    close_range_on_exec(3)?;
+    for (descriptor, target) in high.iter().zip(targets) {
+        if *target < 0 || *target >= ABOVE {
+            return Err(Errno::EBADF);
+        }
+        place_descriptor(descriptor.as_raw_fd(), *target)?;
+    }
+    Ok(errors_high)
+}
+
+fn begin(task: &Task) -> nix::Result<()> {
+    if task.terminal {
+        set_controlling_terminal(0)?;
+    }
+    chdir(OsStr::from_bytes(&task.working_directory))
+}
+
+/// `execve`, with the search of `execvp(3)`: a candidate that may not be executed is remembered, the search goes on.
+fn execute(task: &Task) -> Errno {
+    let strings =
+        |list: &[Vec<u8>]| list.iter().filter_map(|item| CString::new(item.as_slice()).ok()).collect::<Vec<_>>();
+    let (argv, environment) = (strings(&task.argv), strings(&task.environment));
+    let Some(program) = argv.first() else { return Errno::ENOENT };
+    if program.as_bytes().contains(&b'/') {
+        return execute_path(program, &argv, &environment);
+    }
+    let path = task
+        .environment
+        .iter()
+        .find_map(|entry| entry.strip_prefix(b"PATH="))
+        .unwrap_or(b"/usr/local/bin:/usr/bin:/bin");
+    let mut refused = Errno::ENOENT;
+    for directory in path.split(|byte| *byte == b':').filter(|directory| !directory.is_empty()) {
+        let mut candidate = directory.to_vec();
+        candidate.push(b'/');
+        candidate.extend_from_slice(program.as_bytes());
+        let Ok(candidate) = CString::new(candidate) else { continue };
+        match execute_path(&candidate, &argv, &environment) {
+            Errno::ENOENT | Errno::ENOTDIR => {}
+            Errno::EACCES => refused = Errno::EACCES,
+            other => return other,
+        }
+    }
+    refused
+}
+
+fn run_tool(task: &Task, confinement: &Confinement) -> i32 {
+    // Tools reopen their own descriptors through /proc/self, which the kernel gives to the owner of a dumpable process only.
+    // A process of the workload may trace this one now; both are the same principal.
+    if nix::sys::prctl::set_dumpable(true).is_err() {
+        return 1;
+    }
+    let mut context = tool::Context::new(confinement.working_directory.clone());
+    context.read_only_roots.push(PathBuf::from(OWN_DIRECTORY).join("output"));
+    let result = if task.tool == PROBE {
+        let text = Some(proto::init::v1::content_block::Kind::Text(crate::probe::run()));
+        ToolResult { is_error: false, content: vec![ContentBlock { kind: text }] }
+    } else {
+        tool::run(&task.tool, &task.input_json, &context)
+    };
+    let Ok(output) = inherited_descriptor(1) else { return 1 };
+    let written = std::fs::File::from(output).write_all(&result.encode_to_vec());
+    i32::from(written.is_err())
+}
