@@ -1,0 +1,264 @@
+//! The service behind the socket.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use proto::admin::v1 as pb;
+use proto::admin::v1::admin_service_server::{AdminService, AdminServiceServer};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use super::present;
+use super::socket::{SocketError, accept, bind};
+use crate::connector::orchestrator::LinkStatus;
+use crate::session::core::CallStage;
+use crate::session::{SessionHandle, View, ViewCall, ViewSession};
+use crate::work::{
+    CallId, CancelMode, Code, OutputSource, Receipt, SessionClose, SessionId, Stream, ToolFailure, WorkItem, limits,
+};
+
+/// How often new output is looked for while somebody follows a call.
+const FOLLOW_EVERY: Duration = Duration::from_millis(100);
+
+/// What the service needs.
+#[derive(Debug, Clone)]
+pub struct Parts {
+    /// Where the socket is put.
+    pub path: PathBuf,
+    /// Its user; root may come in as well.
+    pub own_uid: u32,
+    /// The sessions.
+    pub sessions: SessionHandle,
+    /// The link, when there is one.
+    pub link: Option<watch::Receiver<LinkStatus>>,
+    /// What protects a new sandbox.
+    pub receipt: Receipt,
+}
+
+/// Binds the socket and serves beside the caller until the returned task is aborted.
+///
+/// # Errors
+/// `SocketError`; nothing is served then.
+pub fn serve(parts: Parts) -> Result<tokio::task::JoinHandle<()>, SocketError> {
+    let listener = bind(&parts.path)?;
+    let (sender, peers) = mpsc::channel(16);
+    let own_uid = parts.own_uid;
+    let service = AdminServiceServer::new(Admin(parts));
+    Ok(tokio::spawn(async move {
+        let serving = tonic::transport::Server::builder().serve_with_incoming(service, ReceiverStream::new(peers));
+        tokio::select! {
+            () = accept(listener, own_uid, sender) => {}
+            served = serving => {
+                if let Err(error) = served {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "administration service ended");
+                }
+            }
+        }
+    }))
+}
+
+struct Admin(Parts);
+
+impl Admin {
+    async fn view(&self) -> Result<View, Status> {
+        self.0.sessions.view().await.ok_or_else(|| Status::unavailable("the runner is ending"))
+    }
+
+    fn sandbox_id(&self, session: &ViewSession) -> Option<String> {
+        self.0.sessions.outputs.sandbox_id(&session.request.session_id).map(|id| id.to_string())
+    }
+
+    async fn put(&self, item: WorkItem) -> Result<(), Status> {
+        self.0.sessions.work.send(item).await.map_err(|_| Status::unavailable("the runner is ending"))
+    }
+}
+
+#[tonic::async_trait]
+impl AdminService for Admin {
+    async fn list_sessions(
+        &self,
+        _request: Request<pb::ListSessionsRequest>,
+    ) -> Result<Response<pb::ListSessionsResponse>, Status> {
+        let view = self.view().await?;
+        let sessions = view.sessions.iter().map(|one| present::session(one, self.sandbox_id(one))).collect();
+        Ok(Response::new(pb::ListSessionsResponse { sessions }))
+    }
+
+    async fn inspect(&self, request: Request<pb::InspectRequest>) -> Result<Response<pb::InspectResponse>, Status> {
+        use pb::inspect_request::Target;
+        let view = self.view().await?;
+        let session = match request.into_inner().target {
+            Some(Target::SessionId(id)) => find_session(&view, &id)?.clone(),
+            Some(Target::CallId(id)) => {
+                let (session, call) = find_call(&view, &id)?;
+                let session = session.ok_or_else(|| not_found("session of call", &id))?;
+                ViewSession { calls: vec![call.clone()], ..session.clone() }
+            }
+            None => return Err(Status::invalid_argument("target: is missing; name a session or a call")),
+        };
+        let receipt = Some(present::receipt(&session.receipt));
+        let session = Some(present::session(&session, self.sandbox_id(&session)));
+        Ok(Response::new(pb::InspectResponse { session, receipt }))
+    }
+
+    async fn kill(&self, request: Request<pb::KillRequest>) -> Result<Response<pb::KillResponse>, Status> {
+        use pb::kill_request::Target;
+        let view = self.view().await?;
+        match request.into_inner().target {
+            Some(Target::SessionId(id)) => {
+                let session = find_session(&view, &id)?;
+                let (session_id, epoch) = (session.request.session_id.clone(), session.epoch);
+                let close = SessionClose { session_id, epoch, grace: Duration::ZERO, fenced: false };
+                self.put(WorkItem::Close(close)).await?;
+            }
+            Some(Target::CallId(id)) => {
+                let (session, call) = find_call(&view, &id)?;
+                if matches!(call.stage, CallStage::Finished(_)) {
+                    return Err(Status::failed_precondition(format!("call_id: call {id} has ended already")));
+                }
+                let session = session.ok_or_else(|| not_found("session of call", &id))?;
+                self.put(WorkItem::Cancel {
+                    session_id: session.request.session_id.clone(),
+                    epoch: session.epoch,
+                    call_id: call.request.call_id.clone(),
+                    mode: CancelMode::Kill,
+                })
+                .await?;
+            }
+            None => return Err(Status::invalid_argument("target: is missing; name a session or a call")),
+        }
+        Ok(Response::new(pb::KillResponse {}))
+    }
+
+    type LogsStream = ReceiverStream<Result<pb::LogsResponse, Status>>;
+
+    async fn logs(&self, request: Request<pb::LogsRequest>) -> Result<Response<Self::LogsStream>, Status> {
+        let request = request.into_inner();
+        let stream = stream_named(&request.stream)?;
+        let call_id = CallId::new(&request.call_id).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        find_call(&self.view().await?, call_id.as_str())?;
+        let (sender, receiver) = mpsc::channel(4);
+        let sessions = self.0.sessions.clone();
+        tokio::spawn(async move {
+            if let Err(status) = follow(&sessions, &call_id, stream, &request, &sender).await {
+                // Whoever asked has gone.
+                let _ = sender.send(Err(status)).await;
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn status(&self, _request: Request<pb::StatusRequest>) -> Result<Response<pb::StatusResponse>, Status> {
+        let view = self.view().await?;
+        let (link, link_problem) = match &self.0.link {
+            None => ("none", String::new()),
+            Some(status) => {
+                let status = status.borrow();
+                (if status.connected { "connected" } else { "connecting" }, status.problem.clone())
+            }
+        };
+        let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        Ok(Response::new(pb::StatusResponse {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            link: link.to_owned(),
+            link_problem,
+            sessions: count(view.sessions.len()),
+            running_calls: count(view.running_calls),
+            queued_calls: count(view.queued_calls),
+            draining: view.draining,
+            receipt: Some(present::receipt(&self.0.receipt)),
+        }))
+    }
+}
+
+/// Sends output until its end, or until what is there now when nobody wants to wait.
+async fn follow(
+    sessions: &SessionHandle,
+    call_id: &CallId,
+    stream: Stream,
+    request: &pb::LogsRequest,
+    sender: &mpsc::Sender<Result<pb::LogsResponse, Status>>,
+) -> Result<(), Status> {
+    let mut offset = request.offset;
+    loop {
+        let view = sessions.view().await.ok_or_else(|| Status::unavailable("the runner is ending"))?;
+        let Ok((_, call)) = find_call(&view, call_id.as_str()) else {
+            // Acknowledged while we looked: nothing more can be read.
+            return Ok(());
+        };
+        let total = match &call.stage {
+            CallStage::Finished(result) => {
+                let summary = result.end.streams.iter().find(|summary| summary.stream == stream);
+                if let Some(inline) = summary.and_then(|summary| summary.inline.as_ref()) {
+                    let from = usize::try_from(offset).unwrap_or(usize::MAX).min(inline.len());
+                    let data = inline[from..].to_vec();
+                    // Whoever asked may have gone.
+                    let _ = sender.send(Ok(pb::LogsResponse { offset, data })).await;
+                    return Ok(());
+                }
+                Some(summary.map_or(0, |summary| summary.total_bytes))
+            }
+            CallStage::Queued | CallStage::Starting | CallStage::Running => None,
+        };
+        let queued = matches!(call.stage, CallStage::Queued);
+        let read = async {
+            if queued {
+                None
+            } else {
+                Some(sessions.outputs.read_output(call_id, stream, offset, limits::CHUNK_BYTES).await)
+            }
+        };
+        match read.await {
+            Some(Ok(chunk)) if !chunk.bytes.is_empty() => {
+                let response = pb::LogsResponse { offset: chunk.offset, data: chunk.bytes };
+                offset = response.offset + response.data.len() as u64;
+                if sender.send(Ok(response)).await.is_err() {
+                    return Ok(());
+                }
+                continue;
+            }
+            Some(Err(failure)) if total.is_some() || failure.code != Code::CallUnknown => {
+                return Err(refused(&failure));
+            }
+            _ => {}
+        }
+        if total.is_some_and(|total| offset >= total) || !request.follow || sender.is_closed() {
+            return Ok(());
+        }
+        tokio::time::sleep(FOLLOW_EVERY).await;
+    }
+}
+
+fn refused(failure: &ToolFailure) -> Status {
+    Status::failed_precondition(format!("{failure}; {}", failure.remediation))
+}
+
+fn not_found(what: &str, id: &str) -> Status {
+    Status::not_found(format!("{what} {id} is not known here; `ps` lists what is"))
+}
+
+fn find_session<'v>(view: &'v View, id: &str) -> Result<&'v ViewSession, Status> {
+    let session_id = SessionId::new(id).map_err(|error| Status::invalid_argument(error.to_string()))?;
+    let found = view.sessions.iter().find(|session| session.request.session_id == session_id);
+    found.ok_or_else(|| not_found("session", id))
+}
+
+fn find_call<'v>(view: &'v View, id: &str) -> Result<(Option<&'v ViewSession>, &'v ViewCall), Status> {
+    let call_id = CallId::new(id).map_err(|error| Status::invalid_argument(error.to_string()))?;
+    let of_sessions =
+        view.sessions.iter().flat_map(|session| session.calls.iter().map(move |call| (Some(session), call)));
+    let leftover = view.leftover.iter().map(|call| (None, call));
+    of_sessions.chain(leftover).find(|(_, call)| call.request.call_id == call_id).ok_or_else(|| not_found("call", id))
+}
+
+fn stream_named(name: &str) -> Result<Stream, Status> {
+    match name {
+        "" | "stdout" => Ok(Stream::Stdout),
+        "stderr" => Ok(Stream::Stderr),
+        "terminal" => Ok(Stream::Terminal),
+        "result" => Ok(Stream::Result),
+        _ => Err(Status::invalid_argument(format!("stream: {name:?} is not stdout, stderr, terminal or result"))),
+    }
+}

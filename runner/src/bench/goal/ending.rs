@@ -1,0 +1,36 @@
+//! Ending a sandbox that is full of processes.
+
+use std::time::{Duration, Instant};
+
+use super::{Bench, WARM_UP};
+use crate::bench::BenchError;
+use crate::bench::row::{Row, Unit};
+use crate::bench::sample::Samples;
+use crate::bench::subject::{exec, milliseconds};
+use crate::sandbox::spec::{Limits, Spec};
+use crate::work::Sandbox;
+
+/// Starts 200 sleeping processes and says when the last one was started.
+const FILL: &str = "i=0; while [ $i -lt 200 ]; do sleep 1000 & i=$((i+1)); done; echo full; wait";
+/// Room for them and for process 1.
+const PIDS: u64 = 512;
+
+/// G20.
+pub(super) async fn measure(bench: &mut Bench) -> Result<Vec<Row>, BenchError> {
+    let (mut ours, mut floor) = (Samples::default(), Samples::default());
+    for round in 0..WARM_UP + bench.rounds {
+        let limits = Limits { pids: PIDS, ..Limits::default() };
+        let sandbox = bench.subject.create(&Spec { limits, ..bench.subject.spec() }).await?;
+        bench.subject.start_until_output(&sandbox, exec(&["/bin/sh", "-c", FILL])).await?;
+        let start = Instant::now();
+        sandbox.close(Duration::ZERO).await;
+        let took = milliseconds(start);
+        let theirs = bench.peers.floor("kill")?;
+        if round >= WARM_UP {
+            ours.push(took);
+            theirs.into_iter().for_each(|theirs| floor.push(theirs.reap));
+        }
+    }
+    let row = Row { ours: ours.summary(), ..Row::new("G20", "kill a sandbox with 200 processes", Unit::Milliseconds) };
+    Ok(vec![row.floor("kill", floor.summary(), Some(1.3))])
+}

@@ -1,0 +1,98 @@
+//! The goals: what each measures and against what. One file per subject.
+
+mod call;
+mod creation;
+mod crowd;
+mod ending;
+mod file;
+mod search;
+
+use std::future::Future;
+use std::pin::Pin;
+use std::time::Duration;
+
+use super::BenchError;
+use super::machine::Usage;
+use super::peer::Peers;
+use super::row::Row;
+use super::subject::Subject;
+
+/// Bytes that the large-output goal prints.
+pub const FLOOD_BYTES: usize = 10_000_000;
+/// Rounds that are run and not counted, so that caches and pools are filled.
+const WARM_UP: usize = 3;
+/// Long enough for the launcher to refill its pool, which it begins only after a while without requests.
+const REFILL: Duration = Duration::from_millis(100);
+
+/// What every goal works with.
+pub struct Bench {
+    /// Ours.
+    pub subject: Subject,
+    /// Others.
+    pub peers: Peers,
+    /// Rounds that count.
+    pub rounds: usize,
+    /// Name of the volume with the tree to search, and its number of files.
+    pub tree: Option<(String, usize)>,
+    /// Regular expression of the search.
+    pub pattern: String,
+}
+
+type Measuring<'a> = Pin<Box<dyn Future<Output = Result<Vec<Row>, BenchError>> + Send + 'a>>;
+
+/// A group of goals that are measured together.
+pub struct Goal {
+    /// Ids in the table of goals.
+    pub ids: &'static [&'static str],
+    /// In words.
+    pub what: &'static str,
+    measure: for<'a> fn(&'a mut Bench) -> Measuring<'a>,
+}
+
+/// All goals, in the order in which they are measured.
+pub const GOALS: &[Goal] = &[
+    Goal { ids: &["G1", "G3"], what: "a sandbox made, used once, gone", measure: |b| Box::pin(creation::cycle(b)) },
+    Goal { ids: &["G4"], what: "time to ready of paced creation, p99", measure: |b| Box::pin(creation::paced(b)) },
+    Goal { ids: &["G5"], what: "sandboxes per second of two creators", measure: |b| Box::pin(creation::rate(b)) },
+    Goal {
+        ids: &["G6"],
+        what: "creation among 4,000 foreign processes, and with a large runner",
+        measure: |b| Box::pin(crowd::measure(b)),
+    },
+    Goal { ids: &["G7", "G8"], what: "bash calls in a living sandbox", measure: |b| Box::pin(call::shell(b)) },
+    Goal { ids: &["G9"], what: "read, write and edit", measure: |b| Box::pin(file::measure(b)) },
+    Goal { ids: &["G11", "G12"], what: "glob and grep", measure: |b| Box::pin(search::measure(b)) },
+    Goal { ids: &["G13"], what: "large output", measure: |b| Box::pin(call::flood(b)) },
+    Goal { ids: &["G20"], what: "killing a sandbox with 200 processes", measure: |b| Box::pin(ending::measure(b)) },
+];
+
+impl Goal {
+    /// Measures, and notes what others did meanwhile.
+    ///
+    /// # Errors
+    /// [`BenchError`].
+    pub async fn measure(&self, bench: &mut Bench) -> Result<Vec<Row>, BenchError> {
+        let before = Usage::now()?;
+        let mut rows = (self.measure)(bench).await?;
+        let foreign_percent = Usage::now()?.foreign_percent_since(&before);
+        for row in &mut rows {
+            row.foreign_percent = foreign_percent;
+        }
+        Ok(rows)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_goal_is_measured_by_one_group_only() {
+        let mut ids: Vec<&str> = GOALS.iter().flat_map(|goal| goal.ids).copied().collect();
+        let count = ids.len();
+        ids.sort_unstable();
+        ids.dedup();
+
+        assert_eq!(ids.len(), count);
+    }
+}

@@ -1,0 +1,487 @@
+//! `sandbox-runner exec -- CMD`: one command in a new sandbox, its output as it arrives, its exit code as ours.
+//!
+//! The launcher is started for this one sandbox and ends with it, so whatever happens to this process leaves nothing
+//! behind.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
+
+use super::embedded::{self, GIVEN_ROOTFS, Wishes};
+use super::{code, complain, outcome, say};
+use crate::config::launcher_policy::{PROFILE_DEFAULT, PROFILE_STRICT, PROFILE_USER};
+use crate::config::units::{parse_cpus, parse_duration, parse_size};
+use crate::sandbox::live::LiveSandbox;
+use crate::sandbox::spec::{EnvironmentVariable, Limits, Rootfs, Spec, parse_environment_variable};
+use crate::sandbox::start::StartedLauncher;
+use crate::work::{
+    CallEnd, CallEvent, CallId, CallLimits, CallObserver, CancelMode, ExecInput, Gate, Outcome, OutputMode,
+    PreparedCall, Receipt, Sandbox, Stream, StreamLengths, ToolFailure, ToolInput, limits,
+};
+
+/// Output of one stream kept for `--json`; more is cut and marked.
+const LARGEST_JSON_STREAM: usize = 16 << 20;
+/// Output kept in the sandbox while it waits to be printed; the disk limit usually comes first.
+const KEPT_HEAD_BYTES: u64 = 1 << 30;
+const KEPT_TAIL_BYTES: u64 = 16 << 20;
+/// Between SIGTERM and SIGKILL.
+const GRACE: Duration = Duration::from_secs(2);
+
+#[derive(Debug, Args)]
+pub(super) struct ExecArguments {
+    /// Root filesystem: `host` (the host's programs, read-only, with a private rest) or a directory
+    #[arg(long, value_name = "host|DIR", default_value = "host")]
+    rootfs: PathBuf,
+    /// Memory limit, swap included, such as 64M or 1G
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    memory: Option<u64>,
+    /// Processor limit, such as 0.5 or 2
+    #[arg(long, value_name = "NUMBER", value_parser = parse_cpus)]
+    cpus: Option<u64>,
+    /// Most processes and threads at once
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..))]
+    pids: Option<u64>,
+    /// Most bytes written to disk
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    disk: Option<u64>,
+    /// Wall time after which the command is ended, such as 500ms, 2s or 5m
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    timeout: Option<Duration>,
+    /// What can be reached
+    #[arg(long, value_name = "NETWORK", value_enum, default_value_t = NetworkChoice::None)]
+    network: NetworkChoice,
+    /// Environment variable of the command; may be repeated
+    #[arg(long = "env", value_name = "NAME=VALUE", value_parser = parse_environment_variable)]
+    environment: Vec<EnvironmentVariable>,
+    /// Working directory inside the sandbox
+    #[arg(long, value_name = "DIR")]
+    workdir: Option<PathBuf>,
+    /// Rights of the command: `root` inside the sandbox, an ordinary `user`, or `strict` (user, fewer system calls)
+    #[arg(long, value_name = "PROFILE", value_enum, default_value_t = ProfileChoice::Root)]
+    profile: ProfileChoice,
+    /// Pass standard input on to the command
+    #[arg(short = 'i', long)]
+    stdin: bool,
+    /// Print one JSON object with outcome, output and receipt instead of the output itself
+    #[arg(long)]
+    json: bool,
+    /// Directory for everything this command keeps [default: /var/lib/sandbox-runner for root, else below the home]
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Leave out a layer, to show that it matters; for tests
+    #[arg(long, value_name = "LAYER", hide = true)]
+    without: Vec<String>,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "CMD")]
+    command: Vec<OsString>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum NetworkChoice {
+    /// Nothing but the sandbox's own loopback
+    None,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ProfileChoice {
+    /// uid 0 inside, with a small set of capabilities
+    Root,
+    /// An ordinary user inside
+    User,
+    /// An ordinary user with fewer system calls
+    Strict,
+}
+
+/// What stopped `exec` before the command could end.
+#[derive(Debug, thiserror::Error)]
+enum ExecError {
+    #[error("--rootfs {}", path.display())]
+    Rootfs { path: PathBuf, source: std::io::Error },
+    #[error("--state-dir {} cannot be made absolute", path.display())]
+    StateDirectory { path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Start(#[from] crate::sandbox::start::StartError),
+    #[error("cannot start the async runtime")]
+    Runtime(#[source] std::io::Error),
+    #[error(transparent)]
+    Launch(#[from] crate::sandbox::launch::LaunchError),
+    #[error(transparent)]
+    Create(#[from] crate::sandbox::CreateError),
+    #[error("the command was not started: {}; {}", .0.message, .0.remediation)]
+    Call(ToolFailure),
+    #[error("cannot listen for signals")]
+    Signals(#[source] std::io::Error),
+    #[error("the sandbox was lost: {0}")]
+    Lost(String),
+    #[error("cannot write the output")]
+    Output(#[source] std::io::Error),
+}
+
+/// Runs the subcommand.
+pub(super) fn run(arguments: &ExecArguments) -> ExitCode {
+    match try_run(arguments) {
+        Ok(code) => ExitCode::from(code),
+        // Whoever reads has seen enough, as in `exec -- yes | head`; a shell shows the same for a command of its own.
+        Err(ExecError::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => {
+            ExitCode::from(outcome::BROKEN_PIPE)
+        }
+        Err(error) => {
+            complain(&error);
+            if let Some(remediation) = remediation(&error) {
+                say(&format!("sandbox-runner: {remediation}"));
+            }
+            ExitCode::from(code::OURS)
+        }
+    }
+}
+
+fn remediation(error: &ExecError) -> Option<String> {
+    use crate::sandbox::CreateError;
+    use crate::sandbox::launch::LaunchError;
+    match error {
+        ExecError::Create(CreateError::Launch(LaunchError::Refused { remediation, .. })) => {
+            Some(remediation.clone()).filter(|text| !text.is_empty())
+        }
+        _ => None,
+    }
+}
+
+fn try_run(arguments: &ExecArguments) -> Result<u8, ExecError> {
+    let rootfs = match arguments.rootfs.to_str() {
+        Some("host") => None,
+        _ => Some(
+            embedded::absolute(&arguments.rootfs)
+                .map_err(|source| ExecError::Rootfs { path: arguments.rootfs.clone(), source })?,
+        ),
+    };
+    let state_directory = arguments.state_dir.as_ref().map(std::path::absolute).transpose().map_err(|source| {
+        ExecError::StateDirectory { path: arguments.state_dir.clone().unwrap_or_default(), source }
+    })?;
+    let from_directory = rootfs.is_some();
+    let started = embedded::start(&Wishes { state_directory, rootfs, without: arguments.without.clone(), pool: 0 })?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ExecError::Runtime)?;
+    let spec = spec(arguments, from_directory);
+    let (result, process) = runtime.block_on(run_in_sandbox(arguments, &spec, started));
+    // A reader of standard input may hang for ever; everything else is already done.
+    runtime.shutdown_background();
+    if let Some(mut process) = process {
+        process.end();
+    }
+    result
+}
+
+fn spec(arguments: &ExecArguments, from_directory: bool) -> Spec {
+    let profile = match arguments.profile {
+        ProfileChoice::Root => PROFILE_DEFAULT,
+        ProfileChoice::User => PROFILE_USER,
+        ProfileChoice::Strict => PROFILE_STRICT,
+    };
+    Spec {
+        profile: profile.to_owned(),
+        rootfs: if from_directory { Rootfs::Directory(GIVEN_ROOTFS.to_owned()) } else { Rootfs::Host },
+        limits: Limits {
+            memory_bytes: arguments.memory.unwrap_or(0),
+            cpu_millis: arguments.cpus.unwrap_or(0),
+            pids: arguments.pids.unwrap_or(0),
+            disk_bytes: arguments.disk.unwrap_or(0),
+        },
+        ..Spec::throw_away(format!("exec-{}", uuid::Uuid::new_v4().simple()))
+    }
+}
+
+async fn run_in_sandbox(
+    arguments: &ExecArguments,
+    spec: &Spec,
+    started: StartedLauncher,
+) -> (Result<u8, ExecError>, Option<crate::sandbox::start::LauncherProcess>) {
+    let (sandboxes, process) = match embedded::sandboxes(started) {
+        Ok(parts) => parts,
+        Err(error) => return (Err(error.into()), None),
+    };
+    let result = async {
+        let mut signals = Signals::new().map_err(ExecError::Signals)?;
+        let sandbox = tokio::select! {
+            sandbox = sandboxes.create_live(spec) => sandbox?,
+            // Nothing runs yet; the launcher drops what it has begun when its connection closes.
+            mode = signals.next() => return Ok(cancelled_early(mode)),
+        };
+        let result = run_call(arguments, &sandbox, signals).await;
+        sandbox.close(Duration::ZERO).await;
+        result
+    }
+    .await;
+    (result, Some(process))
+}
+
+fn cancelled_early(mode: CancelMode) -> u8 {
+    outcome::exit_code(&Outcome::Cancelled { mode, before_start: true, killed: false, code: -1 })
+}
+
+async fn run_call(arguments: &ExecArguments, sandbox: &LiveSandbox, signals: Signals) -> Result<u8, ExecError> {
+    let call_id = CallId::new("exec").map_err(|error| ExecError::Call(error.into()))?;
+    let (observer, progress) = watch::channel(CallState::default());
+    sandbox
+        .start_call(prepared(arguments, call_id.clone()), Arc::new(Observer(observer)))
+        .await
+        .map_err(ExecError::Call)?;
+    let control = sandbox.control().clone();
+    let cancelling = tokio::spawn(cancel_on_signals(control.clone(), call_id.clone(), signals));
+    if arguments.stdin {
+        tokio::spawn(forward_stdin(control, call_id.clone()));
+    }
+    let mut output = Output::new(arguments.json);
+    let ended = follow(sandbox, &call_id, progress, &mut output).await;
+    cancelling.abort();
+    let end = ended?;
+    output.finish(&end, &sandbox.receipt()).await?;
+    if !arguments.json {
+        explain(&end);
+    }
+    Ok(outcome::exit_code(&end.outcome))
+}
+
+fn prepared(arguments: &ExecArguments, call_id: CallId) -> PreparedCall {
+    let variable = |entry: &EnvironmentVariable| [entry.name.as_bytes(), b"=", &entry.value[..]].concat();
+    let exec = ExecInput {
+        argv: arguments.command.iter().map(|argument| argument.clone().into_vec()).collect(),
+        env: arguments.environment.iter().map(variable).collect(),
+        cwd: arguments.workdir.clone().map(|path| path.into_os_string().into_vec()),
+        stdin: arguments.stdin,
+        terminal: None,
+    };
+    let limits = CallLimits {
+        start_within: None,
+        timeout: arguments.timeout,
+        grace: GRACE,
+        spool_head_bytes: KEPT_HEAD_BYTES,
+        spool_tail_bytes: KEPT_TAIL_BYTES,
+    };
+    PreparedCall { call_id, input: ToolInput::Exec(exec), limits, output_mode: OutputMode::Separate, gate: Gate::Open }
+}
+
+/// Says on standard error what the exit code alone does not tell.
+fn explain(end: &CallEnd) {
+    if let Some(cause) = outcome::cause(&end.outcome) {
+        say(&format!("sandbox-runner: {cause}"));
+    }
+    for note in &end.notes {
+        say(&format!("sandbox-runner: note: {}", outcome::printable(&note.text)));
+    }
+}
+
+/// What is known of the call.
+#[derive(Debug, Default)]
+struct CallState {
+    lengths: StreamLengths,
+    end: Option<Box<CallEnd>>,
+}
+
+struct Observer(watch::Sender<CallState>);
+
+impl CallObserver for Observer {
+    fn observe(&self, event: CallEvent) {
+        self.0.send_modify(|state| match event {
+            CallEvent::Started { .. } => {}
+            CallEvent::OutputAdvanced(lengths) => state.lengths.merge(&lengths),
+            CallEvent::Finished(end) => state.end = Some(end),
+        });
+    }
+}
+
+/// Prints output until the call is over and everything is printed.
+async fn follow(
+    sandbox: &LiveSandbox,
+    call_id: &CallId,
+    mut progress: watch::Receiver<CallState>,
+    output: &mut Output,
+) -> Result<CallEnd, ExecError> {
+    let lost = sandbox.lost();
+    tokio::pin!(lost);
+    loop {
+        let (lengths, end) = {
+            let mut state = progress.borrow_and_update().lengths;
+            let end = progress.borrow().end.clone();
+            for summary in end.iter().flat_map(|end| &end.streams) {
+                state.advance(summary.stream, summary.total_bytes);
+            }
+            (state, end)
+        };
+        for stream in [Stream::Stdout, Stream::Stderr] {
+            if let Some(inline) = end.as_ref().and_then(|end| inline(end, stream)) {
+                output.print_rest(stream, inline).await?;
+            }
+            tokio::select! {
+                printed = print_up_to(sandbox, call_id, stream, lengths.get(stream), output) => printed?,
+                reason = &mut lost => return Err(ExecError::Lost(reason)),
+            }
+        }
+        if let Some(end) = end {
+            return Ok(*end);
+        }
+        tokio::select! {
+            changed = progress.changed() => {
+                changed.map_err(|_| ExecError::Lost("the connection to it has ended".into()))?;
+            }
+            reason = &mut lost => return Err(ExecError::Lost(reason)),
+        }
+    }
+}
+
+fn inline(end: &CallEnd, stream: Stream) -> Option<&[u8]> {
+    end.streams.iter().find(|summary| summary.stream == stream)?.inline.as_deref()
+}
+
+async fn print_up_to(
+    sandbox: &LiveSandbox,
+    call_id: &CallId,
+    stream: Stream,
+    total: u64,
+    output: &mut Output,
+) -> Result<(), ExecError> {
+    while output.position(stream) < total {
+        let from = output.position(stream);
+        let chunk = sandbox.read_output(call_id, stream, from, limits::CHUNK_BYTES).await.map_err(ExecError::Call)?;
+        if chunk.offset > from {
+            say(&format!("sandbox-runner: note: {} bytes of output were dropped here", chunk.offset - from));
+        }
+        if chunk.bytes.is_empty() {
+            output.skip_to(stream, if chunk.end { total } else { chunk.offset });
+            return Ok(());
+        }
+        output.print(stream, chunk.offset, &chunk.bytes).await?;
+    }
+    Ok(())
+}
+
+/// Where output goes, and how much of it is already there.
+struct Output {
+    json: bool,
+    positions: [u64; 2],
+    kept: [Vec<u8>; 2],
+    cut: [bool; 2],
+}
+
+impl Output {
+    fn new(json: bool) -> Self {
+        Self { json, positions: [0; 2], kept: [Vec::new(), Vec::new()], cut: [false; 2] }
+    }
+
+    fn position(&self, stream: Stream) -> u64 {
+        self.positions[index(stream)]
+    }
+
+    fn skip_to(&mut self, stream: Stream, position: u64) {
+        self.positions[index(stream)] = position;
+    }
+
+    /// `whole` is the whole stream; what is already printed is not printed again.
+    async fn print_rest(&mut self, stream: Stream, whole: &[u8]) -> Result<(), ExecError> {
+        let from = usize::try_from(self.position(stream)).unwrap_or(usize::MAX);
+        match whole.get(from..) {
+            Some(rest) if !rest.is_empty() => self.print(stream, from as u64, rest).await,
+            _ => Ok(()),
+        }
+    }
+
+    async fn print(&mut self, stream: Stream, offset: u64, bytes: &[u8]) -> Result<(), ExecError> {
+        self.skip_to(stream, offset + bytes.len() as u64);
+        if self.json {
+            let kept = &mut self.kept[index(stream)];
+            let room = LARGEST_JSON_STREAM - kept.len();
+            kept.extend_from_slice(&bytes[..bytes.len().min(room)]);
+            self.cut[index(stream)] |= bytes.len() > room;
+            return Ok(());
+        }
+        match stream {
+            Stream::Stderr => write_all(tokio::io::stderr(), bytes).await,
+            _ => write_all(tokio::io::stdout(), bytes).await,
+        }
+    }
+
+    async fn finish(&self, end: &CallEnd, receipt: &Receipt) -> Result<(), ExecError> {
+        if !self.json {
+            return Ok(());
+        }
+        let mut value = outcome::to_json(end, receipt);
+        for (name, kept, cut) in [("stdout", &self.kept[0], self.cut[0]), ("stderr", &self.kept[1], self.cut[1])] {
+            value[name] = outcome::text_or_base64(kept);
+            value[format!("{name}_truncated")] = cut.into();
+        }
+        write_all(tokio::io::stdout(), format!("{value}\n").as_bytes()).await
+    }
+}
+
+fn index(stream: Stream) -> usize {
+    usize::from(stream == Stream::Stderr)
+}
+
+async fn write_all(mut target: impl AsyncWrite + Unpin, bytes: &[u8]) -> Result<(), ExecError> {
+    target.write_all(bytes).await.map_err(ExecError::Output)?;
+    target.flush().await.map_err(ExecError::Output)
+}
+
+/// Ctrl-C and the service manager.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+    }
+
+    async fn next(&mut self) -> CancelMode {
+        tokio::select! {
+            _ = self.interrupt.recv() => CancelMode::Interrupt,
+            _ = self.terminate.recv() => CancelMode::Terminate,
+        }
+    }
+}
+
+/// The first signal is passed on, the second kills.
+async fn cancel_on_signals(control: crate::sandbox::control::Control, call_id: CallId, mut signals: Signals) {
+    let mut mode = signals.next().await;
+    loop {
+        if let Err(error) = control.cancel(call_id.as_str(), mode).await {
+            tracing::warn!(%error, "command could not be cancelled");
+        }
+        signals.next().await;
+        mode = CancelMode::Kill;
+    }
+}
+
+/// Passes standard input on; a full pipe inside is waited for, never buffered here.
+async fn forward_stdin(control: crate::sandbox::control::Control, call_id: CallId) {
+    let mut input = tokio::io::stdin();
+    let mut buffer = vec![0; limits::CHUNK_BYTES];
+    let mut accepted = 0u64;
+    loop {
+        let length = input.read(&mut buffer).await.unwrap_or(0);
+        let until = accepted + length as u64;
+        let eof = length == 0;
+        let mut pause = Duration::from_millis(1);
+        loop {
+            let rest = buffer[length - usize::try_from(until - accepted).unwrap_or(0)..length].to_vec();
+            let Ok(now) = control.stdin(call_id.as_str(), accepted, rest, eof).await else { return };
+            let advanced = now > accepted;
+            accepted = now.clamp(accepted, until);
+            if accepted == until {
+                break;
+            }
+            pause = if advanced { Duration::from_millis(1) } else { (pause * 2).min(Duration::from_millis(100)) };
+            tokio::time::sleep(pause).await;
+        }
+        if eof {
+            return;
+        }
+    }
+}

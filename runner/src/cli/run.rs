@@ -1,0 +1,273 @@
+//! `sandbox-runner run`: the daemon. Configuration, launcher, isolation measured and compared with the floor, then work.
+//!
+//! Started as root, it gives root up before the first thread exists and before anything is read from a network.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use nix::sys::resource::{Resource, getrlimit};
+use tracing::{info, warn};
+
+use super::config::{self, DEFAULT_PATH};
+use super::embedded::{self, Wishes};
+use super::{code, complain, doctor, say};
+use crate::config::resolve::Config;
+use crate::daemon::settings::{self, SettingsError};
+use crate::daemon::{AdminSocket, Daemon, DaemonError, Parts};
+use crate::journal::Volatile;
+use crate::sandbox::HostSandboxes;
+use crate::sandbox::home::{Home, Identity};
+use crate::sandbox::identity::{IdentityError, become_identity};
+use crate::sandbox::launch::{HostReport, LaunchError, Launcher};
+use crate::sandbox::measure::{MeasureError, measure};
+use crate::sandbox::receipt::{LAYERS, Tier, missing_for};
+use crate::sandbox::start::{LauncherProcess, StartError, StartedLauncher};
+use crate::shutdown::Signals;
+use crate::systemd::{Environment, Notifier};
+use crate::telemetry::{self, LogLevel};
+use crate::work::Receipt;
+
+/// How long accepted calls may go on after a signal; with what follows it stays below the unit's TimeoutStopSec.
+const DRAIN_TIME: Duration = Duration::from_secs(90);
+/// A launcher that starts at the same moment needs a little until it listens.
+const LAUNCHER_PATIENCE: Duration = Duration::from_secs(10);
+/// Sandboxes kept half-made by a launcher of our own.
+const POOL: u32 = 2;
+
+#[derive(Debug, Args)]
+pub(super) struct RunArguments {
+    /// Configuration file
+    #[arg(long, value_name = "FILE", env = "RUNNER_CONFIG", default_value = DEFAULT_PATH)]
+    config: PathBuf,
+    /// Directory for everything the runner keeps, in place of the configured ones
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+}
+
+/// Why there is no daemon.
+#[derive(Debug, thiserror::Error)]
+enum RunError {
+    #[error("--state-dir {} cannot be made absolute", path.display())]
+    StateDirectory { path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Start(#[from] StartError),
+    #[error("cannot look at launcher socket {}", path.display())]
+    Socket { path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    #[error("cannot start the async runtime")]
+    Runtime(#[source] std::io::Error),
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    #[error("the isolation of this host cannot be measured")]
+    Measure(#[from] MeasureError),
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+    #[error(transparent)]
+    Daemon(#[from] DaemonError),
+    #[error("cannot listen for signals")]
+    Signals(#[source] std::io::Error),
+    #[error("the socket that systemd names cannot be used")]
+    Notifier(#[source] std::io::Error),
+    #[error("isolation is below the floor")]
+    BelowFloor,
+}
+
+/// Where sandboxes will come from.
+enum Source {
+    /// A launcher of our own, which ends with us.
+    Own(Box<StartedLauncher>),
+    /// A service of its own; sandboxes outlive this process.
+    Service(PathBuf),
+}
+
+/// Runs the subcommand.
+pub(super) fn run(arguments: &RunArguments, log_level: Option<LogLevel>) -> ExitCode {
+    let mut config = match config::load(&arguments.config) {
+        Ok(config) => config,
+        Err(problems) => {
+            for problem in &problems {
+                say(&format!("sandbox-runner: {problem}"));
+            }
+            return ExitCode::from(code::CONFIGURATION);
+        }
+    };
+    telemetry::start(config.log_format, log_level.unwrap_or(config.log_level));
+    match try_run(arguments, &mut config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(RunError::BelowFloor) => ExitCode::from(code::BELOW_FLOOR),
+        Err(error) => {
+            complain(&error);
+            let settings = matches!(error, RunError::Settings(_) | RunError::Daemon(DaemonError::Certificates(_)));
+            if settings { ExitCode::from(code::CONFIGURATION) } else { ExitCode::FAILURE }
+        }
+    }
+}
+
+fn try_run(arguments: &RunArguments, config: &mut Config) -> Result<(), RunError> {
+    let given =
+        arguments.state_dir.as_ref().map(std::path::absolute).transpose().map_err(|source| {
+            RunError::StateDirectory { path: arguments.state_dir.clone().unwrap_or_default(), source }
+        })?;
+    let source = match config.launcher_socket.clone().filter(|_| given.is_none()) {
+        Some(path) => {
+            give_up_root_for(&path)?;
+            Source::Service(path)
+        }
+        None => {
+            let home = own_home(config, given.as_deref());
+            (config.state_directory, config.run_directory) = (home.state.clone(), home.run.clone());
+            Source::Own(Box::new(embedded::start_in(&home, &Wishes { pool: POOL, ..Wishes::default() })?))
+        }
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(RunError::Runtime)?;
+    let (result, process) = runtime.block_on(serve(config, source));
+    // What is still open belongs to links and sockets that are over.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    if let Some(mut process) = process {
+        process.end();
+    }
+    result
+}
+
+/// An ordinary user who has configured no directories has none of the system's.
+fn own_home(config: &Config, given: Option<&Path>) -> Home {
+    let configured = Home { state: config.state_directory.clone(), run: config.run_directory.clone() };
+    let system = Home { state: "/var/lib/sandbox-runner".into(), run: "/run/sandbox-runner".into() };
+    if given.is_some() || configured == system { embedded::home(given) } else { configured }
+}
+
+/// The launcher serves one user; its socket belongs to that user.
+fn give_up_root_for(socket: &Path) -> Result<(), RunError> {
+    if !nix::unistd::geteuid().is_root() {
+        return Ok(());
+    }
+    let failed = |source| RunError::Socket { path: socket.to_path_buf(), source };
+    let found = std::fs::symlink_metadata(socket).map_err(failed)?;
+    Ok(become_identity(Identity { uid: found.uid(), gid: found.gid() })?)
+}
+
+async fn serve(config: &Config, source: Source) -> (Result<(), RunError>, Option<LauncherProcess>) {
+    match source {
+        Source::Own(started) => match embedded::sandboxes(*started) {
+            Ok((sandboxes, process)) => (serve_with(config, sandboxes).await, Some(process)),
+            Err(error) => (Err(error.into()), None),
+        },
+        Source::Service(path) => match connect(config, &path).await {
+            Ok(sandboxes) => (serve_with(config, sandboxes).await, None),
+            Err(error) => (Err(error.into()), None),
+        },
+    }
+}
+
+async fn connect(config: &Config, path: &Path) -> Result<HostSandboxes, LaunchError> {
+    let deadline = Instant::now() + LAUNCHER_PATIENCE;
+    let (launcher, host) = loop {
+        match Launcher::connect(path).await {
+            Ok(connected) => break connected,
+            Err(error) if Instant::now() >= deadline => return Err(error),
+            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+        }
+    };
+    // Sandboxes of a runner before this one hold calls that nobody remembers.
+    for left in launcher.list().await? {
+        warn!(sandbox_id = %left.sandbox_id, "ending a sandbox that an earlier runner left");
+        launcher.kill(&left.sandbox_id).await?;
+    }
+    let home = Home { state: config.state_directory.clone(), run: config.run_directory.clone() };
+    Ok(HostSandboxes::new(launcher, host, home.sandboxes(), generation()))
+}
+
+/// Larger than that of every earlier runner since the boot, which is as long as a sandbox lives.
+fn generation() -> u64 {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME);
+    now.ok().and_then(|time| u64::try_from(Duration::from(time).as_millis()).ok()).unwrap_or(1).max(1)
+}
+
+async fn serve_with(config: &Config, sandboxes: HostSandboxes) -> Result<(), RunError> {
+    // From here a signal ends in order, also while the host is being measured.
+    let mut signals = Signals::listen().map_err(RunError::Signals)?;
+    let measured = tokio::select! {
+        measured = measure(&sandboxes) => measured?,
+        _ = signals.next() => return Ok(()),
+    };
+    info!(tier = measured.receipt.tier, attacks = measured.attempts.len(), "isolation measured");
+    check_floor(config, &measured.receipt, sandboxes.host())?;
+    let notifier = Notifier::new(&Environment::read(), std::process::id()).map_err(RunError::Notifier)?;
+    let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(now, _)| now);
+    // The journal of this runner does not outlive it, and it says so to the orchestrator.
+    let link = settings::link(config, measured.receipt, true)?;
+    if link.is_none() {
+        warn!("no [orchestrator] is configured, so no work will come");
+    }
+    let daemon = Daemon::start(Parts {
+        sandboxes: Arc::new(sandboxes),
+        journal: Arc::new(Volatile),
+        reserve: settings::reserve(config, descriptors),
+        defaults: settings::defaults(config),
+        link,
+        admin: Some(AdminSocket {
+            path: config.run_directory.join("admin.sock"),
+            own_uid: nix::unistd::geteuid().as_raw(),
+        }),
+        drain_time: DRAIN_TIME,
+    })?;
+    daemon.run(signals, &notifier).await;
+    Ok(())
+}
+
+/// One line for each missing layer, with what would add it.
+fn check_floor(config: &Config, receipt: &Receipt, host: &HostReport) -> Result<(), RunError> {
+    let wanted: Tier = config.min_tier.parse().unwrap_or(Tier::Full);
+    let reached: Tier = receipt.tier.parse().unwrap_or(Tier::None);
+    if reached >= wanted {
+        return Ok(());
+    }
+    for line in floor_lines(receipt, host, wanted, reached) {
+        say(&format!("sandbox-runner: {line}"));
+    }
+    Err(RunError::BelowFloor)
+}
+
+fn floor_lines(receipt: &Receipt, host: &HostReport, wanted: Tier, reached: Tier) -> Vec<String> {
+    let mut lines = vec![format!("this host reaches tier {reached}, runner.min_tier asks for {wanted}")];
+    for name in missing_for(&receipt.layers, wanted) {
+        let about = LAYERS.iter().find(|(layer, _)| *layer == name).map_or("", |(_, about)| about);
+        let layer = receipt.layers.iter().find(|layer| layer.name == name);
+        let errno = layer.map_or(0, |layer| layer.errno);
+        let remedy = layer.map(|layer| doctor::remedy(layer, host)).filter(|remedy| !remedy.is_empty());
+        let remedy = remedy.unwrap_or_else(|| "run sandbox-runner doctor".to_owned());
+        lines.push(format!("missing: {name} ({}), needed so that {about}; {remedy}", doctor::errno_name(errno)));
+    }
+    lines.push(format!("to accept what this host has, write min_tier = \"{reached}\" into [runner]"));
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sandbox::launch::MissingLayer;
+    use crate::sandbox::receipt::receipt;
+
+    #[test]
+    fn every_missing_layer_has_a_line_with_its_remedy_and_the_last_one_names_the_setting() {
+        let missing = MissingLayer {
+            layer: "cgroup_memory".into(),
+            attempt: "mkdir".into(),
+            errno: 13,
+            remedy: "run as root".into(),
+        };
+        let host = HostReport { missing: vec![missing], ..HostReport::default() };
+        let receipt = receipt(&[], 1, &host);
+
+        let lines = floor_lines(&receipt, &host, Tier::Full, Tier::None);
+
+        assert_eq!(lines.len(), missing_for(&receipt.layers, Tier::Full).len() + 2, "{lines:#?}");
+        assert!(lines.iter().any(|line| line.starts_with("missing: cgroup_memory") && line.ends_with("run as root")));
+        assert!(lines.last().is_some_and(|line| line.contains("min_tier = \"none\"")), "{lines:#?}");
+    }
+}

@@ -1,0 +1,380 @@
+//! What the operator typed: `config.toml`, read whole, with every problem and not only the first.
+//!
+//! An unknown key, a value of the wrong type and a syntax error are problems with file, key, what is wrong and what to
+//! write instead. Nothing is interpreted here; that is `resolve`.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use toml::{Table, Value};
+
+use crate::telemetry::{LogFormat, LogLevel};
+
+/// One thing that is wrong, and how to put it right.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Problem {
+    /// The file.
+    pub file: PathBuf,
+    /// The key, with its section; empty when the file as a whole is meant.
+    pub key: String,
+    /// What is wrong.
+    pub what: String,
+    /// What to write.
+    pub fix: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { file, key, what, fix } = self;
+        if key.is_empty() {
+            write!(formatter, "{}: {what}; {fix}", file.display())
+        } else {
+            write!(formatter, "{}: {key}: {what}; {fix}", file.display())
+        }
+    }
+}
+
+/// The whole file. Absent keys are `None`, so that defaults are decided in one place.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ConfigFile {
+    /// Where work comes from; absent for a runner that only serves local commands.
+    pub orchestrator: Option<OrchestratorSection>,
+    /// The runner itself.
+    pub runner: RunnerSection,
+    /// What sandboxes may use.
+    pub limits: LimitsSection,
+    /// Logs.
+    pub log: LogSection,
+}
+
+/// `[orchestrator]`
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct OrchestratorSection {
+    /// `https://host:port`.
+    pub endpoint: Option<String>,
+    /// PEM file with the authorities that may sign the orchestrator's certificate.
+    pub ca_file: Option<PathBuf>,
+    /// PEM file with our certificate chain.
+    pub certificate_file: Option<PathBuf>,
+    /// PEM file with our private key.
+    pub key_file: Option<PathBuf>,
+    /// Name the certificate must have, when it is not the host of the endpoint.
+    pub server_name: Option<String>,
+    /// `http://host:port` of a proxy for CONNECT.
+    pub proxy: Option<String>,
+}
+
+/// `[runner]`
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RunnerSection {
+    /// Name of this runner; the host name when absent.
+    pub id: Option<String>,
+    /// Labels that placement may ask for.
+    pub labels: BTreeMap<String, String>,
+    /// What outlives a boot.
+    pub state_directory: Option<PathBuf>,
+    /// Sockets.
+    pub run_directory: Option<PathBuf>,
+    /// Socket of a launcher that runs on its own; without it the runner starts one.
+    pub launcher_socket: Option<PathBuf>,
+    /// Weakest isolation under which work is accepted.
+    pub min_tier: Option<String>,
+}
+
+/// `[limits]`
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LimitsSection {
+    /// Sessions at once.
+    pub max_sessions: Option<u64>,
+    /// Memory of a sandbox that asks for none.
+    pub sandbox_memory_bytes: Option<u64>,
+    /// Thousandths of a processor of a sandbox that asks for none.
+    pub sandbox_cpu_millis: Option<u64>,
+    /// Processes of a sandbox that asks for none.
+    pub sandbox_pids: Option<u64>,
+    /// Disk space of a sandbox that asks for none.
+    pub sandbox_disk_bytes: Option<u64>,
+    /// Memory that is never given to sandboxes.
+    pub host_reserve_memory_bytes: Option<u64>,
+    /// Disk space that is never given to sandboxes.
+    pub host_reserve_disk_bytes: Option<u64>,
+    /// Processes that are never given to sandboxes.
+    pub host_reserve_pids: Option<u64>,
+}
+
+/// `[log]`
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LogSection {
+    /// Form of the lines.
+    pub format: Option<LogFormat>,
+    /// Least important line written.
+    pub level: Option<LogLevel>,
+}
+
+impl ConfigFile {
+    /// Reads the text of `file`.
+    ///
+    /// # Errors
+    /// Every problem found, at least one.
+    pub fn parse(file: &Path, text: &str) -> Result<Self, Vec<Problem>> {
+        match Self::parse_all(file, text) {
+            (read, problems) if problems.is_empty() => Ok(read),
+            (_, problems) => Err(problems),
+        }
+    }
+
+    /// Reads the text of `file` as far as possible: what was read, and every problem with the rest.
+    pub fn parse_all(file: &Path, text: &str) -> (Self, Vec<Problem>) {
+        let mut root = match text.parse::<Table>() {
+            Ok(table) => Reader::new(file, "", table),
+            Err(error) => {
+                let line = error.span().map_or(1, |span| text[..span.start.min(text.len())].lines().count().max(1));
+                let what = format!("line {line}: {}", error.message());
+                let fix = "correct the TOML syntax".to_owned();
+                return (Self::default(), vec![Problem { file: file.to_path_buf(), key: String::new(), what, fix }]);
+            }
+        };
+        let read = Self {
+            orchestrator: root.section("orchestrator").map(|mut section| {
+                let read = OrchestratorSection::read(&mut section);
+                root.close(section);
+                read
+            }),
+            runner: root.read_section("runner", RunnerSection::read),
+            limits: root.read_section("limits", LimitsSection::read),
+            log: root.read_section("log", LogSection::read),
+        };
+        (read, root.finish())
+    }
+}
+
+impl OrchestratorSection {
+    fn read(section: &mut Reader<'_>) -> Self {
+        Self {
+            endpoint: section.take("endpoint", "a text such as \"https://orchestrator.example:443\""),
+            ca_file: section.take("ca_file", "an absolute path"),
+            certificate_file: section.take("certificate_file", "an absolute path"),
+            key_file: section.take("key_file", "an absolute path"),
+            server_name: section.take("server_name", "a host name"),
+            proxy: section.take("proxy", "a text such as \"http://proxy.example:3128\""),
+        }
+    }
+}
+
+impl RunnerSection {
+    fn read(section: &mut Reader<'_>) -> Self {
+        Self {
+            id: section.take("id", "a text of at most 128 characters of [A-Za-z0-9_.:-]"),
+            labels: section.take("labels", "a table of texts such as { zone = \"a\" }").unwrap_or_default(),
+            state_directory: section.take("state_directory", "an absolute path"),
+            run_directory: section.take("run_directory", "an absolute path"),
+            launcher_socket: section.take("launcher_socket", "an absolute path"),
+            min_tier: section.take("min_tier", "full, pod, rootless, nested, provider or none"),
+        }
+    }
+}
+
+impl LimitsSection {
+    fn read(section: &mut Reader<'_>) -> Self {
+        const NUMBER: &str = "a whole number that is not negative";
+        Self {
+            max_sessions: section.take("max_sessions", NUMBER),
+            sandbox_memory_bytes: section.take("sandbox_memory_bytes", NUMBER),
+            sandbox_cpu_millis: section.take("sandbox_cpu_millis", NUMBER),
+            sandbox_pids: section.take("sandbox_pids", NUMBER),
+            sandbox_disk_bytes: section.take("sandbox_disk_bytes", NUMBER),
+            host_reserve_memory_bytes: section.take("host_reserve_memory_bytes", NUMBER),
+            host_reserve_disk_bytes: section.take("host_reserve_disk_bytes", NUMBER),
+            host_reserve_pids: section.take("host_reserve_pids", NUMBER),
+        }
+    }
+}
+
+impl LogSection {
+    fn read(section: &mut Reader<'_>) -> Self {
+        Self {
+            format: section.take("format", "\"text\" or \"json\""),
+            level: section.take("level", "\"error\", \"warn\", \"info\", \"debug\" or \"trace\""),
+        }
+    }
+}
+
+/// Takes keys out of a table and remembers what was wrong, and which keys exist, so that the rest is unknown.
+struct Reader<'a> {
+    file: &'a Path,
+    section: String,
+    table: Table,
+    known: Vec<&'static str>,
+    problems: Vec<Problem>,
+}
+
+impl<'a> Reader<'a> {
+    fn new(file: &'a Path, section: &str, table: Table) -> Self {
+        Self { file, section: section.to_owned(), table, known: Vec::new(), problems: Vec::new() }
+    }
+
+    fn take<T: DeserializeOwned>(&mut self, key: &'static str, expected: &str) -> Option<T> {
+        self.known.push(key);
+        let value = self.table.remove(key)?;
+        let kind = value.type_str();
+        match value.try_into() {
+            Ok(value) => Some(value),
+            Err(_) => {
+                self.report(key, format!("this {kind} is not what belongs here"), format!("write {expected}"));
+                None
+            }
+        }
+    }
+
+    fn section(&mut self, name: &'static str) -> Option<Reader<'a>> {
+        self.known.push(name);
+        match self.table.remove(name)? {
+            Value::Table(table) => Some(Reader::new(self.file, name, table)),
+            _ => {
+                self.report(name, "is not a section".into(), format!("write [{name}] on a line of its own"));
+                None
+            }
+        }
+    }
+
+    fn read_section<T: Default>(&mut self, name: &'static str, read: impl FnOnce(&mut Reader<'_>) -> T) -> T {
+        let Some(mut section) = self.section(name) else { return T::default() };
+        let value = read(&mut section);
+        self.close(section);
+        value
+    }
+
+    fn close(&mut self, section: Reader<'_>) {
+        self.problems.extend(section.finish());
+    }
+
+    fn finish(mut self) -> Vec<Problem> {
+        for key in self.table.keys().cloned().collect::<Vec<_>>() {
+            let fix = match nearest(&key, &self.known) {
+                Some(known) => format!("did you mean {known}?"),
+                None => format!("remove it; known here: {}", self.known.join(", ")),
+            };
+            self.report(&key, "is not a known key".into(), fix);
+        }
+        self.problems
+    }
+
+    fn report(&mut self, key: &str, what: String, fix: String) {
+        let key = if self.section.is_empty() { key.to_owned() } else { format!("{}.{key}", self.section) };
+        self.problems.push(Problem { file: self.file.to_path_buf(), key, what, fix });
+    }
+}
+
+/// The known key that differs least, if it differs little.
+fn nearest<'k>(key: &str, known: &[&'k str]) -> Option<&'k str> {
+    known
+        .iter()
+        .map(|candidate| (distance(key, candidate), *candidate))
+        .min()
+        .filter(|(far, _)| *far <= 3)
+        .map(|(_, k)| k)
+}
+
+/// Number of single-byte changes between two short names.
+fn distance(left: &str, right: &str) -> usize {
+    let (left, right) = (left.as_bytes(), right.as_bytes());
+    if left.len() > 64 || right.len() > 64 {
+        return usize::MAX;
+    }
+    let mut row: Vec<usize> = (0..=right.len()).collect();
+    for (line, byte) in left.iter().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = line + 1;
+        for (column, other) in right.iter().enumerate() {
+            let changed = diagonal + usize::from(byte != other);
+            diagonal = row[column + 1];
+            row[column + 1] = changed.min(row[column] + 1).min(diagonal + 1);
+        }
+    }
+    row[right.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problems(text: &str) -> Vec<String> {
+        ConfigFile::parse(Path::new("c.toml"), text).expect_err("problems").iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn every_problem_is_reported_not_only_the_first() {
+        let found = problems(
+            "colour = 1\n[runner]\nidd = \"x\"\nmin_tier = 3\n[limits]\nsandbox_pids = -1\n[log]\nlevel = \"loud\"\n",
+        );
+
+        assert_eq!(found.len(), 5, "{found:#?}");
+        assert!(found.iter().any(|p| p.contains("runner.idd: is not a known key; did you mean id?")), "{found:#?}");
+        assert!(found.iter().any(|p| p.contains("runner.min_tier: this integer is not what belongs here; write full")));
+        assert!(found.iter().any(|p| p.contains("limits.sandbox_pids: ") && p.contains("not negative")));
+        assert!(found.iter().any(|p| p.contains("log.level: ") && p.contains("\"trace\"")));
+        assert!(found.iter().any(|p| p.contains("colour: is not a known key; remove it; known here: orchestrator")));
+    }
+
+    #[test]
+    fn syntax_errors_name_the_line() {
+        assert!(
+            problems("[runner]\nid = \n")[0].starts_with("c.toml: line 2: "),
+            "{:?}",
+            problems("[runner]\nid = \n")
+        );
+    }
+
+    #[test]
+    fn section_that_is_no_section_is_refused() {
+        assert!(problems("runner = 3")[0].contains("write [runner] on a line of its own"));
+    }
+
+    #[test]
+    fn empty_file_leaves_everything_to_the_defaults() {
+        assert_eq!(ConfigFile::parse(Path::new("c.toml"), ""), Ok(ConfigFile::default()));
+    }
+
+    #[test]
+    fn all_keys_are_read() {
+        let text = r#"
+            [orchestrator]
+            endpoint = "https://o:1"
+            ca_file = "/c"
+            certificate_file = "/d"
+            key_file = "/k"
+            server_name = "o"
+            proxy = "http://p:1"
+            [runner]
+            id = "r"
+            labels = { zone = "a" }
+            state_directory = "/s"
+            run_directory = "/r"
+            launcher_socket = "/r/l"
+            min_tier = "pod"
+            [limits]
+            max_sessions = 1
+            sandbox_memory_bytes = 2
+            sandbox_cpu_millis = 3
+            sandbox_pids = 4
+            sandbox_disk_bytes = 5
+            host_reserve_memory_bytes = 6
+            host_reserve_disk_bytes = 7
+            host_reserve_pids = 8
+            [log]
+            format = "json"
+            level = "debug"
+        "#;
+
+        let read = ConfigFile::parse(Path::new("c.toml"), text).expect("good");
+
+        assert_eq!(read.orchestrator.and_then(|section| section.proxy).as_deref(), Some("http://p:1"));
+        assert_eq!(read.runner.labels["zone"], "a");
+        assert_eq!(read.runner.launcher_socket.as_deref(), Some(Path::new("/r/l")));
+        assert_eq!(read.limits.host_reserve_pids, Some(8));
+        assert_eq!(read.log.format, Some(LogFormat::Json));
+    }
+}

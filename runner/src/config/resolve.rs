@@ -1,0 +1,372 @@
+//! From what the operator typed to a configuration that holds, or to every reason why it does not. Pure.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use super::file::{ConfigFile, LimitsSection, OrchestratorSection, Problem};
+use super::launcher_policy::HostSize;
+use crate::sandbox::receipt::Tier;
+use crate::telemetry::{LogFormat, LogLevel};
+use crate::work::RunnerId;
+
+/// A checked configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Config {
+    /// Where work comes from.
+    pub orchestrator: Option<Orchestrator>,
+    /// Name of this runner.
+    pub runner_id: String,
+    /// Labels that placement may ask for.
+    pub labels: BTreeMap<String, String>,
+    /// What outlives a boot.
+    pub state_directory: PathBuf,
+    /// Sockets.
+    pub run_directory: PathBuf,
+    /// Socket of a launcher that runs on its own; without it the runner starts one.
+    pub launcher_socket: Option<PathBuf>,
+    /// Weakest isolation under which work is accepted.
+    pub min_tier: String,
+    /// What one sandbox gets when it asks for nothing.
+    pub sandbox: SandboxDefaults,
+    /// What all sandboxes together may hold.
+    pub capacity: Capacity,
+    /// Form of log lines.
+    pub log_format: LogFormat,
+    /// Least important log line.
+    pub log_level: LogLevel,
+}
+
+/// Where work comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Orchestrator {
+    /// `https://host:port`.
+    pub endpoint: String,
+    /// Authorities of its certificate.
+    pub ca_file: PathBuf,
+    /// Our certificate chain.
+    pub certificate_file: PathBuf,
+    /// Our private key.
+    pub key_file: PathBuf,
+    /// Name its certificate must have.
+    pub server_name: String,
+    /// `http://host:port` of a proxy.
+    pub proxy: Option<String>,
+}
+
+/// What one sandbox gets when it asks for nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct SandboxDefaults {
+    /// Memory.
+    pub memory_bytes: u64,
+    /// Thousandths of a processor.
+    pub cpu_millis: u64,
+    /// Processes and threads.
+    pub pids: u64,
+    /// Disk space.
+    pub disk_bytes: u64,
+}
+
+/// What all sandboxes together may hold: the host less its reserve.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Capacity {
+    /// Sessions at once.
+    pub max_sessions: u64,
+    /// Memory.
+    pub memory_bytes: u64,
+    /// Disk space.
+    pub disk_bytes: u64,
+    /// Processes and threads.
+    pub pids: u64,
+}
+
+/// What the machine has.
+#[derive(Debug, Clone)]
+pub struct Host {
+    /// Memory and processors.
+    pub size: HostSize,
+    /// Free space of the file system of the state directory.
+    pub free_disk_bytes: u64,
+    /// Processes the kernel allows.
+    pub pids: u64,
+    /// Name of the machine.
+    pub hostname: String,
+}
+
+const SYSTEM_STATE: &str = "/var/lib/sandbox-runner";
+const SYSTEM_RUN: &str = "/run/sandbox-runner";
+
+/// Checks `file`, which was read from `path`, against this host.
+///
+/// # Errors
+/// Every problem found, at least one.
+pub fn resolve(path: &Path, file: &ConfigFile, host: &Host) -> Result<Config, Vec<Problem>> {
+    let mut check = Check { path, problems: Vec::new() };
+    let orchestrator = file.orchestrator.as_ref().and_then(|section| check.orchestrator(section));
+    let runner_id = check.runner_id(file.runner.id.as_deref(), &host.hostname);
+    check.labels(&file.runner.labels);
+    let state_directory =
+        check.directory("runner.state_directory", file.runner.state_directory.as_deref(), SYSTEM_STATE);
+    let run_directory = check.directory("runner.run_directory", file.runner.run_directory.as_deref(), SYSTEM_RUN);
+    let launcher_socket = file.runner.launcher_socket.as_deref();
+    let launcher_socket = launcher_socket.and_then(|path| check.absolute("runner.launcher_socket", path));
+    let min_tier = check.tier(file.runner.min_tier.as_deref());
+    let sandbox = check.sandbox_defaults(&file.limits, host);
+    let capacity = check.capacity(&file.limits, host, sandbox);
+    let config = Config {
+        orchestrator,
+        runner_id,
+        labels: file.runner.labels.clone(),
+        state_directory,
+        run_directory,
+        launcher_socket,
+        min_tier,
+        sandbox,
+        capacity,
+        log_format: file.log.format.unwrap_or_default(),
+        log_level: file.log.level.unwrap_or_default(),
+    };
+    if check.problems.is_empty() { Ok(config) } else { Err(check.problems) }
+}
+
+struct Check<'a> {
+    path: &'a Path,
+    problems: Vec<Problem>,
+}
+
+impl Check<'_> {
+    fn report(&mut self, key: &str, what: impl Into<String>, fix: impl Into<String>) {
+        let problem = Problem { file: self.path.to_path_buf(), key: key.into(), what: what.into(), fix: fix.into() };
+        self.problems.push(problem);
+    }
+
+    fn orchestrator(&mut self, section: &OrchestratorSection) -> Option<Orchestrator> {
+        let endpoint = self.required("orchestrator.endpoint", section.endpoint.clone())?;
+        let host = url_host(&endpoint, "https://");
+        if host.is_none() {
+            let what = format!("{endpoint:?} is not https://HOST:PORT");
+            self.report("orchestrator.endpoint", what, "write for example \"https://orchestrator.example:443\"");
+        }
+        let proxy = section.proxy.clone();
+        if let Some(proxy) = proxy.as_deref().filter(|proxy| url_host(proxy, "http://").is_none()) {
+            let what = format!("{proxy:?} is not http://HOST:PORT");
+            self.report("orchestrator.proxy", what, "write for example \"http://proxy.example:3128\"");
+        }
+        let ca_file = self.required_path("orchestrator.ca_file", section.ca_file.as_deref());
+        let certificate_file = self.required_path("orchestrator.certificate_file", section.certificate_file.as_deref());
+        let key_file = self.required_path("orchestrator.key_file", section.key_file.as_deref());
+        let server_name = section.server_name.clone().or(host)?;
+        Some(Orchestrator {
+            endpoint,
+            ca_file: ca_file?,
+            certificate_file: certificate_file?,
+            key_file: key_file?,
+            server_name,
+            proxy,
+        })
+    }
+
+    fn required<T>(&mut self, key: &str, value: Option<T>) -> Option<T> {
+        if value.is_none() {
+            self.report(key, "is missing", "add it, or remove the whole section");
+        }
+        value
+    }
+
+    fn required_path(&mut self, key: &str, value: Option<&Path>) -> Option<PathBuf> {
+        let path = self.required(key, value)?;
+        self.absolute(key, path)
+    }
+
+    fn absolute(&mut self, key: &str, path: &Path) -> Option<PathBuf> {
+        if path.is_absolute() {
+            return Some(path.to_path_buf());
+        }
+        self.report(
+            key,
+            format!("{} is a relative path", path.display()),
+            "write an absolute path, which starts with /",
+        );
+        None
+    }
+
+    fn directory(&mut self, key: &str, value: Option<&Path>, default: &str) -> PathBuf {
+        value.and_then(|path| self.absolute(key, path)).unwrap_or_else(|| PathBuf::from(default))
+    }
+
+    fn runner_id(&mut self, given: Option<&str>, hostname: &str) -> String {
+        let id = given.unwrap_or(hostname);
+        if let Err(error) = RunnerId::new(id) {
+            self.report("runner.id", error.to_string(), "write a name of [A-Za-z0-9_.:-]");
+        }
+        id.to_owned()
+    }
+
+    fn labels(&mut self, labels: &BTreeMap<String, String>) {
+        for (name, value) in labels {
+            if name.is_empty() || name.len() > 63 || value.len() > 253 {
+                let key = format!("runner.labels.{name}");
+                self.report(&key, "is too long or has no name", "use at most 63 characters of name and 253 of value");
+            }
+        }
+    }
+
+    fn tier(&mut self, given: Option<&str>) -> String {
+        let text = given.unwrap_or(Tier::Full.as_str());
+        if let Err(problem) = text.parse::<Tier>() {
+            self.report("runner.min_tier", problem, "run sandbox-runner doctor to see what this host reaches");
+        }
+        text.to_owned()
+    }
+
+    fn sandbox_defaults(&mut self, limits: &LimitsSection, host: &Host) -> SandboxDefaults {
+        let processors = host.size.processors.max(1) * 1000;
+        let memory = (host.size.memory_bytes / 4).clamp(256 << 20, 2 << 30);
+        SandboxDefaults {
+            memory_bytes: self.at_least("limits.sandbox_memory_bytes", limits.sandbox_memory_bytes, memory, 16 << 20),
+            cpu_millis: self.at_least("limits.sandbox_cpu_millis", limits.sandbox_cpu_millis, processors.min(2000), 10),
+            pids: self.at_least("limits.sandbox_pids", limits.sandbox_pids, 1024, 16),
+            disk_bytes: self.at_least("limits.sandbox_disk_bytes", limits.sandbox_disk_bytes, 4 << 30, 1 << 20),
+        }
+    }
+
+    fn at_least(&mut self, key: &str, given: Option<u64>, default: u64, least: u64) -> u64 {
+        let value = given.unwrap_or(default);
+        if value < least {
+            self.report(key, format!("{value} is too little for a sandbox"), format!("write at least {least}"));
+        }
+        value
+    }
+
+    fn capacity(&mut self, limits: &LimitsSection, host: &Host, sandbox: SandboxDefaults) -> Capacity {
+        let reserve_memory = limits.host_reserve_memory_bytes.unwrap_or((host.size.memory_bytes / 10).max(256 << 20));
+        let reserve_disk = limits.host_reserve_disk_bytes.unwrap_or((host.free_disk_bytes / 10).max(1 << 30));
+        let reserve_pids = limits.host_reserve_pids.unwrap_or(2048);
+        let capacity = Capacity {
+            max_sessions: limits.max_sessions.unwrap_or(64),
+            memory_bytes: host.size.memory_bytes.saturating_sub(reserve_memory),
+            disk_bytes: host.free_disk_bytes.saturating_sub(reserve_disk),
+            pids: host.pids.saturating_sub(reserve_pids),
+        };
+        if capacity.max_sessions == 0 {
+            self.report("limits.max_sessions", "0 sessions can do nothing", "write at least 1");
+        }
+        // Only what was written down is a mistake; a small or full host is a fact that doctor reports.
+        if limits.sandbox_memory_bytes.is_some() && sandbox.memory_bytes > capacity.memory_bytes {
+            let what =
+                format!("{} is more than the {} left for sandboxes", sandbox.memory_bytes, capacity.memory_bytes);
+            self.report("limits.sandbox_memory_bytes", what, "lower it, or lower limits.host_reserve_memory_bytes");
+        }
+        capacity
+    }
+}
+
+/// Host of `scheme` + host + optional port, nothing behind it.
+fn url_host(url: &str, scheme: &str) -> Option<String> {
+    let authority = url.strip_prefix(scheme)?;
+    let authority = authority.strip_suffix('/').unwrap_or(authority);
+    let (host, port) = match authority.strip_prefix('[') {
+        Some(rest) => {
+            let (host, rest) = rest.split_once(']')?;
+            (host, rest.strip_prefix(':').or(rest.is_empty().then_some("443"))?)
+        }
+        None => authority.split_once(':').unwrap_or((authority, "443")),
+    };
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b':' | b'_');
+    let good = !host.is_empty() && host.bytes().all(allowed) && port.parse::<u16>().is_ok_and(|port| port != 0);
+    good.then(|| host.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn host() -> Host {
+        Host {
+            size: HostSize { memory_bytes: 16 << 30, processors: 4 },
+            free_disk_bytes: 100 << 30,
+            pids: 32_768,
+            hostname: "machine-7".into(),
+        }
+    }
+
+    fn resolved(text: &str) -> Result<Config, Vec<String>> {
+        let path = Path::new("c.toml");
+        let file = ConfigFile::parse(path, text).expect("readable");
+        resolve(path, &file, &host()).map_err(|problems| problems.iter().map(ToString::to_string).collect())
+    }
+
+    #[test]
+    fn empty_file_gives_the_documented_defaults() {
+        let config = resolved("").expect("good");
+
+        assert_eq!(config.runner_id, "machine-7");
+        assert_eq!(config.min_tier, "full");
+        assert_eq!(config.state_directory, Path::new(SYSTEM_STATE));
+        assert_eq!(config.capacity.memory_bytes, (16 << 30) - (16 << 30) / 10);
+        assert!(config.orchestrator.is_none());
+    }
+
+    #[test]
+    fn every_problem_is_collected_and_says_what_to_write() {
+        let problems = resolved(
+            "[orchestrator]\nendpoint = \"http://o\"\nca_file = \"ca.pem\"\nproxy = \"p:1\"\n[runner]\nid = \"a b\"\n\
+             state_directory = \"state\"\nmin_tier = \"best\"\n[limits]\nmax_sessions = 0\nsandbox_pids = 1\n",
+        )
+        .expect_err("problems");
+
+        let expected = [
+            "orchestrator.endpoint: \"http://o\" is not https://HOST:PORT",
+            "orchestrator.proxy: \"p:1\" is not http://HOST:PORT",
+            "orchestrator.ca_file: ca.pem is a relative path; write an absolute path",
+            "orchestrator.certificate_file: is missing",
+            "orchestrator.key_file: is missing",
+            "runner.id: runner_id contains ' '",
+            "runner.state_directory: state is a relative path",
+            "runner.min_tier: \"best\" is not a tier",
+            "limits.max_sessions: 0 sessions can do nothing",
+            "limits.sandbox_pids: 1 is too little",
+        ];
+        for text in expected {
+            assert!(problems.iter().any(|problem| problem.contains(text)), "{text} not in {problems:#?}");
+        }
+        assert_eq!(problems.len(), expected.len(), "{problems:#?}");
+    }
+
+    #[test]
+    fn server_name_defaults_to_the_host_of_the_endpoint() {
+        let files = "ca_file = \"/c\"\ncertificate_file = \"/d\"\nkey_file = \"/k\"\n";
+        let config =
+            resolved(&format!("[orchestrator]\nendpoint = \"https://o.example:8443\"\n{files}")).expect("good");
+
+        assert_eq!(config.orchestrator.map(|orchestrator| orchestrator.server_name).as_deref(), Some("o.example"));
+    }
+
+    #[test]
+    fn hosts_are_taken_from_urls_and_nothing_else_is() {
+        let cases = [
+            ("https://a", Some("a")),
+            ("https://a/", Some("a")),
+            ("https://a:1", Some("a")),
+            ("https://[::1]:1", Some("::1")),
+            ("https://[::1]", Some("::1")),
+            ("https://", None),
+            ("https://a:0", None),
+            ("https://a:99999", None),
+            ("https://a/b", None),
+            ("https://u@a", None),
+            ("http://a", None),
+        ];
+        for (url, expected) in cases {
+            assert_eq!(url_host(url, "https://").as_deref(), expected, "{url}");
+        }
+    }
+
+    #[test]
+    fn sandbox_larger_than_what_is_left_of_the_host_is_refused_when_written_down() {
+        let problems = resolved("[limits]\nsandbox_memory_bytes = 99999999999\n").expect_err("problems");
+
+        assert!(problems[0].contains("is more than the"), "{problems:?}");
+    }
+}

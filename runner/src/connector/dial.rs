@@ -1,0 +1,155 @@
+//! One connection to the orchestrator: TCP, through an HTTP proxy when one is configured, then TLS.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls::ClientConfig;
+use rustls_pki_types::ServerName;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+use super::resolve::resolve;
+
+/// Time for all of it: name, TCP, proxy, TLS.
+pub const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Where to dial.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// Name or address of the orchestrator.
+    pub host: String,
+    /// Its port.
+    pub port: u16,
+    /// Name its certificate must carry; the host when missing.
+    pub server_name: Option<String>,
+    /// HTTP proxy to ask for a tunnel.
+    pub proxy: Option<Proxy>,
+}
+
+/// An HTTP proxy that understands CONNECT.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Proxy {
+    /// Name or address.
+    pub host: String,
+    /// Its port.
+    pub port: u16,
+    /// Value of Proxy-Authorization, if the proxy wants one.
+    pub authorization: Option<String>,
+}
+
+impl std::fmt::Debug for Proxy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Proxy({}:{})", self.host, self.port)
+    }
+}
+
+/// Why no connection could be made.
+#[derive(Debug, thiserror::Error)]
+pub enum DialError {
+    /// All of it took too long.
+    #[error("no connection to {host}:{port} within {seconds} s")]
+    Timeout {
+        /// The orchestrator.
+        host: String,
+        /// Its port.
+        port: u16,
+        /// The bound.
+        seconds: u64,
+    },
+    /// Name or TCP.
+    #[error("cannot connect to {host}:{port}: {source}")]
+    Connect {
+        /// Whom we dialled: the orchestrator or the proxy.
+        host: String,
+        /// The port.
+        port: u16,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The proxy refused.
+    #[error("proxy {host}:{port} refused the tunnel: {answer}")]
+    Proxy {
+        /// The proxy.
+        host: String,
+        /// Its port.
+        port: u16,
+        /// Its status line.
+        answer: String,
+    },
+    /// The name to check is not a name.
+    #[error("server name {0:?} is neither a DNS name nor an address")]
+    ServerName(String),
+    /// The handshake failed.
+    #[error("TLS with {name} failed: {source}")]
+    Tls {
+        /// The name that was checked.
+        name: String,
+        /// Which check.
+        source: io::Error,
+    },
+}
+
+/// Connects and checks who is there.
+///
+/// # Errors
+/// `DialError` names the step and the party.
+pub async fn dial(target: &Target, tls: Arc<ClientConfig>) -> Result<TlsStream<TcpStream>, DialError> {
+    let timeout =
+        || DialError::Timeout { host: target.host.clone(), port: target.port, seconds: DIAL_TIMEOUT.as_secs() };
+    tokio::time::timeout(DIAL_TIMEOUT, dial_unbounded(target, tls)).await.map_err(|_| timeout())?
+}
+
+async fn dial_unbounded(target: &Target, tls: Arc<ClientConfig>) -> Result<TlsStream<TcpStream>, DialError> {
+    let name = target.server_name.as_ref().unwrap_or(&target.host);
+    let server = ServerName::try_from(name.clone()).map_err(|_| DialError::ServerName(name.clone()))?;
+    let stream = match &target.proxy {
+        None => tcp(&target.host, target.port).await?,
+        Some(proxy) => tunnel(proxy, tcp(&proxy.host, proxy.port).await?, target).await?,
+    };
+    let tls = TlsConnector::from(tls).connect(server, stream).await;
+    tls.map_err(|source| DialError::Tls { name: name.clone(), source })
+}
+
+async fn tcp(host: &str, port: u16) -> Result<TcpStream, DialError> {
+    let failed = |source| DialError::Connect { host: host.to_owned(), port, source };
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "no address");
+    for address in resolve(host).await.map_err(failed)? {
+        match TcpStream::connect(SocketAddr::new(address, port)).await {
+            Ok(stream) => {
+                // Small frames must not wait for each other.
+                stream.set_nodelay(true).map_err(failed)?;
+                return Ok(stream);
+            }
+            Err(error) => last = error,
+        }
+    }
+    Err(failed(last))
+}
+
+async fn tunnel(proxy: &Proxy, mut stream: TcpStream, target: &Target) -> Result<TcpStream, DialError> {
+    let failed = |source| DialError::Connect { host: proxy.host.clone(), port: proxy.port, source };
+    let refused = |answer: String| DialError::Proxy { host: proxy.host.clone(), port: proxy.port, answer };
+    let Target { host, port, .. } = target;
+    let mut request = format!("CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}:{port}\r\n");
+    if let Some(value) = &proxy.authorization {
+        request.push_str(&format!("Proxy-Authorization: {value}\r\n"));
+    }
+    request.push_str("\r\n");
+    stream.write_all(request.as_bytes()).await.map_err(failed)?;
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"\r\n\r\n") {
+        if answer.len() >= 16 * 1024 {
+            return Err(refused("its answer is longer than 16 KiB".to_owned()));
+        }
+        // Byte by byte: whatever follows the answer belongs to TLS.
+        answer.push(stream.read_u8().await.map_err(failed)?);
+    }
+    let text = String::from_utf8_lossy(&answer);
+    let status = text.lines().next().unwrap_or_default();
+    let code = status.split_whitespace().nth(1).unwrap_or_default();
+    if code.starts_with('2') { Ok(stream) } else { Err(refused(status.chars().take(120).collect())) }
+}

@@ -1,0 +1,268 @@
+//! What the orchestrator says on a link. A mistake in one request is answered; only a broken link is given up.
+
+use std::time::Duration;
+
+use proto::runner::v1 as pb;
+use proto::runner::v1::orchestrator_frame::Body as Request;
+use proto::runner::v1::runner_frame::Body;
+use tokio::time::Instant;
+use tracing::{debug, info, warn};
+
+use super::codec::{BadFrame, Incoming};
+use super::link::Link;
+use super::task::{Ended, Task};
+use super::{LinkError, decode, encode};
+use crate::connector::backoff::draw;
+use crate::work::{CallId, Code, DrainMode, ToolFailure, WorkItem, limits};
+
+/// What names the sender's request in a refusal.
+struct Subject {
+    frame_no: u64,
+    kind: u32,
+    session_id: String,
+    call_id: String,
+    epoch: u64,
+}
+
+impl Task {
+    pub(super) fn incoming(&mut self, incoming: Incoming, link: &mut Link) -> Result<(), LinkError> {
+        let frame = match incoming {
+            Incoming::Frame(frame) => *frame,
+            Incoming::Bad(bad) => {
+                expect_number(link, bad.frame_no)?;
+                self.bad_frame(bad);
+                return Ok(());
+            }
+        };
+        expect_number(link, frame.frame_no)?;
+        let Some(request) = frame.body else {
+            if frame.must_understand || frame.kind == 0 {
+                let unsupported = pb::Unsupported { kind: frame.kind, frame_no: frame.frame_no };
+                self.reply(Body::Unsupported(unsupported));
+            }
+            return Ok(());
+        };
+        if !link.welcomed && !matches!(request, Request::Welcome(_) | Request::GoAway(_)) {
+            return Err(LinkError::Violation("a frame came before Welcome".to_owned()));
+        }
+        let subject = subject_of(&request, frame.frame_no, frame.kind);
+        if let Err(failure) = self.request(request, link)? {
+            debug!(kind = subject.kind, error = %failure, "request refused");
+            let Subject { frame_no, kind, session_id, call_id, epoch } = subject;
+            self.reply(encode::refused_frame(frame_no, kind, session_id, call_id, epoch, &failure));
+        }
+        Ok(())
+    }
+
+    fn bad_frame(&mut self, bad: BadFrame) {
+        let failure = match bad.too_large {
+            Some(length) => ToolFailure::new(
+                Code::TooLarge,
+                format!("the frame has {length} bytes; at most {} are allowed", limits::FRAME_BYTES),
+                "send less in one frame",
+            ),
+            None => {
+                ToolFailure::invalid("frame", bad.problem, "send the field in the type of the schema; texts are UTF-8")
+            }
+        };
+        warn!(kind = bad.kind, error = %failure, "frame refused");
+        // Calls and cancels begin with call_id, sessions with session_id.
+        let [first, second] = bad.ids;
+        let (call_id, session_id) = if matches!(bad.kind, 13 | 14) { (String::new(), first) } else { (first, second) };
+        self.reply(encode::refused_frame(bad.frame_no, bad.kind, session_id, call_id, 0, &failure));
+    }
+
+    /// The outer result ends the link, the inner one refuses the request.
+    fn request(&mut self, request: Request, link: &mut Link) -> Result<Result<(), ToolFailure>, LinkError> {
+        match request {
+            Request::Welcome(welcome) => self.welcome(&welcome, link)?,
+            Request::ResumeDecisions(page) => return self.decisions(page, link).map(Ok),
+            Request::GoAway(go_away) => {
+                let time = |field, value| decode::duration(field, value).map(Option::unwrap_or_default);
+                let after = time("reconnect_after", go_away.reconnect_after.as_ref());
+                let jitter = time("jitter", go_away.jitter.as_ref());
+                let after = after.unwrap_or_default() + jitter.unwrap_or_default().mul_f64(draw());
+                info!(reason = %go_away.reason, "the orchestrator asks for another link");
+                link.ended = Some(Ended::Sent(after));
+            }
+            other => return Ok(self.order(other)),
+        }
+        Ok(Ok(()))
+    }
+
+    fn order(&mut self, request: Request) -> Result<(), ToolFailure> {
+        match request {
+            Request::HeartbeatAck(ack) => {
+                self.lease.acknowledged(ack.lease_seq, decode::duration("lease_ttl", ack.lease_ttl.as_ref())?);
+                self.renewed();
+            }
+            Request::OpenSession(message) => {
+                let open = decode::open(&message)?;
+                self.refuse_if_full()?;
+                self.book.session_requested(open.session_id.clone(), open.epoch);
+                self.pending.push_back(WorkItem::Open(open));
+            }
+            Request::CloseSession(message) => self.pending.push_back(WorkItem::Close(decode::close(&message)?)),
+            Request::Call(message) => {
+                let (call, quiet) = decode::call(&message)?;
+                self.refuse_if_full()?;
+                self.book.call_requested(call.call_id.clone(), call.session_id.clone(), call.digest, quiet);
+                self.pending.push_back(WorkItem::Call(call));
+            }
+            Request::CancelCall(message) => {
+                let (call_id, session_id, epoch, mode) = decode::cancel(&message)?;
+                self.pending.push_back(WorkItem::Cancel { session_id, epoch, call_id, mode });
+            }
+            Request::EventAck(ack) => {
+                for call_id in self.outbox.acknowledge(ack.through_event_seq) {
+                    if self.book.result_acknowledged(&call_id) {
+                        self.pending.push_back(WorkItem::Acknowledge { call_id });
+                    }
+                }
+            }
+            Request::OutputAck(ack) => {
+                let call_id = CallId::new(&ack.call_id)?;
+                for (stream, through) in decode::stream_acks(&ack.streams)? {
+                    if self.book.output_acknowledged(&call_id, stream, through) {
+                        self.pending.push_back(WorkItem::Acknowledge { call_id: call_id.clone() });
+                    }
+                }
+            }
+            Request::Credit(credit) => {
+                let calls: Result<Vec<_>, ToolFailure> =
+                    credit.calls.iter().map(|one| Ok((CallId::new(&one.call_id)?, one.max_bytes))).collect();
+                self.book.credit(credit.link_max_bytes, &calls?);
+            }
+            Request::Drain(message) => {
+                let (mode, deadline) = decode::drain(&message)?;
+                info!(reason = %message.reason, ?mode, "the orchestrator empties this runner");
+                self.draining = mode != DrainMode::Undo;
+                self.drain_deadline = deadline.and_then(|time| Instant::now().checked_add(time));
+                self.pending.push_back(WorkItem::Drain(mode));
+            }
+            Request::WriteStdin(message) => {
+                let (call_id, offset, data, eof) = decode::stdin(message)?;
+                self.pending.push_back(WorkItem::Stdin { call_id, offset, data, eof });
+            }
+            Request::ResizeTerminal(message) => {
+                let (call_id, size) = decode::resize(message)?;
+                self.pending.push_back(WorkItem::Resize { call_id, columns: size.columns, rows: size.rows });
+            }
+            Request::Query(query) => self.query(&query),
+            Request::UpdateNetworkPolicy(_) => return Err(ToolFailure::unimplemented("update_network_policy")),
+            Request::ForwardData(_) => return Err(ToolFailure::unimplemented("forward_data")),
+            Request::SandboxOperation(_) => return Err(ToolFailure::unimplemented("sandbox_operation")),
+            Request::Unsupported(unsupported) => {
+                warn!(kind = unsupported.kind, "the orchestrator did not understand a frame");
+            }
+            Request::Welcome(_) | Request::ResumeDecisions(_) | Request::GoAway(_) => {}
+        }
+        Ok(())
+    }
+
+    fn query(&mut self, query: &pb::Query) {
+        use pb::query::What;
+        use pb::query_reply::Answer;
+        let unimplemented = |what| Answer::Failure(encode::failure_to_wire(&ToolFailure::unimplemented(what)));
+        let answer = match &query.what {
+            Some(What::Receipt(receipt)) if receipt.session_id.is_empty() => {
+                Answer::Receipt(encode::receipt_to_wire(&self.settings.receipt))
+            }
+            Some(What::Receipt(_)) => unimplemented("query.receipt of one session: see SessionOpened.receipt;"),
+            Some(What::Slots(_)) => unimplemented("query.slots"),
+            Some(What::Usage(_)) => unimplemented("query.usage"),
+            Some(What::Ledger(_)) => unimplemented("query.ledger"),
+            None => {
+                let failure = ToolFailure::invalid("query.what", "is missing or not known", "set one of its fields");
+                Answer::Failure(encode::failure_to_wire(&failure))
+            }
+        };
+        self.reply(Body::QueryReply(pb::QueryReply { query_id: query.query_id, answer: Some(answer) }));
+    }
+
+    /// Nothing new is taken while too much of the old is not acknowledged.
+    fn refuse_if_full(&self) -> Result<(), ToolFailure> {
+        if !self.outbox.is_full() {
+            return Ok(());
+        }
+        Err(ToolFailure::new(
+            Code::QueueFull,
+            format!("{} events are not acknowledged, which is as much as this runner keeps", self.outbox.len()),
+            "acknowledge events, then send the request again",
+        ))
+    }
+
+    fn welcome(&mut self, welcome: &pb::Welcome, link: &mut Link) -> Result<(), LinkError> {
+        if link.welcomed {
+            return Err(LinkError::Violation("a second Welcome".to_owned()));
+        }
+        if welcome.minor != 0 {
+            return Err(LinkError::Violation(format!("minor version {} was not offered", welcome.minor)));
+        }
+        if welcome.term < self.highest_term {
+            let known = self.highest_term;
+            return Err(LinkError::Violation(format!("term {} is older than {known}", welcome.term)));
+        }
+        let time =
+            |field, value| decode::duration(field, value).map_err(|failure| LinkError::Violation(failure.message));
+        self.lease.welcomed(link.greeted_ns, time("lease_ttl", welcome.lease_ttl.as_ref())?);
+        let every = time("heartbeat_every", welcome.heartbeat_every.as_ref())?.unwrap_or(Duration::from_secs(10));
+        link.heartbeat = tokio::time::interval(every.max(Duration::from_millis(50)));
+        link.heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let age = time("max_link_age", welcome.max_link_age.as_ref())?;
+        link.oldest_at = age.and_then(|age| link.opened_at.checked_add(age));
+        self.highest_term = welcome.term;
+        self.link_id.clone_from(&welcome.link_id);
+        for call_id in self.outbox.acknowledge(welcome.event_ack_through) {
+            if self.book.result_acknowledged(&call_id) {
+                self.pending.push_back(WorkItem::Acknowledge { call_id });
+            }
+        }
+        self.outbox.rewind();
+        let bounds = welcome.limits.unwrap_or_default();
+        let call_credit = (bounds.call_credit_bytes > 0).then_some(bounds.call_credit_bytes);
+        self.book.link_opened(bounds.link_credit_bytes, call_credit);
+        self.book.max_chunk(bounds.max_chunk_bytes);
+        link.welcomed = true;
+        link.decision_pages_left = welcome.decision_pages;
+        self.renewed();
+        self.live_if_decided(link);
+        Ok(())
+    }
+
+    pub(super) fn live_if_decided(&mut self, link: &mut Link) {
+        if link.decision_pages_left == 0 {
+            link.live = true;
+            self.status.send_modify(|status| {
+                status.connected = true;
+                status.problem.clear();
+                status.links += 1;
+            });
+            info!(link_id = %self.link_id, "link resumed");
+        }
+    }
+}
+
+fn expect_number(link: &mut Link, frame_no: u64) -> Result<(), LinkError> {
+    link.last_frame_no += 1;
+    if frame_no == link.last_frame_no {
+        return Ok(());
+    }
+    Err(LinkError::Violation(format!("frame_no {frame_no} came, {} was expected", link.last_frame_no)))
+}
+
+fn subject_of(request: &Request, frame_no: u64, kind: u32) -> Subject {
+    let (session_id, call_id, epoch) = match request {
+        Request::OpenSession(m) => (m.session_id.clone(), String::new(), m.epoch),
+        Request::CloseSession(m) => (m.session_id.clone(), String::new(), m.epoch),
+        Request::Call(m) => (m.session_id.clone(), m.call_id.clone(), m.epoch),
+        Request::CancelCall(m) => (m.session_id.clone(), m.call_id.clone(), m.epoch),
+        Request::OutputAck(m) => (String::new(), m.call_id.clone(), 0),
+        Request::WriteStdin(m) => (String::new(), m.call_id.clone(), 0),
+        Request::ResizeTerminal(m) => (String::new(), m.call_id.clone(), 0),
+        Request::UpdateNetworkPolicy(m) => (m.session_id.clone(), String::new(), m.epoch),
+        Request::SandboxOperation(m) => (m.session_id.clone(), String::new(), m.epoch),
+        _ => Default::default(),
+    };
+    Subject { frame_no, kind, session_id, call_id, epoch }
+}

@@ -1,0 +1,290 @@
+//! One link, from greeting to end.
+
+use std::collections::BTreeSet;
+use std::pin::Pin;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use proto::runner::v1 as pb;
+use proto::runner::v1::runner_frame::Body;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tonic::Streaming;
+use tracing::{debug, info, warn};
+
+use super::book::{Next, Piece};
+use super::codec::Incoming;
+use super::encode::stream_to_wire;
+use super::outgoing::Lanes;
+use super::task::{Ended, Event, PENDING, Task};
+use super::{LinkError, Stop};
+use crate::work::{OutputChunk, SessionId, ToolFailure};
+
+/// Pieces of output that are read at the same time.
+const PARALLEL_READS: usize = 4;
+/// Time for Welcome and decisions.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Time for the orchestrator to close its half after Goodbye.
+const FAREWELL: Duration = Duration::from_secs(2);
+/// Without progress for this long no heartbeat is sent.
+const STANDSTILL: Duration = Duration::from_secs(5);
+
+type Read = (Piece, Result<OutputChunk, ToolFailure>);
+
+/// What belongs to one link.
+pub(super) struct Link {
+    pub(super) lanes: Lanes,
+    pub(super) heartbeat: tokio::time::Interval,
+    pub(super) last_frame_no: u64,
+    pub(super) welcomed: bool,
+    pub(super) decision_pages_left: u32,
+    /// Sessions the orchestrator has decided about.
+    pub(super) decided: BTreeSet<SessionId>,
+    pub(super) live: bool,
+    pub(super) ended: Option<Ended>,
+    pub(super) opened_at: Instant,
+    pub(super) oldest_at: Option<Instant>,
+    pub(super) greeted_ns: u64,
+    reads: FuturesUnordered<Pin<Box<dyn Future<Output = Read> + Send>>>,
+    output_wait: Option<Instant>,
+    output_full: bool,
+    progress: (u64, Instant),
+}
+
+impl Task {
+    /// Puts Hello and what is held into the lanes; returns the moment on our clock.
+    pub(super) fn greet(&mut self, lanes: &Lanes) -> Result<u64, LinkError> {
+        let pages = self.book.resume_pages();
+        let mut hello = self.settings.hello(self.reason, self.link_id.clone(), pages.len());
+        hello.highest_term = self.highest_term;
+        hello.first_unacked_event_seq = self.outbox.first_unacked();
+        hello.next_event_seq = self.outbox.next_seq();
+        let greeted_ns = hello.boottime_ns;
+        control(lanes, Body::Hello(hello))?;
+        for page in pages {
+            control(lanes, Body::ResumePage(page))?;
+        }
+        Ok(greeted_ns)
+    }
+
+    /// Serves until something ends the link.
+    pub(super) async fn serve(
+        &mut self,
+        lanes: Lanes,
+        mut incoming: Streaming<Incoming>,
+        greeted_ns: u64,
+    ) -> Result<Ended, LinkError> {
+        self.replies.clear();
+        let now = Instant::now();
+        let mut link = Link {
+            lanes,
+            heartbeat: tokio::time::interval(Duration::from_secs(10)),
+            last_frame_no: 0,
+            welcomed: false,
+            decision_pages_left: 0,
+            decided: BTreeSet::new(),
+            live: false,
+            ended: None,
+            opened_at: now,
+            oldest_at: None,
+            greeted_ns,
+            reads: FuturesUnordered::new(),
+            output_wait: None,
+            output_full: false,
+            progress: (self.ports.progress.count(), now),
+        };
+        loop {
+            self.fill(&mut link)?;
+            if let Some(ended) = link.ended.take() {
+                return self.farewell(link, incoming, ended).await;
+            }
+            let (live, reading) = (link.live, self.pending.len() < PENDING);
+            let (wait, output_full) = (link.output_wait, link.output_full);
+            let events_full = live && self.outbox.has_unsent();
+            tokio::select! {
+                _ = link.heartbeat.tick(), if live => self.beat(&mut link)?,
+                event = self.next_event() => self.take_on_link(event, &mut link),
+                frame = incoming.message(), if reading => match frame {
+                    Ok(Some(frame)) => self.incoming(frame, &mut link)?,
+                    Ok(None) => return Err(LinkError::Ended("the orchestrator closed it".to_owned())),
+                    Err(status) => return Err(LinkError::Ended(super::with_source(&status))),
+                },
+                Some((piece, chunk)) = link.reads.next(), if !link.reads.is_empty() => {
+                    self.piece(&mut link, &piece, chunk)?;
+                }
+                () = room(&link.lanes.events), if events_full => {}
+                () = room(&link.lanes.output), if output_full => {}
+                () = tokio::time::sleep_until(wait.unwrap_or(now)), if wait.is_some() => {}
+                () = tokio::time::sleep_until(link.opened_at + HANDSHAKE), if !live => {
+                    return Err(LinkError::Ended("the orchestrator did not finish the handshake in time".to_owned()));
+                }
+            }
+        }
+    }
+
+    fn take_on_link(&mut self, event: Event, link: &mut Link) {
+        match event {
+            Event::Certificate => {
+                info!("leaving the link for a new one with the new certificate");
+                link.ended = Some(Ended::Rotation);
+            }
+            Event::Tick if link.oldest_at.is_some_and(|at| Instant::now() >= at) => {
+                info!("leaving the link, it has reached its age");
+                link.ended = Some(Ended::Sent(Duration::ZERO));
+            }
+            event => self.take(event),
+        }
+        let delivered = self.is_delivered();
+        match *self.stop.borrow() {
+            Stop::Now => link.ended = Some(Ended::Said),
+            Stop::WhenDelivered if link.live && delivered => link.ended = Some(Ended::Said),
+            Stop::WhenDelivered | Stop::Run => {}
+        }
+        if self.work_is_closed() {
+            link.ended = Some(Ended::Said);
+        }
+    }
+
+    /// Moves what can be moved without waiting: replies, then events, then output.
+    fn fill(&mut self, link: &mut Link) -> Result<(), LinkError> {
+        while let Some(body) = self.replies.pop_front() {
+            control(&link.lanes, body)?;
+        }
+        (link.output_wait, link.output_full) = (None, false);
+        if !link.live {
+            return Ok(());
+        }
+        while let Ok(permit) = link.lanes.events.try_reserve() {
+            let Some(body) = self.outbox.next_to_send() else { break };
+            permit.send(body);
+        }
+        // Output of a call must not overtake its start.
+        if self.outbox.has_unsent() {
+            return Ok(());
+        }
+        while link.reads.len() < PARALLEL_READS {
+            if link.lanes.output.capacity() <= link.reads.len() {
+                link.output_full = link.reads.is_empty();
+                break;
+            }
+            let now = link.opened_at.elapsed();
+            match self.book.next_piece(now) {
+                Next::Read(piece) => {
+                    let Piece { call_id, stream, offset, max_bytes } = &piece;
+                    let read = self.ports.outputs.read_output(call_id, *stream, *offset, *max_bytes);
+                    link.reads.push(Box::pin(async move { (piece, read.await) }));
+                }
+                Next::Wait(until) => {
+                    link.output_wait = Some(link.opened_at + until);
+                    break;
+                }
+                Next::Idle => break,
+            }
+        }
+        Ok(())
+    }
+
+    fn piece(
+        &mut self,
+        link: &mut Link,
+        piece: &Piece,
+        chunk: Result<OutputChunk, ToolFailure>,
+    ) -> Result<(), LinkError> {
+        let now = link.opened_at.elapsed();
+        let (sent, data) = match chunk {
+            Ok(mut chunk) => {
+                chunk.bytes.truncate(piece.max_bytes);
+                (self.book.piece_read(piece, chunk.offset, chunk.bytes.len(), now), chunk.bytes)
+            }
+            Err(failure) => {
+                warn!(tool_call_id = %piece.call_id, error = %failure, "output cannot be read any more");
+                (self.book.piece_gone(piece), Vec::new())
+            }
+        };
+        let Some((offset, skipped_before, end)) = sent else { return Ok(()) };
+        let chunk = pb::OutputChunk {
+            call_id: piece.call_id.to_string(),
+            stream: stream_to_wire(piece.stream).into(),
+            offset,
+            data,
+            skipped_before,
+            end,
+        };
+        // Room was counted before the piece was read.
+        link.lanes.output.try_send(Body::Output(chunk)).map_err(|_| LinkError::Ended("its output lane is full".into()))
+    }
+
+    fn beat(&mut self, link: &mut Link) -> Result<(), LinkError> {
+        let count = self.ports.progress.count();
+        if count != link.progress.0 {
+            link.progress = (count, Instant::now());
+        } else if link.progress.1.elapsed() > STANDSTILL {
+            warn!("the session loop makes no progress, the lease is not renewed");
+            return Ok(());
+        }
+        let now_ns = (self.settings.clock)();
+        let (sessions, running_calls, queued_calls) = self.book.counts();
+        let mut reasons = Vec::new();
+        let health = if self.draining {
+            pb::HealthState::Draining
+        } else if self.outbox.is_full() {
+            reasons.push("too many events without acknowledgement".to_owned());
+            pb::HealthState::Saturated
+        } else {
+            pb::HealthState::Ready
+        };
+        let not_after = self.credentials.borrow().not_after;
+        let heartbeat = pb::Heartbeat {
+            lease_seq: self.lease.beat(now_ns),
+            sent_boottime_ns: now_ns,
+            health: health.into(),
+            reasons,
+            sessions,
+            running_calls,
+            queued_calls,
+            unacked_events: self.outbox.len() as u64,
+            unacked_output_bytes: self.book.unacknowledged_bytes(),
+            cert_not_after: Some(prost_types::Timestamp { seconds: not_after, nanos: 0 }),
+        };
+        control(&link.lanes, Body::Heartbeat(heartbeat))
+    }
+
+    /// Says goodbye where that is polite, and lets what is in the lanes leave.
+    async fn farewell(
+        &mut self,
+        link: Link,
+        mut incoming: Streaming<Incoming>,
+        ended: Ended,
+    ) -> Result<Ended, LinkError> {
+        let (reason, back_within) = match &ended {
+            Ended::Said => ("the runner stops", None),
+            Ended::Rotation => ("new certificate", Some(super::encode::time(Duration::from_secs(5)))),
+            Ended::Sent(after) => ("sent away", Some(super::encode::time(*after + Duration::from_secs(5)))),
+        };
+        let goodbye = pb::Goodbye {
+            reason: reason.to_owned(),
+            sandboxes_kept: !matches!(ended, Ended::Said),
+            back_within,
+            last_event_seq: self.outbox.next_seq() - 1,
+        };
+        control(&link.lanes, Body::Goodbye(goodbye))?;
+        drop(link);
+        let closed = async { while let Ok(Some(_)) = incoming.message().await {} };
+        if tokio::time::timeout(FAREWELL, closed).await.is_err() {
+            debug!("the orchestrator did not close its half");
+        }
+        Ok(ended)
+    }
+}
+
+/// Puts a control frame into its lane. A full lane means that the peer has stopped reading.
+pub(super) fn control(lanes: &Lanes, body: Body) -> Result<(), LinkError> {
+    lanes.control.try_send(body).map_err(|_| LinkError::Ended("the orchestrator does not read".to_owned()))
+}
+
+/// Waits until a lane has room, or nobody empties it any more.
+async fn room(lane: &mpsc::Sender<Body>) {
+    // Only the moment matters; the place itself is taken later.
+    let _ = lane.reserve().await;
+}

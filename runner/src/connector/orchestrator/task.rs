@@ -1,0 +1,322 @@
+//! The task that outlives links: it dials, waits, serves, and at all times takes what the sessions report.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use proto::runner::v1 as pb;
+use proto::runner::v1::runner_frame::Body;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use super::book::Book;
+use super::lease::Lease;
+use super::outbox::{Bound, Outbox};
+use super::{LinkError, LinkStatus, Settings, Stop, encode};
+use crate::connector::Ports;
+use crate::connector::backoff::{Backoff, draw};
+use crate::connector::tls::Credentials;
+use crate::work::{Code, RequestKind, Update, WorkItem};
+
+/// Work that waits for the sessions. When it is full, no more frames are read from the link.
+pub(super) const PENDING: usize = 256;
+/// After a refusal for good reasons there is no hurry, but an operator may repair it at any time.
+const REFUSED_DELAY: Duration = Duration::from_secs(60);
+
+/// What survives a link.
+pub(super) struct Task {
+    pub(super) settings: Settings,
+    pub(super) ports: Ports,
+    pub(super) stop: watch::Receiver<Stop>,
+    pub(super) credentials: watch::Receiver<Credentials>,
+    pub(super) status: watch::Sender<LinkStatus>,
+    pub(super) outbox: Outbox,
+    pub(super) book: Book,
+    pub(super) lease: Lease,
+    pub(super) pending: VecDeque<WorkItem>,
+    /// Replies that are not events: of use only on the link that asked.
+    pub(super) replies: VecDeque<Body>,
+    pub(super) highest_term: u64,
+    pub(super) link_id: String,
+    pub(super) reason: pb::HelloReason,
+    pub(super) draining: bool,
+    pub(super) drain_deadline: Option<Instant>,
+    suspended: bool,
+    updates_open: bool,
+    tick: tokio::time::Interval,
+}
+
+/// What can happen whether or not there is a link.
+pub(super) enum Event {
+    Update(Option<Update>),
+    WorkTaken,
+    Tick,
+    Stop,
+    Certificate,
+}
+
+impl Task {
+    pub(super) fn new(
+        settings: Settings,
+        ports: Ports,
+        stop: watch::Receiver<Stop>,
+        credentials: watch::Receiver<Credentials>,
+        status: watch::Sender<LinkStatus>,
+    ) -> Self {
+        let mut tick = tokio::time::interval(Duration::from_secs(1));
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        Self {
+            settings,
+            ports,
+            stop,
+            credentials,
+            status,
+            outbox: Outbox::new(Bound::default()),
+            book: Book::default(),
+            lease: Lease::new(),
+            pending: VecDeque::new(),
+            replies: VecDeque::new(),
+            highest_term: 0,
+            link_id: String::new(),
+            reason: pb::HelloReason::FirstStart,
+            draining: false,
+            drain_deadline: None,
+            suspended: false,
+            updates_open: true,
+            tick,
+        }
+    }
+
+    pub(super) async fn run(mut self) {
+        let mut backoff = self.settings.backoff.clone();
+        let mut delay = Duration::ZERO;
+        while *self.stop.borrow() != Stop::Now {
+            let started = Instant::now();
+            let ended = self.one_link(delay).await;
+            self.status.send_modify(|status| status.connected = false);
+            backoff.link_lived(started.elapsed().saturating_sub(delay));
+            delay = match ended {
+                Ok(Ended::Said) => return,
+                Ok(Ended::Rotation) => {
+                    self.reason = pb::HelloReason::CertRotation;
+                    continue_at_once()
+                }
+                Ok(Ended::Sent(after)) => {
+                    self.reason = pb::HelloReason::GoAway;
+                    after
+                }
+                Err(error) => {
+                    self.reason = pb::HelloReason::Reconnect;
+                    let problem = error.to_string();
+                    let delay = delay_after(&error, &mut backoff);
+                    let delay_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
+                    warn!(error = %problem, delay_ms, "no link to the orchestrator, will dial again");
+                    self.status.send_modify(|status| status.problem = problem);
+                    delay
+                }
+            };
+        }
+    }
+
+    /// Waits, dials and serves one link.
+    async fn one_link(&mut self, delay: Duration) -> Result<Ended, LinkError> {
+        let (lanes, outgoing) = super::outgoing::lanes();
+        let target = self.settings.target.clone();
+        let mut receiver = self.credentials.clone();
+        let connecting = async move {
+            tokio::time::sleep(delay).await;
+            let credentials = receiver.borrow_and_update().clone();
+            super::open_link(target, credentials, outgoing).await
+        };
+        tokio::pin!(connecting);
+        // The greeting waits in the lanes: it leaves as soon as there is somebody to greet.
+        let greeted_ns = self.greet(&lanes)?;
+        let incoming = loop {
+            tokio::select! {
+                opened = &mut connecting => break opened?,
+                event = self.next_event() => {
+                    self.take(event);
+                    let stop = *self.stop.borrow();
+                    if stop == Stop::Now || (stop == Stop::WhenDelivered && self.is_delivered()) {
+                        return Ok(Ended::Said);
+                    }
+                }
+            }
+        };
+        info!(host = %self.settings.target.host, "link opened");
+        self.serve(lanes, incoming, greeted_ns).await
+    }
+
+    /// Waits for the next thing that concerns everybody. Safe to drop at any point.
+    pub(super) async fn next_event(&mut self) -> Event {
+        tokio::select! {
+            update = self.ports.updates.recv(), if self.updates_open => Event::Update(update),
+            permit = self.ports.work.reserve(), if !self.pending.is_empty() => {
+                if let (Ok(permit), Some(item)) = (permit, self.pending.pop_front()) {
+                    permit.send(item);
+                }
+                Event::WorkTaken
+            }
+            _ = self.tick.tick() => Event::Tick,
+            Ok(()) = self.stop.changed() => Event::Stop,
+            Ok(()) = self.credentials.changed() => Event::Certificate,
+        }
+    }
+
+    /// Takes what happened. Never waits.
+    pub(super) fn take(&mut self, event: Event) {
+        match event {
+            Event::Update(Some(update)) => self.update(update),
+            Event::Update(None) => self.updates_open = false,
+            Event::Tick => self.tick(),
+            Event::WorkTaken | Event::Stop | Event::Certificate => {}
+        }
+    }
+
+    fn tick(&mut self) {
+        if !self.suspended && self.lease.has_lapsed((self.settings.clock)()) {
+            warn!("lease lapsed, nothing new is started");
+            self.suspended = true;
+            self.pending.push_back(WorkItem::Suspend { session_id: None });
+        }
+        if self.drain_deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            self.drain_deadline = None;
+            self.pending.push_back(WorkItem::Drain(crate::work::DrainMode::Now));
+        }
+    }
+
+    /// The lease was renewed.
+    pub(super) fn renewed(&mut self) {
+        if self.suspended && !self.lease.has_lapsed((self.settings.clock)()) {
+            info!("lease renewed, work goes on");
+            self.suspended = false;
+            self.pending.push_back(WorkItem::Resume { session_id: None });
+        }
+    }
+
+    fn update(&mut self, update: Update) {
+        match update {
+            Update::SessionOpened { session_id, epoch, receipt, replay } => {
+                self.book.session_opened(session_id.clone(), epoch);
+                let receipt = Some(encode::receipt_to_wire(&receipt));
+                self.outbox.push(None, |event_seq| {
+                    Body::SessionOpened(pb::SessionOpened {
+                        event_seq,
+                        session_id: session_id.to_string(),
+                        epoch,
+                        environment_digest: String::new(),
+                        receipt,
+                        duplicate: replay == crate::work::Replay::Duplicate,
+                    })
+                });
+            }
+            Update::SessionEnded { session_id, epoch, end } => {
+                self.book.session_ended(&session_id);
+                self.outbox.push(None, |seq| encode::session_end(seq, session_id.to_string(), epoch, &end));
+            }
+            Update::CallAccepted { call_id, epoch, replay, phase, .. } => {
+                self.book.call_accepted(&call_id);
+                self.outbox.push(None, |event_seq| {
+                    Body::CallAccepted(pb::CallAccepted {
+                        event_seq,
+                        call_id: call_id.to_string(),
+                        epoch,
+                        duplicate: replay == crate::work::Replay::Duplicate,
+                        phase: encode::phase_to_wire(phase).into(),
+                    })
+                });
+            }
+            Update::CallStarted { call_id, epoch, boottime_ns, shell_generation, .. } => {
+                self.book.call_started(&call_id);
+                self.outbox.push(None, |event_seq| {
+                    Body::CallStarted(pb::CallStarted {
+                        event_seq,
+                        call_id: call_id.to_string(),
+                        epoch,
+                        started_boottime_ns: boottime_ns,
+                        shell_generation,
+                    })
+                });
+            }
+            Update::OutputAdvanced { call_id, lengths, .. } => self.book.advanced(&call_id, &lengths),
+            Update::CallFinished { call_id, session_id, epoch, result } => {
+                self.book.finished(&call_id, &result.end.streams, result.presented.content.is_empty());
+                self.outbox.push(Some(call_id.clone()), |seq| {
+                    encode::finished(seq, call_id.to_string(), session_id.to_string(), epoch, &result)
+                });
+            }
+            Update::CancelNoted { call_id, epoch, phase } => {
+                let phase = phase.map_or(pb::CallPhase::Unspecified, encode::phase_to_wire).into();
+                self.outbox.push(None, |event_seq| {
+                    Body::CancelNoted(pb::CancelNoted { event_seq, call_id: call_id.to_string(), epoch, phase })
+                });
+            }
+            Update::Refused { request, session_id, call_id, epoch, failure } => {
+                match (request, &session_id, &call_id) {
+                    (RequestKind::Open, Some(session_id), _) => self.book.open_refused(session_id),
+                    // The same id under another request is known by its first request, which goes on.
+                    (RequestKind::Call, _, Some(call_id)) if failure.code != Code::CallIdReused => {
+                        self.book.call_refused(call_id);
+                    }
+                    _ => {}
+                }
+                let text = |id: Option<String>| id.unwrap_or_default();
+                let (session_id, call_id) = (session_id.map(|id| id.to_string()), call_id.map(|id| id.to_string()));
+                self.reply(encode::refused(request, text(session_id), text(call_id), epoch, &failure));
+            }
+            Update::StdinAccepted { call_id, accepted } => {
+                self.reply(Body::StdinAccepted(pb::StdinAccepted { call_id: call_id.to_string(), accepted }));
+            }
+            Update::Drained { sessions_left, calls_left } => {
+                let count = |number| u32::try_from(number).unwrap_or(u32::MAX);
+                self.reply(Body::DrainStatus(pb::DrainStatus {
+                    sessions_left: count(sessions_left),
+                    calls_left: count(calls_left),
+                    complete: sessions_left == 0,
+                }));
+            }
+        }
+    }
+
+    /// Keeps a reply for the present link. Without one, whoever asked is gone and asks again.
+    pub(super) fn reply(&mut self, body: Body) {
+        if self.replies.len() < super::outgoing::CONTROL {
+            self.replies.push_back(body);
+        }
+    }
+
+    /// Nothing is owed to the orchestrator.
+    pub(super) fn is_delivered(&self) -> bool {
+        self.outbox.len() == 0 && self.book.is_empty() && self.pending.is_empty()
+    }
+
+    /// The sessions have ended: no work can be done any more.
+    pub(super) fn work_is_closed(&self) -> bool {
+        mpsc::Sender::is_closed(&self.ports.work)
+    }
+}
+
+/// How a link ended on purpose.
+#[derive(Debug)]
+pub(super) enum Ended {
+    /// We said goodbye.
+    Said,
+    /// A new certificate is there.
+    Rotation,
+    /// The orchestrator sent us away for this long.
+    Sent(Duration),
+}
+
+fn continue_at_once() -> Duration {
+    Duration::ZERO
+}
+
+fn delay_after(error: &LinkError, backoff: &mut Backoff) -> Duration {
+    let delay = backoff.next_delay(draw());
+    match error {
+        LinkError::Refused { code: tonic::Code::Unauthenticated | tonic::Code::PermissionDenied, .. } => {
+            REFUSED_DELAY.mul_f64(1.0 + draw())
+        }
+        _ => delay,
+    }
+}

@@ -1,0 +1,256 @@
+//! The certificates of the link: read from files, checked as one unit, replaced without a restart.
+//!
+//! Key, chain and authorities are taken together or not at all. A set that does not fit together is refused and the old
+//! one stays in use: half a renewal must not take a runner off the air. System roots are never used.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rustls::client::WebPkiServerVerifier;
+use rustls::crypto::ring;
+use rustls::sign::CertifiedKey;
+use rustls::{ClientConfig, RootCertStore};
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use sha2::{Digest, Sha256};
+use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
+
+/// Where the files are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// Authorities that may sign the orchestrator's certificate, PEM.
+    pub authorities: PathBuf,
+    /// Our certificate and intermediates, PEM, leaf first.
+    pub certificate: PathBuf,
+    /// Its private key, PEM.
+    pub key: PathBuf,
+}
+
+/// What is wrong with a set of files.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// A file cannot be read.
+    #[error("cannot read {what} {}: {source}", path.display())]
+    Read {
+        /// Which of the three.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file does not hold what it should.
+    #[error("{what} {} is not usable: {problem}", path.display())]
+    Content {
+        /// Which of the three.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        problem: String,
+    },
+    /// The key belongs to another certificate.
+    #[error("private key {} does not belong to certificate {}", key.display(), certificate.display())]
+    Mismatch {
+        /// The key file.
+        key: PathBuf,
+        /// The certificate file.
+        certificate: PathBuf,
+    },
+    /// The certificate is for another time.
+    #[error("certificate {} is {problem}", path.display())]
+    Time {
+        /// The certificate file.
+        path: PathBuf,
+        /// Expired or not yet valid, and when.
+        problem: String,
+    },
+    /// The certificate names somebody else than before.
+    #[error("certificate {} names {now}, this runner is {before}", path.display())]
+    Identity {
+        /// The certificate file.
+        path: PathBuf,
+        /// Who it names.
+        now: String,
+        /// Who it must name.
+        before: String,
+    },
+}
+
+/// A checked set.
+#[derive(Debug, Clone)]
+pub struct Credentials {
+    /// Ready to use: TLS 1.3 only, HTTP/2 only.
+    pub config: Arc<ClientConfig>,
+    /// Names in our certificate, the first one being the runner's.
+    pub names: Vec<String>,
+    /// Seconds since 1970 at which our certificate ends.
+    pub not_after: i64,
+    digest: [u8; 32],
+}
+
+/// Result of looking at the files again.
+#[derive(Debug)]
+pub enum Reload {
+    /// The files are as before.
+    Unchanged,
+    /// A new set is in use for the next connection.
+    Replaced,
+    /// The files have changed and are not usable; the old set stays.
+    Kept(TlsError),
+}
+
+/// The set in use, and where the next one comes from.
+#[derive(Debug)]
+pub struct TlsSource {
+    files: TlsFiles,
+    current: Credentials,
+    /// Of the last files that were refused, so that the same fault is reported once.
+    refused: Option<[u8; 32]>,
+}
+
+impl TlsSource {
+    /// Reads and checks the files.
+    ///
+    /// # Errors
+    /// `TlsError` names the file and what is wrong with it.
+    pub fn load(files: TlsFiles, now: SystemTime) -> Result<Self, TlsError> {
+        let current = read(&files, now)?;
+        Ok(Self { files, current, refused: None })
+    }
+
+    /// The set in use.
+    #[must_use]
+    pub fn current(&self) -> &Credentials {
+        &self.current
+    }
+
+    /// Looks at the content of the files again. Links of old certificates are not touched.
+    pub fn reload(&mut self, now: SystemTime) -> Reload {
+        let bytes = match read_files(&self.files) {
+            Ok(bytes) => bytes,
+            Err(error) => return Reload::Kept(error),
+        };
+        let digest = digest_of(&bytes);
+        if digest == self.current.digest || self.refused == Some(digest) {
+            return Reload::Unchanged;
+        }
+        let checked = check(&self.files, &bytes, now).and_then(|new| self.same_identity(new));
+        match checked {
+            Ok(credentials) => {
+                self.current = credentials;
+                self.refused = None;
+                Reload::Replaced
+            }
+            Err(error) => {
+                self.refused = Some(digest);
+                Reload::Kept(error)
+            }
+        }
+    }
+
+    fn same_identity(&self, new: Credentials) -> Result<Credentials, TlsError> {
+        if new.names.first() == self.current.names.first() {
+            return Ok(new);
+        }
+        let name = |names: &[String]| names.first().cloned().unwrap_or_else(|| "nobody".to_owned());
+        Err(TlsError::Identity {
+            path: self.files.certificate.clone(),
+            now: name(&new.names),
+            before: name(&self.current.names),
+        })
+    }
+}
+
+/// Content of authorities, certificate and key.
+type Bytes = [Vec<u8>; 3];
+
+fn read(files: &TlsFiles, now: SystemTime) -> Result<Credentials, TlsError> {
+    let bytes = read_files(files)?;
+    check(files, &bytes, now)
+}
+
+fn read_files(files: &TlsFiles) -> Result<Bytes, TlsError> {
+    let one = |what, path: &Path| {
+        std::fs::read(path).map_err(|source| TlsError::Read { what, path: path.to_owned(), source })
+    };
+    Ok([
+        one("authorities", &files.authorities)?,
+        one("certificate", &files.certificate)?,
+        one("private key", &files.key)?,
+    ])
+}
+
+fn digest_of(bytes: &Bytes) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    for part in bytes {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part);
+    }
+    hash.finalize().into()
+}
+
+fn check(files: &TlsFiles, bytes: &Bytes, now: SystemTime) -> Result<Credentials, TlsError> {
+    let [authorities, certificate, key] = bytes;
+    let fault = |what, path: &Path, problem: String| TlsError::Content { what, path: path.to_owned(), problem };
+    let provider = Arc::new(ring::default_provider());
+
+    let bad = |problem: String| fault("authorities", &files.authorities, problem);
+    let mut roots = RootCertStore::empty();
+    for authority in CertificateDer::pem_slice_iter(authorities) {
+        roots.add(authority.map_err(|e| bad(e.to_string()))?).map_err(|e| bad(e.to_string()))?;
+    }
+    if roots.is_empty() {
+        return Err(bad("it holds no certificate".to_owned()));
+    }
+    let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
+        .build()
+        .map_err(|e| bad(e.to_string()))?;
+
+    let bad = |problem: String| fault("certificate", &files.certificate, problem);
+    let chain: Vec<_> =
+        CertificateDer::pem_slice_iter(certificate).collect::<Result<_, _>>().map_err(|e| bad(e.to_string()))?;
+    let leaf = chain.first().ok_or_else(|| bad("it holds no certificate".to_owned()))?;
+    let (_, parsed) = X509Certificate::from_der(leaf).map_err(|e| bad(e.to_string()))?;
+    let names = names_of(&parsed);
+    let not_after = check_time(&files.certificate, &parsed, now)?;
+
+    let bad = |problem: String| fault("private key", &files.key, problem);
+    let key = PrivateKeyDer::from_pem_slice(key).map_err(|e| bad(e.to_string()))?;
+    let signing = provider.key_provider.load_private_key(key.clone_key()).map_err(|e| bad(e.to_string()))?;
+    if CertifiedKey::new(chain.clone(), signing).keys_match().is_err() {
+        return Err(TlsError::Mismatch { key: files.key.clone(), certificate: files.certificate.clone() });
+    }
+
+    let mut config = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(|e| bad(e.to_string()))?
+        .with_webpki_verifier(verifier)
+        .with_client_auth_cert(chain, key)
+        .map_err(|e| bad(e.to_string()))?;
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(Credentials { config: Arc::new(config), names, not_after, digest: digest_of(bytes) })
+}
+
+fn names_of(certificate: &X509Certificate<'_>) -> Vec<String> {
+    let Ok(Some(names)) = certificate.subject_alternative_name() else { return Vec::new() };
+    let text = |name: &GeneralName<'_>| match name {
+        GeneralName::URI(text) | GeneralName::DNSName(text) => Some((*text).to_owned()),
+        _ => None,
+    };
+    names.value.general_names.iter().filter_map(text).collect()
+}
+
+fn check_time(path: &Path, certificate: &X509Certificate<'_>, now: SystemTime) -> Result<i64, TlsError> {
+    let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_secs()).unwrap_or(i64::MAX));
+    let validity = certificate.validity();
+    let problem = if seconds < validity.not_before.timestamp() {
+        format!("not valid before {}", validity.not_before)
+    } else if seconds >= validity.not_after.timestamp() {
+        format!("expired since {}", validity.not_after)
+    } else {
+        return Ok(validity.not_after.timestamp());
+    };
+    Err(TlsError::Time { path: path.to_owned(), problem })
+}

@@ -1,0 +1,238 @@
+//! The composition root: the only place that builds the parts and joins them with channels.
+//!
+//! It also owns the order of the end: no new work, calls end, results are delivered and acknowledged, goodbye.
+
+pub mod settings;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use crate::admin;
+use crate::connector::Ports;
+use crate::connector::orchestrator::{self, Handle, LinkStatus, Settings, Stop};
+use crate::connector::tls::TlsError;
+use crate::journal::Journal;
+use crate::session::core::Config as CoreConfig;
+use crate::session::registry::{Registry, Reserve};
+use crate::session::{SessionHandle, Sessions};
+use crate::shutdown::{Signal, Signals};
+use crate::systemd::{Notifier, Watchdog};
+use crate::work::{DrainMode, Receipt, ResourceLimits, Sandboxes, Update, WorkItem};
+
+/// Time to end sandboxes after patience with calls has ended.
+const CLOSE_TIME: Duration = Duration::from_secs(10);
+/// Time to deliver results after the last sandbox has gone.
+const DELIVERY_TIME: Duration = Duration::from_secs(5);
+
+/// What a daemon is made of.
+pub struct Parts {
+    /// Where sandboxes come from.
+    pub sandboxes: Arc<dyn Sandboxes>,
+    /// Where calls are written down.
+    pub journal: Arc<dyn Journal>,
+    /// What is set aside for sandboxes.
+    pub reserve: Reserve,
+    /// Limits of a session that names none.
+    pub defaults: ResourceLimits,
+    /// The link; a runner without one serves its administration socket only.
+    pub link: Option<Settings>,
+    /// Where the administration socket is put.
+    pub admin: Option<AdminSocket>,
+    /// How long accepted calls may go on after a signal to end.
+    pub drain_time: Duration,
+}
+
+/// Where the administration socket is put, and for whom.
+#[derive(Debug, Clone)]
+pub struct AdminSocket {
+    /// Its path.
+    pub path: PathBuf,
+    /// Its user; root may come in as well.
+    pub own_uid: u32,
+}
+
+impl std::fmt::Debug for Parts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Parts").field("reserve", &self.reserve).field("admin", &self.admin).finish_non_exhaustive()
+    }
+}
+
+/// Why a daemon could not begin.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// The certificates are not usable.
+    #[error("the certificates of the link cannot be used")]
+    Certificates(#[from] TlsError),
+    /// The administration socket cannot be made.
+    #[error(transparent)]
+    Admin(#[from] admin::SocketError),
+}
+
+/// A daemon whose parts are joined.
+#[derive(Debug)]
+pub struct Daemon {
+    sessions: SessionHandle,
+    link: Option<Handle>,
+    stop: watch::Sender<Stop>,
+    admin: Option<(tokio::task::JoinHandle<()>, PathBuf)>,
+    drain_time: Duration,
+}
+
+impl Daemon {
+    /// Builds and joins everything, and begins to dial.
+    ///
+    /// # Errors
+    /// `DaemonError`; what was begun ends with the runtime.
+    pub fn start(parts: Parts) -> Result<Self, DaemonError> {
+        let receipt = parts.sandboxes.receipt();
+        let sessions = Sessions {
+            config: CoreConfig::default(),
+            registry: Registry::new(parts.reserve, parts.defaults),
+            sandboxes: parts.sandboxes,
+            journal: parts.journal,
+        };
+        let (handle, updates) = sessions.start();
+        let (stop, stopped) = watch::channel(Stop::Run);
+        let link = match parts.link {
+            Some(settings) => Some(start_link(settings, &handle, updates, stopped)?),
+            None => {
+                tokio::spawn(forget(updates));
+                None
+            }
+        };
+        let status = link.as_ref().map(|link| link.status.clone());
+        let admin = parts.admin.map(|socket| start_admin(socket, &handle, status, receipt)).transpose()?;
+        Ok(Self { sessions: handle, link, stop, admin, drain_time: parts.drain_time })
+    }
+
+    /// The sessions, for those who run a daemon inside another program.
+    #[must_use]
+    pub fn sessions(&self) -> &SessionHandle {
+        &self.sessions
+    }
+
+    /// State of the link, if there is one.
+    #[must_use]
+    pub fn link(&self) -> Option<watch::Receiver<LinkStatus>> {
+        self.link.as_ref().map(|link| link.status.clone())
+    }
+
+    /// Serves until a signal asks for the end, then ends in order.
+    pub async fn run(self, mut signals: Signals, notifier: &Notifier) {
+        notifier.ready();
+        info!("runner started");
+        let mut watchdog = Watchdog::new(self.sessions.progress.clone());
+        let every = notifier.watchdog_every();
+        let mut feed = tokio::time::interval(every.unwrap_or(Duration::from_secs(3600)));
+        loop {
+            tokio::select! {
+                signal = signals.next() => match signal {
+                    Signal::Reload => {
+                        if let Some(link) = &self.link {
+                            link.reload.notify_one();
+                        }
+                    }
+                    Signal::Drain => break,
+                    Signal::Now => return self.end(Duration::ZERO).await,
+                },
+                _ = feed.tick(), if every.is_some() => {
+                    if watchdog.has_moved() {
+                        notifier.alive();
+                    } else {
+                        warn!("the session loop makes no progress, the watchdog is not fed");
+                    }
+                }
+            }
+        }
+        notifier.stopping();
+        info!("emptying the runner");
+        let patience = self.drain_time;
+        let mut ending = std::pin::pin!(self.end(patience));
+        loop {
+            tokio::select! {
+                () = &mut ending => return,
+                signal = signals.next() => if signal == Signal::Now {
+                    warn!("second signal, ending without delivering what is left");
+                    return;
+                },
+                _ = feed.tick(), if every.is_some() => if watchdog.has_moved() { notifier.alive() },
+            }
+        }
+    }
+
+    /// Ends in order: accepted calls within `patience`, then sandboxes, then delivery, then the link.
+    pub async fn end(self, patience: Duration) {
+        let mode = if patience.is_zero() { DrainMode::Now } else { DrainMode::FinishCalls };
+        self.drain(mode, patience).await;
+        if mode == DrainMode::FinishCalls {
+            self.drain(DrainMode::Now, CLOSE_TIME).await;
+        }
+        self.stop.send_replace(Stop::WhenDelivered);
+        if let Some(mut link) = self.link
+            && tokio::time::timeout(DELIVERY_TIME, &mut link.task).await.is_err()
+        {
+            warn!("results could not be delivered in time");
+            self.stop.send_replace(Stop::Now);
+            if tokio::time::timeout(DELIVERY_TIME, &mut link.task).await.is_err() {
+                link.task.abort();
+            }
+        }
+        if let Some((task, path)) = self.admin {
+            task.abort();
+            if let Err(error) = std::fs::remove_file(&path) {
+                warn!(%error, "administration socket could not be removed");
+            }
+        }
+        info!("runner ended");
+    }
+
+    /// Asks for a drain and waits until no session is left, or time is over.
+    async fn drain(&self, mode: DrainMode, time: Duration) {
+        if self.sessions.work.send(WorkItem::Drain(mode)).await.is_err() {
+            return;
+        }
+        let until = Instant::now() + if time.is_zero() { CLOSE_TIME } else { time };
+        while Instant::now() < until {
+            match self.sessions.view().await {
+                Some(view) if !view.sessions.is_empty() => tokio::time::sleep(Duration::from_millis(50)).await,
+                _ => return,
+            }
+        }
+    }
+}
+
+fn start_link(
+    settings: Settings,
+    sessions: &SessionHandle,
+    updates: mpsc::Receiver<Update>,
+    stopped: watch::Receiver<Stop>,
+) -> Result<Handle, TlsError> {
+    let ports = Ports {
+        work: sessions.work.clone(),
+        updates,
+        outputs: Arc::new(sessions.outputs.clone()),
+        progress: sessions.progress.clone(),
+    };
+    orchestrator::start(settings, ports, stopped)
+}
+
+fn start_admin(
+    socket: AdminSocket,
+    sessions: &SessionHandle,
+    link: Option<watch::Receiver<LinkStatus>>,
+    receipt: Receipt,
+) -> Result<(tokio::task::JoinHandle<()>, PathBuf), admin::SocketError> {
+    let path = socket.path.clone();
+    let parts = admin::Parts { path: socket.path, own_uid: socket.own_uid, sessions: sessions.clone(), link, receipt };
+    Ok((admin::serve(parts)?, path))
+}
+
+/// Without a link there is nobody to tell.
+async fn forget(mut updates: mpsc::Receiver<Update>) {
+    while updates.recv().await.is_some() {}
+}

@@ -1,0 +1,234 @@
+//! What the operator configured, as the settings of the parts.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use crate::config::resolve::{Config, Orchestrator};
+use crate::connector::backoff::Backoff;
+use crate::connector::dial::{Proxy, Target};
+use crate::connector::orchestrator::{Capacity, Identity, Settings};
+use crate::connector::tls::TlsFiles;
+use crate::session::registry::{DESCRIPTORS_PER_SESSION, Reserve};
+use crate::work::{Receipt, ResourceLimits, RunnerId};
+
+/// Why the configuration does not describe a runner.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    /// The name of the runner.
+    #[error("runner.id: {0}")]
+    RunnerId(#[from] crate::work::IdError),
+    /// An address.
+    #[error("{field}: {value:?} is not {form}")]
+    Address {
+        /// The field of the configuration.
+        field: &'static str,
+        /// What it says.
+        value: String,
+        /// What it should look like.
+        form: &'static str,
+    },
+    /// The identity of the state directory.
+    #[error("cannot keep the identity of this runner in {}", path.display())]
+    State {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// What is set aside for sandboxes. `descriptors` is what this process may open.
+#[must_use]
+pub fn reserve(config: &Config, descriptors: u64) -> Reserve {
+    Reserve {
+        max_sessions: usize::try_from(config.capacity.max_sessions).unwrap_or(usize::MAX),
+        memory_bytes: config.capacity.memory_bytes,
+        disk_bytes: config.capacity.disk_bytes,
+        pids: config.capacity.pids,
+        // A quarter, and at least one session's worth, stays with the runner itself.
+        descriptors: (descriptors / 4 * 3).max(DESCRIPTORS_PER_SESSION),
+    }
+}
+
+/// Limits of a session that names none.
+#[must_use]
+pub fn defaults(config: &Config) -> ResourceLimits {
+    let sandbox = &config.sandbox;
+    ResourceLimits {
+        cpu_millis: sandbox.cpu_millis,
+        memory_bytes: sandbox.memory_bytes,
+        disk_bytes: sandbox.disk_bytes,
+        pids: sandbox.pids,
+    }
+}
+
+/// The link to the configured orchestrator, if there is one.
+///
+/// # Errors
+/// `SettingsError` names the field or the file.
+pub fn link(config: &Config, receipt: Receipt, ephemeral: bool) -> Result<Option<Settings>, SettingsError> {
+    let Some(orchestrator) = &config.orchestrator else { return Ok(None) };
+    let count = |number| u32::try_from(number).unwrap_or(u32::MAX);
+    Ok(Some(Settings {
+        target: target(orchestrator)?,
+        tls: TlsFiles {
+            authorities: orchestrator.ca_file.clone(),
+            certificate: orchestrator.certificate_file.clone(),
+            key: orchestrator.key_file.clone(),
+        },
+        identity: identity(&config.runner_id, &config.state_directory)?,
+        labels: config.labels.clone(),
+        capacity: Capacity {
+            max_sessions: count(config.capacity.max_sessions),
+            max_running_calls: 512,
+            cpu_millis: std::thread::available_parallelism().map_or(1, |n| n.get() as u64) * 1000,
+            memory_bytes: config.capacity.memory_bytes,
+            disk_bytes: config.capacity.disk_bytes,
+            pids: config.capacity.pids,
+        },
+        receipt,
+        ephemeral,
+        backoff: Backoff::default(),
+        clock: boottime_ns,
+    }))
+}
+
+fn target(orchestrator: &Orchestrator) -> Result<Target, SettingsError> {
+    const ENDPOINT: &str = "https://HOST:PORT";
+    const PROXY: &str = "http://[USER:PASSWORD@]HOST:PORT";
+    let bad = |field, value: &str, form| SettingsError::Address { field, value: value.to_owned(), form };
+    let endpoint = &orchestrator.endpoint;
+    let (host, port) = endpoint
+        .strip_prefix("https://")
+        .and_then(|rest| host_and_port(rest, 443))
+        .ok_or_else(|| bad("orchestrator.endpoint", endpoint, ENDPOINT))?;
+    let proxy = match &orchestrator.proxy {
+        None => None,
+        // Its text may hold a password, so the error does not repeat it.
+        Some(text) => Some(proxy(text).ok_or_else(|| bad("orchestrator.proxy", "...", PROXY))?),
+    };
+    Ok(Target { host, port, server_name: Some(orchestrator.server_name.clone()), proxy })
+}
+
+fn proxy(text: &str) -> Option<Proxy> {
+    use base64::Engine;
+    let rest = text.strip_prefix("http://")?;
+    let (credentials, address) = match rest.rsplit_once('@') {
+        Some((credentials, address)) => (Some(credentials), address),
+        None => (None, rest),
+    };
+    let (host, port) = host_and_port(address, 3128)?;
+    let encode = |text: &str| format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(text));
+    Some(Proxy { host, port, authorization: credentials.map(encode) })
+}
+
+fn host_and_port(text: &str, default: u16) -> Option<(String, u16)> {
+    let text = text.strip_suffix('/').unwrap_or(text);
+    let (host, port) = match text.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((host, "")) => (host, default),
+        Some((host, rest)) => (host, rest.strip_prefix(':')?.parse().ok()?),
+        None => match text.split_once(':') {
+            Some((host, port)) => (host, port.parse().ok()?),
+            None => (text, default),
+        },
+    };
+    let is_name = !host.is_empty() && !host.contains(['/', '@', ' ']);
+    is_name.then(|| (host.to_owned(), port))
+}
+
+fn identity(runner_id: &str, state_directory: &Path) -> Result<Identity, SettingsError> {
+    let path = state_directory.join("identity").join("state_id");
+    let state_id = state_id(&path).map_err(|source| SettingsError::State { path, source })?;
+    let read = |path: &str| fs::read_to_string(path).map(|text| text.trim().to_owned()).unwrap_or_default();
+    Ok(Identity {
+        runner_id: RunnerId::new(runner_id)?,
+        state_id,
+        instance_id: uuid::Uuid::new_v4().to_string(),
+        boot_id: read("/proc/sys/kernel/random/boot_id"),
+        kernel: read("/proc/sys/kernel/osrelease"),
+    })
+}
+
+/// Written once; a copy of the directory elsewhere carries it along, which is how an orchestrator notices a copied disk.
+fn state_id(path: &Path) -> io::Result<String> {
+    match fs::read_to_string(path) {
+        Ok(text) if !text.trim().is_empty() => return Ok(text.trim().to_owned()),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let parent = path.parent().unwrap_or(Path::new("/"));
+    fs::create_dir_all(parent)?;
+    let state_id = uuid::Uuid::new_v4().to_string();
+    let mut file = tempfile::Builder::new().prefix(".state_id").tempfile_in(parent)?;
+    writeln!(file, "{state_id}")?;
+    file.as_file().sync_all()?;
+    file.persist(path).map_err(|error| error.error)?;
+    // The name must survive a power cut as well.
+    fs::File::open(parent)?.sync_all()?;
+    Ok(state_id)
+}
+
+/// A clock that counts while the machine sleeps.
+fn boottime_ns() -> u64 {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME);
+    now.map_or(0, |time| {
+        let seconds = u64::try_from(time.tv_sec()).unwrap_or(0);
+        seconds.saturating_mul(1_000_000_000).saturating_add(u64::try_from(time.tv_nsec()).unwrap_or(0))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn orchestrator(endpoint: &str, proxy: Option<&str>) -> Orchestrator {
+        Orchestrator {
+            endpoint: endpoint.into(),
+            ca_file: "ca".into(),
+            certificate_file: "crt".into(),
+            key_file: "key".into(),
+            server_name: "o.example".into(),
+            proxy: proxy.map(Into::into),
+        }
+    }
+
+    #[test]
+    fn endpoints_with_names_addresses_and_without_port_are_understood() {
+        for (endpoint, host, port) in [
+            ("https://o.example:8443", "o.example", 8443),
+            ("https://o.example", "o.example", 443),
+            ("https://[::1]:9/", "::1", 9),
+            ("https://10.0.0.1", "10.0.0.1", 443),
+        ] {
+            let target = target(&orchestrator(endpoint, None)).unwrap();
+            assert_eq!((target.host.as_str(), target.port), (host, port));
+        }
+    }
+
+    #[test]
+    fn malformed_addresses_are_refused_by_field_and_passwords_are_not_repeated() {
+        let text = target(&orchestrator("http://o", None)).unwrap_err().to_string();
+        assert_eq!(text, "orchestrator.endpoint: \"http://o\" is not https://HOST:PORT");
+        let text = target(&orchestrator("https://o", Some("http://u:hunter2@p:x"))).unwrap_err().to_string();
+        assert!(text.starts_with("orchestrator.proxy") && !text.contains("hunter2"), "{text}");
+    }
+
+    #[test]
+    fn credentials_of_a_proxy_become_a_header_and_stay_out_of_renderings() {
+        let target = target(&orchestrator("https://o", Some("http://u:p@proxy:8080"))).unwrap();
+        assert!(!format!("{target:?}").contains("dTpw"));
+        let proxy = target.proxy.unwrap();
+        assert_eq!((proxy.host.as_str(), proxy.port), ("proxy", 8080));
+        assert_eq!(proxy.authorization.as_deref(), Some("Basic dTpw"));
+    }
+
+    #[test]
+    fn identity_of_a_state_directory_is_written_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let first = identity("runner-1", directory.path()).unwrap();
+        let second = identity("runner-1", directory.path()).unwrap();
+        assert_eq!(first.state_id, second.state_id);
+        assert_ne!(first.instance_id, second.instance_id);
+    }
+}

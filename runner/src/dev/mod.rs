@@ -1,0 +1,14 @@
+//! The reference orchestrator: loopback, throw-away certificates, everything in memory.
+//!
+//! It serves `demo`, the tests, and anybody who writes an orchestrator and wants to see the protocol obeyed: it checks
+//! what a runner sends (numbers without gaps, output without undeclared holes, one end per call, hashes) and keeps a
+//! list of what it found wrong. It is not meant to place work for anybody.
+
+mod intake;
+mod orchestrator;
+pub mod pki;
+mod server;
+mod transcript;
+
+pub use orchestrator::{CallOutcome, DevError, Link, LinkSettings, Orchestrator, Session};
+pub use transcript::{Finished, StreamText};

@@ -1,0 +1,121 @@
+//! Accepts runners on a loopback address: TCP, TLS with client certificates, then one stream per runner.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use proto::runner::v1 as pb;
+use proto::runner::v1::runner_link_service_server::{RunnerLinkService, RunnerLinkServiceServer};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::server::Connected;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::orchestrator::Shared;
+use crate::work::limits::FRAME_BYTES;
+
+/// A connection whose peer has shown a certificate of our authority.
+pub(super) struct Connection(TlsStream<TcpStream>);
+
+impl Connected for Connection {
+    type ConnectInfo = ();
+    fn connect_info(&self) {}
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+/// Serves until `stop` resolves.
+pub(super) async fn serve(
+    listener: TcpListener,
+    tls: rustls::ServerConfig,
+    shared: Arc<Shared>,
+    stop: impl Future<Output = ()> + Send + 'static,
+) {
+    let (sender, connections) = mpsc::channel(16);
+    let accepting = tokio::spawn(accept(listener, TlsAcceptor::from(Arc::new(tls)), sender, Arc::clone(&shared)));
+    let service = RunnerLinkServiceServer::new(LinkService(Arc::clone(&shared)))
+        .max_decoding_message_size(FRAME_BYTES)
+        .max_encoding_message_size(4 * FRAME_BYTES);
+    let served = tonic::transport::Server::builder()
+        .initial_stream_window_size(4 * 1024 * 1024)
+        .initial_connection_window_size(8 * 1024 * 1024)
+        .serve_with_incoming_shutdown(service, ReceiverStream::new(connections), stop)
+        .await;
+    accepting.abort();
+    if let Err(error) = served {
+        shared.complain(format!("serving ended: {error}"));
+    }
+}
+
+async fn accept(
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+    connections: mpsc::Sender<io::Result<Connection>>,
+    shared: Arc<Shared>,
+) {
+    loop {
+        let Ok((stream, peer)) = listener.accept().await else { return };
+        let (acceptor, connections, shared) = (acceptor.clone(), connections.clone(), Arc::clone(&shared));
+        // Each handshake beside the others: a peer that says nothing must not keep anybody waiting.
+        tokio::spawn(async move {
+            match handshake(acceptor, stream).await {
+                // A closed channel means that the server has ended.
+                Ok(stream) => drop(connections.send(Ok(Connection(stream))).await),
+                Err(error) => shared.refused_handshake(peer, &error),
+            }
+        });
+    }
+}
+
+async fn handshake(acceptor: TlsAcceptor, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
+    stream.set_nodelay(true)?;
+    let accepted = tokio::time::timeout(std::time::Duration::from_secs(10), acceptor.accept(stream));
+    accepted.await.map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no TLS handshake within 10 s"))?
+}
+
+/// A listener on a free port of the loopback address.
+pub(super) async fn listen() -> io::Result<(TcpListener, SocketAddr)> {
+    let listener = TcpListener::bind(std::net::SocketAddr::from(([127, 0, 0, 1], 0))).await?;
+    let address = listener.local_addr()?;
+    Ok((listener, address))
+}
+
+struct LinkService(Arc<Shared>);
+
+#[tonic::async_trait]
+impl RunnerLinkService for LinkService {
+    type ConnectStream = ReceiverStream<Result<pb::OrchestratorFrame, Status>>;
+
+    async fn connect(
+        &self,
+        request: Request<Streaming<pb::RunnerFrame>>,
+    ) -> Result<Response<Self::ConnectStream>, Status> {
+        let (sender, receiver) = mpsc::channel(8192);
+        tokio::spawn(super::intake::serve_link(Arc::clone(&self.0), request.into_inner(), sender));
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+}

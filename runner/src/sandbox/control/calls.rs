@@ -1,0 +1,255 @@
+//! What the runner knows of the calls of one sandbox, and which events can follow. Pure: no socket, no clock.
+//!
+//! held -> released -> started -> finished -> forgotten, each once, lengths only growing. A short call may finish without
+//! having been announced as started. Anything else is a violation; above all, that a call ran whose gate was never opened.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::violation::Violation;
+use crate::work::{CallEnd, CallObserver, Outcome, StreamLengths};
+
+/// Calls that one sandbox can hold for us: prepared, running, or finished and not acknowledged.
+pub(super) const MOST_CALLS: usize = 256;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Held,
+    Released,
+    Started,
+    Finished,
+}
+
+/// One call.
+pub(super) struct CallRecord {
+    phase: Phase,
+    lengths: StreamLengths,
+    time_limit: Option<Duration>,
+    observer: Arc<dyn CallObserver>,
+}
+
+/// Every call of one sandbox that is not forgotten.
+#[derive(Default)]
+pub(super) struct CallTable {
+    calls: HashMap<String, CallRecord>,
+}
+
+/// Why a call cannot be added.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum AddError {
+    /// Its id is in use.
+    Duplicate,
+    /// The table is full.
+    Full,
+}
+
+impl CallTable {
+    /// Adds a call before it is sent; a `held` one must not run before [`CallTable::release`]. `time_limit` is when process 1
+    /// must have ended it at the latest.
+    ///
+    /// # Errors
+    /// [`AddError`].
+    pub(super) fn add(
+        &mut self,
+        call_id: &str,
+        held: bool,
+        time_limit: Option<Duration>,
+        observer: Arc<dyn CallObserver>,
+    ) -> Result<(), AddError> {
+        if self.calls.contains_key(call_id) {
+            return Err(AddError::Duplicate);
+        }
+        if self.calls.len() >= MOST_CALLS {
+            return Err(AddError::Full);
+        }
+        let lengths = StreamLengths::default();
+        let phase = if held { Phase::Held } else { Phase::Released };
+        self.calls.insert(call_id.to_owned(), CallRecord { phase, lengths, time_limit, observer });
+        Ok(())
+    }
+
+    /// The gate is about to be opened.
+    pub(super) fn release(&mut self, call_id: &str) {
+        if let Some(record) = self.calls.get_mut(call_id).filter(|record| record.phase == Phase::Held) {
+            record.phase = Phase::Released;
+        }
+    }
+
+    /// Forgets a call.
+    pub(super) fn remove(&mut self, call_id: &str) {
+        self.calls.remove(call_id);
+    }
+
+    /// The call has begun. Returns whom to tell, and the time after which it is overdue.
+    ///
+    /// # Errors
+    /// [`Violation`] when that cannot be.
+    pub(super) fn started(&mut self, call_id: &str) -> Result<(Arc<dyn CallObserver>, Option<Duration>), Violation> {
+        const EVENT: &str = "call_started";
+        let record = self.calls.get_mut(call_id).ok_or(Violation::UnknownCall { event: EVENT })?;
+        if record.phase != Phase::Released {
+            return Err(Violation::WrongPhase { event: EVENT });
+        }
+        record.phase = Phase::Started;
+        Ok((Arc::clone(&record.observer), record.time_limit))
+    }
+
+    /// More output can be read. Returns whom to tell what.
+    ///
+    /// # Errors
+    /// [`Violation`] when that cannot be.
+    pub(super) fn advanced(
+        &mut self,
+        call_id: &str,
+        lengths: StreamLengths,
+    ) -> Result<(Arc<dyn CallObserver>, StreamLengths), Violation> {
+        const EVENT: &str = "output_advanced";
+        let record = self.calls.get_mut(call_id).ok_or(Violation::UnknownCall { event: EVENT })?;
+        if record.phase != Phase::Started {
+            return Err(Violation::WrongPhase { event: EVENT });
+        }
+        // An event names the streams that grew; one that is absent reads as 0 and is left alone.
+        for stream in crate::work::Stream::ALL {
+            if lengths.get(stream) != 0 && lengths.get(stream) < record.lengths.get(stream) {
+                return Err(Violation::impossible("output_advanced.total_bytes", lengths.get(stream)));
+            }
+        }
+        record.lengths.merge(&lengths);
+        Ok((Arc::clone(&record.observer), record.lengths))
+    }
+
+    /// The call is over. Returns whom to tell, and whether the start has still to be told.
+    ///
+    /// # Errors
+    /// [`Violation`] when it was over before, ran although it was held, or had more output than it admits.
+    pub(super) fn finished(
+        &mut self,
+        call_id: &str,
+        end: &CallEnd,
+    ) -> Result<(Arc<dyn CallObserver>, bool), Violation> {
+        const EVENT: &str = "call_finished";
+        let record = self.calls.get_mut(call_id).ok_or(Violation::UnknownCall { event: EVENT })?;
+        let ran = !matches!(
+            end.outcome,
+            Outcome::NeverStarted { .. }
+                | Outcome::Cancelled { before_start: true, .. }
+                | Outcome::Indeterminate { .. }
+        );
+        if record.phase == Phase::Finished || (record.phase == Phase::Held && ran) {
+            return Err(Violation::WrongPhase { event: EVENT });
+        }
+        for summary in &end.streams {
+            if summary.total_bytes < record.lengths.get(summary.stream) {
+                return Err(Violation::impossible("call_finished.total_bytes", summary.total_bytes));
+            }
+        }
+        let unannounced = record.phase == Phase::Released && ran;
+        record.phase = Phase::Finished;
+        Ok((Arc::clone(&record.observer), unannounced))
+    }
+
+    /// Whether the call has begun and is not over.
+    pub(super) fn is_running(&self, call_id: &str) -> bool {
+        self.calls.get(call_id).is_some_and(|record| record.phase == Phase::Started)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::work::{CallEvent, Stream, StreamSummary};
+
+    struct Nobody;
+    impl CallObserver for Nobody {
+        fn observe(&self, _: CallEvent) {}
+    }
+
+    fn table_with(call_id: &str) -> CallTable {
+        let mut table = CallTable::default();
+        table.add(call_id, false, None, Arc::new(Nobody)).expect("added");
+        table
+    }
+
+    fn ended(total_bytes: u64) -> CallEnd {
+        let summary = StreamSummary {
+            stream: Stream::Stdout,
+            total_bytes,
+            head_bytes: 0,
+            tail_bytes: 0,
+            sha256: [0; 32],
+            inline: None,
+            spool_path: String::new(),
+        };
+        CallEnd { streams: vec![summary], ..CallEnd::without_output(Outcome::Exited { code: 0 }) }
+    }
+
+    fn stdout(total: u64) -> StreamLengths {
+        let mut lengths = StreamLengths::default();
+        lengths.advance(Stream::Stdout, total);
+        lengths
+    }
+
+    #[test]
+    fn call_runs_through_its_phases_once() {
+        let mut table = table_with("a");
+
+        assert!(table.started("a").is_ok());
+        assert!(table.advanced("a", stdout(5)).is_ok());
+        assert!(table.finished("a", &ended(5)).is_ok());
+
+        assert_eq!(table.started("a").err(), Some(Violation::WrongPhase { event: "call_started" }));
+        assert_eq!(table.advanced("a", stdout(6)).err(), Some(Violation::WrongPhase { event: "output_advanced" }));
+        assert_eq!(table.finished("a", &ended(5)).err(), Some(Violation::WrongPhase { event: "call_finished" }));
+    }
+
+    #[test]
+    fn events_for_a_call_nobody_made_are_violations() {
+        let mut table = CallTable::default();
+
+        assert!(matches!(table.started("x"), Err(Violation::UnknownCall { .. })));
+        assert!(matches!(table.advanced("x", stdout(1)), Err(Violation::UnknownCall { .. })));
+        assert!(matches!(table.finished("x", &ended(0)), Err(Violation::UnknownCall { .. })));
+    }
+
+    #[test]
+    fn output_that_shrinks_is_a_violation() {
+        let mut table = table_with("a");
+        table.started("a").expect("started");
+        table.advanced("a", stdout(10)).expect("advanced");
+
+        assert!(table.advanced("a", stdout(9)).is_err());
+        assert!(table.finished("a", &ended(9)).is_err());
+    }
+
+    #[test]
+    fn held_call_that_ran_is_a_violation_until_its_gate_was_opened() {
+        let mut table = CallTable::default();
+        table.add("a", true, None, Arc::new(Nobody)).expect("added");
+
+        assert!(table.started("a").is_err());
+        assert!(table.finished("a", &ended(0)).is_err());
+        table.release("a");
+        assert!(table.started("a").is_ok());
+    }
+
+    #[test]
+    fn short_call_may_finish_unannounced_and_the_start_is_still_to_be_told() {
+        let mut table = table_with("a");
+
+        let (_, unannounced) = table.finished("a", &ended(0)).expect("good");
+
+        assert!(unannounced);
+    }
+
+    #[test]
+    fn table_is_bounded_and_ids_are_unique() {
+        let mut table = table_with("0");
+        for index in 1..MOST_CALLS {
+            table.add(&index.to_string(), false, None, Arc::new(Nobody)).expect("added");
+        }
+
+        assert_eq!(table.add("0", false, None, Arc::new(Nobody)), Err(AddError::Duplicate));
+        assert_eq!(table.add("one more", false, None, Arc::new(Nobody)), Err(AddError::Full));
+    }
+}

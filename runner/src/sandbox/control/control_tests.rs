@@ -1,0 +1,424 @@
+//! The client against a scripted process 1, good and hostile.
+
+use super::*;
+use crate::work::{BashInput, CallId, CallLimits, Gate, Outcome, OutputMode, ToolInput};
+
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, sendmsg, socketpair,
+};
+use wire::frame::Body;
+
+const IMPATIENT: Patience = Patience { answer: Duration::from_millis(300), overdue_margin: Duration::from_millis(50) };
+
+/// Process 1 as a thread that answers each request by a script, and may say more.
+fn process_1(script: impl FnMut(wire::Request) -> Vec<Vec<u8>> + Send + 'static) -> OwnedFd {
+    let (ours, theirs) = pair();
+    std::thread::spawn(move || serve(&theirs, script));
+    ours
+}
+
+fn pair() -> (OwnedFd, OwnedFd) {
+    socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).expect("socketpair")
+}
+
+fn serve(socket: &OwnedFd, mut script: impl FnMut(wire::Request) -> Vec<Vec<u8>>) {
+    let mut buffer = vec![0; LARGEST_PACKET];
+    while let Ok(length) = rustix::io::read(socket, &mut buffer) {
+        if length == 0 {
+            return;
+        }
+        for packet in script(wire::Request::decode(&buffer[..length]).expect("the runner speaks the protocol")) {
+            if rustix::io::write(socket, &packet).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+fn frame(request_id: u64, body: Body) -> Vec<u8> {
+    wire::Frame { request_id, generation: 7, body: Some(body) }.encode_to_vec()
+}
+
+fn welcome(request_id: u64) -> Vec<u8> {
+    frame(request_id, Body::Welcome(wire::Welcome { major: 1, sandbox_id: "s".into(), shell_generation: 0 }))
+}
+
+fn prepared(request_id: u64) -> Vec<u8> {
+    frame(request_id, Body::CallPrepared(wire::CallPrepared { call_id: "c".into() }))
+}
+
+fn started() -> Vec<u8> {
+    frame(0, Body::CallStarted(wire::CallStarted { call_id: "c".into(), boottime_ns: 5 }))
+}
+
+fn advanced(total_bytes: u64) -> Vec<u8> {
+    let streams = vec![wire::StreamLength { stream: wire::Stream::Stdout.into(), total_bytes }];
+    frame(0, Body::OutputAdvanced(wire::OutputAdvanced { call_id: "c".into(), streams }))
+}
+
+fn finished(code: i32) -> Vec<u8> {
+    let outcome = wire::Outcome { kind: Some(wire::outcome::Kind::Exited(wire::Exited { code })) };
+    let body = wire::CallFinished { call_id: "c".into(), outcome: Some(outcome), ..Default::default() };
+    frame(0, Body::CallFinished(body))
+}
+
+/// Greets and prepares well, and then sends `after` behind the answer to the call.
+fn then(after: Vec<Vec<u8>>) -> OwnedFd {
+    process_1(move |request| match request.body {
+        Some(wire::request::Body::Hello(_)) => vec![welcome(request.request_id)],
+        Some(wire::request::Body::StartCall(_)) => [vec![prepared(request.request_id)], after.clone()].concat(),
+        _ => Vec::new(),
+    })
+}
+
+#[derive(Default)]
+struct Recorder(Mutex<Vec<CallEvent>>, tokio::sync::Notify);
+
+impl CallObserver for Recorder {
+    fn observe(&self, event: CallEvent) {
+        self.0.lock().expect("not poisoned").push(event);
+        self.1.notify_one();
+    }
+}
+
+impl Recorder {
+    fn outcome(&self) -> Option<Outcome> {
+        self.0.lock().expect("not poisoned").iter().find_map(|event| match event {
+            CallEvent::Finished(end) => Some(end.outcome.clone()),
+            _ => None,
+        })
+    }
+}
+
+fn call() -> PreparedCall {
+    PreparedCall {
+        call_id: CallId::new("c").expect("valid"),
+        input: ToolInput::Bash(BashInput { command: Some("true".into()), restart: false }),
+        limits: CallLimits { timeout: Some(Duration::from_millis(50)), grace: Duration::ZERO, ..CallLimits::default() },
+        output_mode: OutputMode::Merged,
+        gate: Gate::Open,
+    }
+}
+
+async fn connected(socket: OwnedFd) -> Control {
+    let (control, greeting) = Control::from_connection(socket, 7, IMPATIENT).await.expect("greeted");
+    assert_eq!(greeting.sandbox_id, "s");
+    control
+}
+
+/// Starts a call with a process 1 that misbehaves afterwards, and returns what ended the connection.
+async fn end_after(packets: Vec<Vec<u8>>) -> ControlEnd {
+    let control = connected(then(packets)).await;
+    let recorder = Arc::new(Recorder::default());
+    // The violation may overtake the answer.
+    let _ = control.start_call(&call(), recorder).await;
+    tokio::time::timeout(Duration::from_secs(20), control.ended()).await.expect("the connection is given up")
+}
+
+async fn violation_after(packets: Vec<Vec<u8>>) -> Violation {
+    match end_after(packets).await {
+        ControlEnd::Violated(violation) => violation,
+        other => panic!("not a violation: {other}"),
+    }
+}
+
+#[tokio::test]
+async fn good_call_reports_start_output_and_end_in_order() {
+    let control = connected(then(vec![started(), advanced(3), finished(4)])).await;
+    let recorder = Arc::new(Recorder::default());
+
+    control.start_call(&call(), recorder.clone()).await.expect("prepared");
+    while recorder.outcome().is_none() {
+        recorder.1.notified().await;
+    }
+
+    let events = recorder.0.lock().expect("not poisoned");
+    assert!(matches!(events[0], CallEvent::Started { boottime_ns: 5, .. }));
+    assert!(matches!(events[1], CallEvent::OutputAdvanced(lengths) if lengths.get(Stream::Stdout) == 3));
+    assert!(matches!(&events[2], CallEvent::Finished(end) if end.outcome == Outcome::Exited { code: 4 }));
+}
+
+#[tokio::test]
+async fn end_without_an_announced_start_reports_the_start_first() {
+    let control = connected(then(vec![finished(0)])).await;
+    let recorder = Arc::new(Recorder::default());
+
+    control.start_call(&call(), recorder.clone()).await.expect("prepared");
+    while recorder.outcome().is_none() {
+        recorder.1.notified().await;
+    }
+
+    let events = recorder.0.lock().expect("not poisoned");
+    assert!(matches!(events[0], CallEvent::Started { boottime_ns: 1.., .. }), "{events:?}");
+    assert_eq!(events.len(), 2);
+}
+
+#[tokio::test]
+async fn call_that_runs_before_its_gate_is_opened_ends_the_sandbox() {
+    let control = connected(then(vec![started()])).await;
+    let held = PreparedCall { gate: Gate::Held, ..call() };
+
+    let _ = control.start_call(&held, Arc::new(Recorder::default())).await;
+
+    let expected = Violation::WrongPhase { event: "call_started" };
+    assert_eq!(control.ended().await, ControlEnd::Violated(expected));
+}
+
+#[tokio::test]
+async fn finish_sent_twice_ends_the_sandbox() {
+    let violation = violation_after(vec![started(), finished(0), finished(0)]).await;
+
+    assert_eq!(violation, Violation::WrongPhase { event: "call_finished" });
+}
+
+#[tokio::test]
+async fn answer_to_a_request_nobody_made_ends_the_sandbox() {
+    assert_eq!(violation_after(vec![frame(4711, Body::Done(wire::Done {}))]).await, Violation::UnknownRequest(4711));
+}
+
+#[tokio::test]
+async fn second_answer_to_the_same_request_ends_the_sandbox() {
+    let first_request = welcome(1);
+
+    assert_eq!(violation_after(vec![first_request]).await, Violation::UnknownRequest(1));
+}
+
+#[tokio::test]
+async fn negative_exit_status_ends_the_sandbox() {
+    let violation = violation_after(vec![started(), finished(-1)]).await;
+
+    assert_eq!(violation, Violation::impossible("exited.code", -1));
+}
+
+#[tokio::test]
+async fn shrinking_output_ends_the_sandbox() {
+    let violation = violation_after(vec![started(), advanced(10), advanced(9)]).await;
+
+    assert!(matches!(violation, Violation::Impossible { field: "output_advanced.total_bytes", .. }), "{violation}");
+}
+
+#[tokio::test]
+async fn garbage_and_lengths_of_two_gibibytes_end_the_sandbox() {
+    // Field 10 (welcome), length-delimited, 2 GiB announced.
+    let two_gibibytes = vec![0x52, 0x80, 0x80, 0x80, 0x80, 0x08, 1, 2, 3];
+    for packet in [vec![0xff; 64], two_gibibytes, b"GET / HTTP/1.1\r\n\r\n".to_vec()] {
+        assert!(matches!(violation_after(vec![packet]).await, Violation::Undecodable(_)));
+    }
+}
+
+#[tokio::test]
+async fn message_nested_without_end_ends_the_sandbox() {
+    // Groups inside groups of an unknown field are the only way to nest in a schema without recursion.
+    let bomb = [0x9b, 0x06].repeat(60_000);
+
+    assert!(matches!(violation_after(vec![bomb]).await, Violation::Undecodable(_)));
+}
+
+#[tokio::test]
+async fn frame_over_the_limit_ends_the_sandbox() {
+    assert_eq!(violation_after(vec![vec![0; LARGEST_PACKET + 1]]).await, Violation::Oversize(LARGEST_PACKET));
+}
+
+#[tokio::test]
+async fn frame_for_a_later_runner_ends_the_sandbox_and_one_for_an_earlier_is_ignored() {
+    let of_generation =
+        |generation| wire::Frame { request_id: 0, generation, body: Some(Body::Done(wire::Done {})) }.encode_to_vec();
+
+    assert_eq!(
+        violation_after(vec![of_generation(6), of_generation(8)]).await,
+        Violation::Malformed("for a later runner")
+    );
+}
+
+#[tokio::test]
+async fn descriptors_from_a_sandbox_end_it_and_are_not_kept() {
+    let (ours, theirs) = pair();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 1024];
+        let length = rustix::io::read(&theirs, &mut buffer).expect("greeting");
+        let request = wire::Request::decode(&buffer[..length]).expect("greeting");
+        let rights = [theirs.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(&rights)));
+        sendmsg(&theirs, &[IoSlice::new(&welcome(request.request_id))], &mut control, SendFlags::empty())
+            .expect("sent");
+        // Stays open, so that only the descriptor can be the reason.
+        let _ = rustix::io::read(&theirs, &mut buffer);
+    });
+
+    let end = Control::from_connection(ours, 7, IMPATIENT).await.err();
+
+    assert_eq!(end, Some(ControlEnd::Violated(Violation::Descriptors)));
+}
+
+#[tokio::test]
+async fn silence_ends_the_sandbox_after_the_answer_time() {
+    let end = Control::from_connection(process_1(|_| Vec::new()), 7, IMPATIENT).await.err();
+
+    let expected = Violation::Silence { request: "hello", after: IMPATIENT.answer };
+    assert_eq!(end, Some(ControlEnd::Violated(expected)));
+}
+
+#[tokio::test]
+async fn process_1_that_reads_nothing_cannot_hold_a_request_for_ever() {
+    let (ours, theirs) = pair();
+    let greeter = theirs.try_clone().expect("duplicate");
+    std::thread::spawn(move || {
+        let mut buffer = [0; 1024];
+        let length = rustix::io::read(&greeter, &mut buffer).expect("greeting");
+        let request = wire::Request::decode(&buffer[..length]).expect("greeting");
+        rustix::io::write(&greeter, &welcome(request.request_id)).expect("sent");
+    });
+    let control = connected(ours).await;
+
+    let mut last = Ok(0);
+    for offset in 0..64 {
+        last = control.stdin("c", offset, vec![0; 60_000], false).await;
+        if last.is_err() {
+            break;
+        }
+    }
+
+    assert!(matches!(last, Err(ControlError::Ended(ControlEnd::Violated(Violation::Silence { .. })))), "{last:?}");
+    drop(theirs);
+}
+
+#[tokio::test]
+async fn call_that_is_never_ended_counts_as_overdue() {
+    assert_eq!(violation_after(vec![started()]).await, Violation::Overdue);
+}
+
+#[tokio::test]
+async fn answers_that_arrive_one_by_one_just_in_time_do_not_outlive_the_call_limit() {
+    // Each frame is legal; together they would hold the call for ever.
+    let mut slow = vec![started()];
+    slow.extend((1..200).map(advanced));
+
+    assert_eq!(violation_after(slow).await, Violation::Overdue);
+}
+
+#[tokio::test]
+async fn closed_connection_fails_requests_that_wait_and_those_that_come() {
+    let (ours, theirs) = pair();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 1024];
+        let length = rustix::io::read(&theirs, &mut buffer).expect("greeting");
+        let request = wire::Request::decode(&buffer[..length]).expect("greeting");
+        rustix::io::write(&theirs, &welcome(request.request_id)).expect("sent");
+        rustix::io::read(&theirs, &mut buffer).expect("a request");
+    });
+    let control = connected(ours).await;
+
+    assert_eq!(control.go("c").await, Err(ControlError::Ended(ControlEnd::Closed)));
+    assert_eq!(control.go("c").await, Err(ControlError::Ended(ControlEnd::Closed)));
+}
+
+#[tokio::test]
+async fn stdin_accepted_beyond_what_was_sent_ends_the_sandbox() {
+    let control = connected(process_1(|request| match request.body {
+        Some(wire::request::Body::Hello(_)) => vec![welcome(request.request_id)],
+        _ => vec![frame(request.request_id, Body::StdinAccepted(wire::StdinAccepted { accepted: u64::MAX }))],
+    }))
+    .await;
+
+    let answer = control.stdin("c", 0, b"abc".to_vec(), false).await;
+
+    assert!(
+        matches!(answer, Err(ControlError::Ended(ControlEnd::Violated(Violation::Impossible { .. })))),
+        "{answer:?}"
+    );
+}
+
+#[tokio::test]
+async fn refusal_does_not_end_the_connection_and_the_call_can_be_made_again() {
+    let mut refused = false;
+    let control = connected(process_1(move |request| match request.body {
+        Some(wire::request::Body::Hello(_)) => vec![welcome(request.request_id)],
+        Some(wire::request::Body::StartCall(_)) if !std::mem::replace(&mut refused, true) => {
+            let failure = wire::Failure { code: "CALL_BUSY".into(), message: "busy\u{1b}[2J".into() };
+            vec![frame(request.request_id, Body::Failure(failure))]
+        }
+        _ => vec![prepared(request.request_id)],
+    }))
+    .await;
+
+    let first = control.start_call(&call(), Arc::new(Recorder::default())).await;
+    let second = control.start_call(&call(), Arc::new(Recorder::default())).await;
+
+    assert_eq!(first, Err(ControlError::Refused { code: "CALL_BUSY".into(), message: "busy[2J".into() }));
+    assert_eq!(second, Ok(()));
+}
+
+#[tokio::test]
+async fn large_input_arrives_in_pieces_without_gaps() {
+    let received = Arc::new(Mutex::new(Vec::new()));
+    let kept = Arc::clone(&received);
+    let control = connected(process_1(move |request| match request.body {
+        Some(wire::request::Body::Hello(_)) => vec![welcome(request.request_id)],
+        Some(wire::request::Body::InputChunk(chunk)) => {
+            let mut kept = kept.lock().expect("not poisoned");
+            assert_eq!(chunk.offset, kept.len() as u64);
+            kept.extend(chunk.data);
+            vec![frame(request.request_id, Body::Done(wire::Done {}))]
+        }
+        _ => vec![prepared(request.request_id)],
+    }))
+    .await;
+    let command = "é".repeat(125_000);
+    let input = ToolInput::Bash(BashInput { command: Some(command.clone()), restart: false });
+
+    control.start_call(&PreparedCall { input, ..call() }, Arc::new(Recorder::default())).await.expect("prepared");
+
+    assert_eq!(*received.lock().expect("not poisoned"), command.as_bytes());
+}
+
+#[tokio::test]
+async fn result_of_a_tool_that_is_too_long_to_travel_along_is_fetched() {
+    let text = "x".repeat(100_000);
+    let block = wire::ContentBlock { kind: Some(wire::content_block::Kind::Text(text.clone())) };
+    let bytes = wire::ToolResult { is_error: false, content: vec![block] }.encode_to_vec();
+    let total_bytes = bytes.len() as u64;
+    let control = connected(process_1(move |request| match request.body {
+        Some(wire::request::Body::Hello(_)) => vec![welcome(request.request_id)],
+        Some(wire::request::Body::ReadOutput(read)) => {
+            let from = usize::try_from(read.offset).expect("small");
+            let data = bytes[from..bytes.len().min(from + read.max_bytes as usize)].to_vec();
+            let answer =
+                wire::OutputData { call_id: read.call_id, stream: read.stream, offset: read.offset, data, end: false };
+            vec![frame(request.request_id, Body::OutputData(answer))]
+        }
+        _ => {
+            let summary = wire::StreamSummary {
+                stream: wire::Stream::Result.into(),
+                total_bytes,
+                head_bytes: total_bytes,
+                sha256: vec![0; 32],
+                ..Default::default()
+            };
+            let outcome = wire::Outcome { kind: Some(wire::outcome::Kind::Exited(wire::Exited { code: 0 })) };
+            let end = wire::CallFinished {
+                call_id: "c".into(),
+                outcome: Some(outcome),
+                streams: vec![summary],
+                ..Default::default()
+            };
+            vec![prepared(request.request_id), started(), frame(0, Body::CallFinished(end))]
+        }
+    }))
+    .await;
+    let recorder = Arc::new(Recorder::default());
+
+    control.start_call(&call(), recorder.clone()).await.expect("prepared");
+    while recorder.outcome().is_none() {
+        recorder.1.notified().await;
+    }
+
+    let events = recorder.0.lock().expect("not poisoned");
+    let Some(CallEvent::Finished(end)) = events.last() else { panic!("not finished") };
+    assert_eq!(end.result.as_ref().map(|result| result.content.clone()), Some(vec![crate::work::Content::Text(text)]));
+}

@@ -1,0 +1,112 @@
+//! Life cycle of one sandbox between a scripted launcher and a scripted process 1.
+
+use super::*;
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use prost::Message;
+use proto::{init::v1 as init, launch::v1 as wire};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+use crate::sandbox::control::Patience;
+use crate::sandbox::launch::tests::{created, ended, launcher, reply};
+use crate::sandbox::spec::Spec;
+
+/// A launcher that counts kills; each kill ends the sandbox.
+async fn made(kills: Arc<AtomicUsize>) -> (Launcher, Created) {
+    let launcher = launcher(move |request| match &request.body {
+        Some(wire::request::Body::CreateSandbox(_)) => vec![created(&request, "a.sock")],
+        Some(wire::request::Body::KillSandbox(_)) => {
+            kills.fetch_add(1, Ordering::SeqCst);
+            vec![ended("a", 9), reply(request.request_id, wire::reply::Body::Done(wire::Done {}))]
+        }
+        _ => Vec::new(),
+    });
+    let created = launcher.create(&Spec::throw_away("a")).await.expect("created");
+    (launcher, created)
+}
+
+/// A process 1 that greets, answers everything with `Done`, and says `rubbish` when told to go.
+fn process_1() -> OwnedFd {
+    let (ours, theirs) =
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).expect("socketpair");
+    std::thread::spawn(move || {
+        let mut buffer = vec![0; 4096];
+        while let Ok(length @ 1..) = rustix::io::read(&theirs, &mut buffer) {
+            let request = init::Request::decode(&buffer[..length]).expect("the runner speaks the protocol");
+            let body = match request.body {
+                Some(init::request::Body::Hello(_)) => {
+                    init::frame::Body::Welcome(init::Welcome { major: 1, sandbox_id: "a".into(), shell_generation: 0 })
+                }
+                _ => init::frame::Body::Done(init::Done {}),
+            };
+            let request_id = match request.body {
+                Some(init::request::Body::Go(_)) => 4711,
+                _ => request.request_id,
+            };
+            let frame = init::Frame { request_id, generation: 1, body: Some(body) };
+            if rustix::io::write(&theirs, &frame.encode_to_vec()).is_err() {
+                return;
+            }
+        }
+    });
+    ours
+}
+
+async fn live(kills: &Arc<AtomicUsize>) -> LiveSandbox {
+    let (launcher, created) = made(Arc::clone(kills)).await;
+    let (control, _) = Control::from_connection(process_1(), 1, Patience::default()).await.expect("greeted");
+    let sandbox_id = SandboxId::new("a").expect("valid");
+    LiveSandbox::new(launcher, &created, sandbox_id, control, Receipt::default())
+}
+
+#[tokio::test]
+async fn process_1_that_breaks_the_protocol_is_killed_and_the_caller_is_told() {
+    let kills = Arc::new(AtomicUsize::new(0));
+    let sandbox = live(&kills).await;
+
+    let error = sandbox.go(&CallId::new("c").expect("valid")).await.expect_err("refused");
+    let reason = sandbox.lost().await;
+    sandbox.close(Duration::ZERO).await;
+
+    assert_eq!(error.code, Code::SandboxLost);
+    assert!(reason.contains("request 4711"), "{reason}");
+    assert!(kills.load(Ordering::SeqCst) >= 1);
+}
+
+#[tokio::test]
+async fn closing_kills_once_and_is_no_loss() {
+    let kills = Arc::new(AtomicUsize::new(0));
+    let sandbox = live(&kills).await;
+
+    sandbox.close(Duration::ZERO).await;
+
+    assert_eq!(kills.load(Ordering::SeqCst), 1);
+    // The phase is final now, so one look is enough.
+    tokio::select! {
+        biased;
+        reason = sandbox.lost() => panic!("a closed sandbox cannot be lost: {reason}"),
+        () = std::future::ready(()) => {}
+    }
+}
+
+#[tokio::test]
+async fn dropping_the_last_reference_removes_the_sandbox() {
+    let kills = Arc::new(AtomicUsize::new(0));
+    let sandbox = live(&kills).await;
+    let mut ended = sandbox.parts.ended.clone();
+
+    drop(sandbox);
+    ended.wait_for(Option::is_some).await.expect("killed");
+
+    assert_eq!(kills.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn internal_details_of_a_lost_sandbox_do_not_reach_the_caller() {
+    let failure = failure(ControlError::Ended(ControlEnd::Failed("recvmsg: EIO on /run/x".into())));
+
+    assert_eq!(failure.message, "the sandbox has ended");
+    assert!(!failure.remediation.is_empty());
+}

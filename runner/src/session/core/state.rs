@@ -1,0 +1,198 @@
+//! What the core remembers about a session and about a call.
+
+use std::collections::{HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::work::{
+    CallEnd, CallId, CallPhase, CallResult, CancelMode, Code, Outcome, Receipt, SessionEnd, SessionOpen, ToolCall,
+    ToolFailure,
+};
+
+/// One session.
+#[derive(Debug)]
+pub(super) struct Session {
+    pub(super) open_request: SessionOpen,
+    pub(super) epoch: u64,
+    pub(super) phase: SessionPhase,
+    pub(super) receipt: Receipt,
+    /// Nobody has decided about it after a reconnect: it starts nothing.
+    pub(super) suspended: bool,
+    /// Waiting calls, in order.
+    pub(super) queue: VecDeque<CallId>,
+    /// Calls between preparation and end.
+    pub(super) active: HashSet<CallId>,
+    /// Calls without a written result.
+    pub(super) open: usize,
+    /// Calls with a written result that is not acknowledged.
+    pub(super) unacknowledged: usize,
+    /// Acknowledged calls: a late duplicate must not run again.
+    pub(super) forgotten: HashSet<CallId>,
+}
+
+/// Where a session is.
+#[derive(Debug, Clone)]
+pub(super) enum SessionPhase {
+    /// Its sandbox is being made.
+    Opening,
+    /// It takes calls.
+    Ready,
+    /// It takes nothing more.
+    Closing(Ending),
+}
+
+/// How a session is ending.
+#[derive(Debug, Clone)]
+pub(super) struct Ending {
+    pub(super) end: SessionEnd,
+    pub(super) grace: Duration,
+    pub(super) sandbox_gone: bool,
+}
+
+/// Where a session is, for people.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SessionStage {
+    /// Its sandbox is being made.
+    Opening,
+    /// It takes calls.
+    Ready,
+    /// It takes nothing more.
+    Closing,
+}
+
+impl Session {
+    pub(super) fn new(open_request: SessionOpen) -> Self {
+        Self {
+            epoch: open_request.epoch,
+            open_request,
+            phase: SessionPhase::Opening,
+            receipt: Receipt::default(),
+            suspended: false,
+            queue: VecDeque::new(),
+            active: HashSet::new(),
+            open: 0,
+            unacknowledged: 0,
+            forgotten: HashSet::new(),
+        }
+    }
+
+    pub(super) fn may_start(&self) -> bool {
+        let most = self.open_request.max_concurrent_calls.max(1) as usize;
+        matches!(self.phase, SessionPhase::Ready)
+            && !self.suspended
+            && self.active.len() < most
+            && !self.queue.is_empty()
+    }
+
+    pub(super) fn stage(&self) -> SessionStage {
+        match self.phase {
+            SessionPhase::Opening => SessionStage::Opening,
+            SessionPhase::Ready => SessionStage::Ready,
+            SessionPhase::Closing(_) => SessionStage::Closing,
+        }
+    }
+}
+
+/// One call.
+#[derive(Debug)]
+pub(super) struct Call {
+    pub(super) request: ToolCall,
+    /// The accepted record is written.
+    pub(super) accepted: bool,
+    /// The sandbox has seen it, so it must be told when the result is stored.
+    pub(super) in_sandbox: bool,
+    pub(super) cancel: Option<CancelMode>,
+    pub(super) phase: Phase,
+}
+
+/// Where a call is. It only moves down this list.
+#[derive(Debug, Clone)]
+pub(super) enum Phase {
+    /// In its session's queue.
+    Queued,
+    /// Handed to the sandbox, which has not said yet that it is ready.
+    Preparing,
+    /// Ready, waiting for the accepted record.
+    Prepared,
+    /// Ready, waiting for the started record.
+    Starting,
+    /// Ready, being dropped again; the failure says why if it was not a cancel.
+    Aborting(Option<ToolFailure>),
+    /// Its gate is open.
+    Running,
+    /// Over, waiting for the finished record.
+    Finishing(Arc<CallResult>),
+    /// Over and written down.
+    Finished(Arc<CallResult>),
+}
+
+/// Where a call is, for people and for resuming a link.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CallStage {
+    /// Waiting.
+    Queued,
+    /// Between preparation and start.
+    Starting,
+    /// Running.
+    Running,
+    /// Over.
+    Finished(Arc<CallResult>),
+}
+
+impl Call {
+    pub(super) fn new(request: ToolCall) -> Self {
+        Self { request, accepted: false, in_sandbox: false, cancel: None, phase: Phase::Queued }
+    }
+
+    pub(super) fn wire_phase(&self) -> CallPhase {
+        match self.phase {
+            Phase::Queued | Phase::Preparing | Phase::Prepared | Phase::Starting | Phase::Aborting(_) => {
+                CallPhase::Accepted
+            }
+            Phase::Running => CallPhase::Started,
+            Phase::Finishing(_) | Phase::Finished(_) => CallPhase::Finished,
+        }
+    }
+
+    pub(super) fn stage(&self) -> CallStage {
+        match &self.phase {
+            Phase::Queued => CallStage::Queued,
+            Phase::Preparing | Phase::Prepared | Phase::Starting | Phase::Aborting(_) => CallStage::Starting,
+            Phase::Running => CallStage::Running,
+            Phase::Finishing(result) | Phase::Finished(result) => CallStage::Finished(Arc::clone(result)),
+        }
+    }
+
+    /// Whether the sandbox works on it.
+    pub(super) fn is_active(&self) -> bool {
+        !matches!(self.phase, Phase::Queued | Phase::Finishing(_) | Phase::Finished(_))
+    }
+}
+
+/// A result for a call that has no end of its own.
+pub(super) fn answer(outcome: Outcome) -> Arc<CallResult> {
+    let end = CallEnd::without_output(outcome);
+    let presented = crate::session::present::failure_text(&end.outcome);
+    Arc::new(CallResult { end, presented, recovered: false })
+}
+
+/// The result of a call that was cancelled before it ran.
+pub(super) fn cancelled_before_start(mode: CancelMode) -> Arc<CallResult> {
+    answer(Outcome::Cancelled { mode, before_start: true, killed: false, code: 125 })
+}
+
+/// The result of a call that provably never ran.
+pub(super) fn never_started(failure: ToolFailure) -> Arc<CallResult> {
+    answer(Outcome::NeverStarted { failure, code: 125 })
+}
+
+/// The result of a call that may have run.
+pub(super) fn indeterminate(code: Code, reason: &str) -> Arc<CallResult> {
+    answer(Outcome::Indeterminate {
+        failure: ToolFailure::new(
+            code,
+            format!("the call may have run, but how it ended is not known: {reason}"),
+            "look at what the call was meant to change before running it again",
+        ),
+    })
+}

@@ -1,0 +1,243 @@
+//! What goes into the core and what comes out of it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::work::{
+    CallId, CallResult, CancelMode, PreparedCall, Receipt, SessionId, SessionOpen, ToolCall, ToolFailure, Update,
+    WorkItem,
+};
+
+/// Bounds and habits.
+#[derive(Debug, Clone, Copy)]
+pub struct Config {
+    /// Calls waiting in one session.
+    pub queued_per_session: usize,
+    /// Calls waiting in all sessions.
+    pub queued_per_runner: usize,
+    /// Calls between preparation and end in all sessions.
+    pub running_per_runner: usize,
+    /// Calls whose result is not acknowledged, per session: what a caller that never acknowledges can pile up.
+    pub unacknowledged_per_session: usize,
+    /// Ids of cancelled calls that were never seen; the oldest goes.
+    pub tombstones: usize,
+    /// Acknowledged calls whose ids one session remembers; then it takes no more calls.
+    pub forgotten_per_session: usize,
+    /// Whether starts are written down before a gate is opened.
+    pub gated: bool,
+    /// Time for processes to end by themselves when the runner is emptied.
+    pub drain_grace: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            queued_per_session: crate::work::limits::QUEUED_PER_SESSION,
+            queued_per_runner: crate::work::limits::QUEUED_PER_RUNNER,
+            running_per_runner: 512,
+            unacknowledged_per_session: 256,
+            tombstones: 4096,
+            forgotten_per_session: 65_536,
+            gated: true,
+            drain_grace: Duration::from_secs(2),
+        }
+    }
+}
+
+/// Everything that can happen.
+#[derive(Debug, Clone)]
+pub enum Input {
+    /// A connector brought something.
+    Work(WorkItem),
+    /// A sandbox can take calls.
+    SandboxReady {
+        /// Its session.
+        session_id: SessionId,
+        /// What protects it.
+        receipt: Receipt,
+    },
+    /// A sandbox could not be made.
+    SandboxFailed {
+        /// Its session.
+        session_id: SessionId,
+        /// Why.
+        failure: ToolFailure,
+    },
+    /// `Action::CloseSandbox` is done.
+    SandboxClosed {
+        /// Its session.
+        session_id: SessionId,
+    },
+    /// A sandbox ended by itself.
+    SandboxLost {
+        /// Its session.
+        session_id: SessionId,
+        /// Why.
+        reason: String,
+    },
+    /// `Action::WriteAccepted` is done.
+    Accepted {
+        /// The call.
+        call_id: CallId,
+        /// False: the journal refused.
+        durable: bool,
+    },
+    /// `Action::Prepare` is done.
+    Prepared {
+        /// The call.
+        call_id: CallId,
+    },
+    /// `Action::Prepare` failed; the call provably never ran.
+    PrepareFailed {
+        /// The call.
+        call_id: CallId,
+        /// Why.
+        failure: ToolFailure,
+    },
+    /// `Action::WriteStarted` is done.
+    StartWritten {
+        /// The call.
+        call_id: CallId,
+        /// False: the journal refused.
+        durable: bool,
+    },
+    /// The call has begun.
+    Started {
+        /// The call.
+        call_id: CallId,
+        /// CLOCK_BOOTTIME.
+        boottime_ns: u64,
+        /// Counts shells started in the sandbox.
+        shell_generation: u64,
+    },
+    /// `Action::Abort` is done.
+    Aborted {
+        /// The call.
+        call_id: CallId,
+    },
+    /// The call is over.
+    Ended {
+        /// The call.
+        call_id: CallId,
+        /// What happened.
+        result: Arc<CallResult>,
+    },
+    /// `Action::WriteFinished` is done.
+    EndWritten {
+        /// The call.
+        call_id: CallId,
+        /// False: the journal refused; the result is reported all the same.
+        durable: bool,
+    },
+    /// A call has waited as long as its caller allowed.
+    StartDeadline {
+        /// The call.
+        call_id: CallId,
+    },
+}
+
+/// Everything that can be asked for. Each line that waits for something says which input answers it.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Tell the connector.
+    Tell(Update),
+    /// Make a sandbox: `SandboxReady` or `SandboxFailed`.
+    CreateSandbox(Box<SessionOpen>),
+    /// End a sandbox: `SandboxClosed`.
+    CloseSandbox {
+        /// Its session.
+        session_id: SessionId,
+        /// Time for processes to end by themselves.
+        grace: Duration,
+    },
+    /// The session is over; its sandbox lives on only in calls that are not acknowledged.
+    ReleaseSandbox {
+        /// The ended session.
+        session_id: SessionId,
+    },
+    /// Write down that a call is accepted: `Accepted`.
+    WriteAccepted(ToolCall),
+    /// Write down that a call starts: `StartWritten`.
+    WriteStarted {
+        /// The call.
+        call_id: CallId,
+    },
+    /// Write down how a call ended: `EndWritten`.
+    WriteFinished {
+        /// The call.
+        call_id: CallId,
+        /// What happened.
+        result: Arc<CallResult>,
+    },
+    /// The record of a call may go.
+    Trim {
+        /// The call.
+        call_id: CallId,
+    },
+    /// Hand a call to its sandbox: `Prepared` or `PrepareFailed`.
+    Prepare {
+        /// Its session.
+        session_id: SessionId,
+        /// The call.
+        call: PreparedCall,
+    },
+    /// Open the gate: `Started` and `Ended` follow.
+    Go {
+        /// Its session.
+        session_id: SessionId,
+        /// The call.
+        call_id: CallId,
+    },
+    /// Drop a prepared call whose gate was not opened: `Aborted`.
+    Abort {
+        /// Its session.
+        session_id: SessionId,
+        /// The call.
+        call_id: CallId,
+    },
+    /// End a running call: `Ended` follows.
+    Cancel {
+        /// Its session.
+        session_id: SessionId,
+        /// The call.
+        call_id: CallId,
+        /// How hard.
+        mode: CancelMode,
+    },
+    /// The sandbox may forget a call.
+    Acknowledge {
+        /// The call.
+        call_id: CallId,
+    },
+    /// Feed standard input.
+    Stdin {
+        /// Its session.
+        session_id: SessionId,
+        /// The call.
+        call_id: CallId,
+        /// Position of data.
+        offset: u64,
+        /// The bytes.
+        data: Vec<u8>,
+        /// Close after data.
+        eof: bool,
+    },
+    /// Resize a terminal.
+    Resize {
+        /// Its session.
+        session_id: SessionId,
+        /// The call.
+        call_id: CallId,
+        /// Columns.
+        columns: u16,
+        /// Rows.
+        rows: u16,
+    },
+    /// Feed `StartDeadline` after this time.
+    ArmStartDeadline {
+        /// The call.
+        call_id: CallId,
+        /// Time in the queue.
+        within: Duration,
+    },
+}

@@ -1,0 +1,394 @@
+//! What the core promises, one behaviour at a time. The driver answers every action at once unless a test holds it back.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::core::{Action, Config, Core, Input};
+use super::registry::{Registry, Reserve};
+use crate::work::*;
+
+const RESERVE: Reserve =
+    Reserve { max_sessions: 100, memory_bytes: 1 << 40, disk_bytes: 1 << 40, pids: 1 << 20, descriptors: 1 << 16 };
+
+fn registry() -> Registry {
+    Registry::new(RESERVE, ResourceLimits { cpu_millis: 1, memory_bytes: 1, disk_bytes: 1, pids: 1 })
+}
+
+pub(super) fn core(config: Config) -> Core {
+    Core::new(config, registry())
+}
+
+pub(super) fn sid(text: &str) -> SessionId {
+    SessionId::new(text).unwrap()
+}
+
+pub(super) fn cid(text: &str) -> CallId {
+    CallId::new(text).unwrap()
+}
+
+pub(super) fn open(session: &str, epoch: u64) -> Input {
+    Input::Work(WorkItem::Open(SessionOpen {
+        session_id: sid(session),
+        epoch,
+        digest: RequestDigest([0; 32]),
+        environment: EnvironmentRef::default(),
+        limits: ResourceLimits::default(),
+        network: Network::None,
+        variables: Vec::new(),
+        min_tier: String::new(),
+        orphan_timeout: None,
+        max_concurrent_calls: 0,
+        tenant: String::new(),
+    }))
+}
+
+pub(super) fn call(session: &str, epoch: u64, id: &str, digest: u8) -> Input {
+    Input::Work(WorkItem::Call(ToolCall {
+        call_id: cid(id),
+        session_id: sid(session),
+        epoch,
+        digest: RequestDigest([digest; 32]),
+        input: ToolInput::Bash(BashInput { command: Some("true".into()), restart: false }),
+        limits: CallLimits { start_within: Some(Duration::from_secs(1)), ..CallLimits::default() },
+        output_mode: OutputMode::Merged,
+    }))
+}
+
+pub(super) fn cancel(session: &str, epoch: u64, id: &str, mode: CancelMode) -> Input {
+    Input::Work(WorkItem::Cancel { session_id: sid(session), epoch, call_id: cid(id), mode })
+}
+
+pub(super) fn close(session: &str, epoch: u64) -> Input {
+    let close = SessionClose { session_id: sid(session), epoch, grace: Duration::ZERO, fenced: false };
+    Input::Work(WorkItem::Close(close))
+}
+
+pub(super) fn ended(id: &str) -> Input {
+    let end = CallEnd::without_output(Outcome::Exited { code: 0 });
+    let presented = ToolResult::text(false, "done");
+    Input::Ended { call_id: cid(id), result: Arc::new(CallResult { end, presented, recovered: false }) }
+}
+
+/// A ready session.
+fn ready(core: &mut Core, session: &str, epoch: u64) {
+    core.handle(open(session, epoch));
+    core.handle(Input::SandboxReady { session_id: sid(session), receipt: Receipt::default() });
+}
+
+/// Brings a call to the point where it runs.
+fn run(core: &mut Core, id: &str) {
+    core.handle(Input::Accepted { call_id: cid(id), durable: true });
+    core.handle(Input::Prepared { call_id: cid(id) });
+    core.handle(Input::StartWritten { call_id: cid(id), durable: true });
+}
+
+fn finish(core: &mut Core, id: &str) -> Vec<Action> {
+    let mut actions = core.handle(ended(id));
+    actions.extend(core.handle(Input::EndWritten { call_id: cid(id), durable: true }));
+    actions
+}
+
+fn refusal(actions: &[Action]) -> Code {
+    let codes: Vec<_> = actions
+        .iter()
+        .filter_map(|action| match action {
+            Action::Tell(Update::Refused { failure, .. }) => Some(failure.code),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(codes.len(), 1, "one refusal expected in {actions:?}");
+    codes[0]
+}
+
+fn outcome(actions: &[Action], id: &str) -> Option<Outcome> {
+    actions.iter().find_map(|action| match action {
+        Action::WriteFinished { call_id, result } if *call_id == cid(id) => Some(result.end.outcome.clone()),
+        _ => None,
+    })
+}
+
+fn prepared(actions: &[Action]) -> Vec<String> {
+    actions
+        .iter()
+        .filter_map(|action| match action {
+            Action::Prepare { call, .. } => Some(call.call_id.to_string()),
+            _ => None,
+        })
+        .collect()
+}
+
+#[test]
+fn gate_opens_only_after_the_start_is_written() {
+    let mut core = core(Config::default());
+    ready(&mut core, "s", 1);
+    let actions = core.handle(call("s", 1, "c", 0));
+    // Preparing overlaps with writing the call down.
+    assert_eq!(prepared(&actions), ["c"]);
+    let actions = core.handle(Input::Prepared { call_id: cid("c") });
+    assert!(actions.is_empty(), "nothing may happen before the call is accepted: {actions:?}");
+    let actions = core.handle(Input::Accepted { call_id: cid("c"), durable: true });
+    assert!(actions.contains(&Action::WriteStarted { call_id: cid("c") }));
+    assert!(!actions.iter().any(|action| matches!(action, Action::Go { .. })));
+    let actions = core.handle(Input::StartWritten { call_id: cid("c"), durable: true });
+    assert_eq!(actions, [Action::Go { session_id: sid("s"), call_id: cid("c") }]);
+}
+
+#[test]
+fn without_a_gate_nothing_is_prepared_before_it_is_accepted() {
+    let mut core = core(Config { gated: false, ..Config::default() });
+    ready(&mut core, "s", 1);
+    assert!(prepared(&core.handle(call("s", 1, "c", 0))).is_empty());
+    assert_eq!(prepared(&core.handle(Input::Accepted { call_id: cid("c"), durable: true })), ["c"]);
+}
+
+#[test]
+fn journal_that_refuses_the_start_keeps_the_call_from_running_and_closes_admission() {
+    let mut core = core(Config::default());
+    ready(&mut core, "s", 1);
+    core.handle(call("s", 1, "c", 0));
+    core.handle(Input::Accepted { call_id: cid("c"), durable: true });
+    core.handle(Input::Prepared { call_id: cid("c") });
+    let actions = core.handle(Input::StartWritten { call_id: cid("c"), durable: false });
+    assert_eq!(actions, [Action::Abort { session_id: sid("s"), call_id: cid("c") }]);
+    let actions = core.handle(Input::Aborted { call_id: cid("c") });
+    assert!(
+        matches!(outcome(&actions, "c"), Some(Outcome::NeverStarted { failure, .. }) if failure.code == Code::JournalReadOnly)
+    );
+    assert_eq!(refusal(&core.handle(call("s", 1, "d", 0))), Code::JournalReadOnly);
+}
+
+#[test]
+fn calls_of_a_session_start_in_order_one_at_a_time() {
+    let mut core = core(Config::default());
+    ready(&mut core, "s", 1);
+    for id in ["a", "b", "c"] {
+        core.handle(call("s", 1, id, 0));
+    }
+    run(&mut core, "a");
+    assert_eq!(prepared(&finish(&mut core, "a")), ["b"]);
+    run(&mut core, "b");
+    assert_eq!(prepared(&finish(&mut core, "b")), ["c"]);
+}
+
+#[test]
+fn repeat_is_answered_with_the_result_and_another_request_under_the_same_id_is_refused() {
+    let mut core = core(Config::default());
+    ready(&mut core, "s", 1);
+    core.handle(call("s", 1, "c", 0));
+    run(&mut core, "c");
+    finish(&mut core, "c");
+    let actions = core.handle(call("s", 1, "c", 0));
+    assert!(matches!(
+        &actions[..],
+        [
+            Action::Tell(Update::CallAccepted { replay: Replay::Duplicate, .. }),
+            Action::Tell(Update::CallFinished { .. })
+        ]
+    ));
+    assert_eq!(refusal(&core.handle(call("s", 1, "c", 1))), Code::CallIdReused);
+}
+
+#[test]
+fn acknowledged_call_is_never_run_again() {
+    let mut core = core(Config::default());
+    ready(&mut core, "s", 1);
+    core.handle(call("s", 1, "c", 0));
+    run(&mut core, "c");
+    finish(&mut core, "c");
+    core.handle(Input::Work(WorkItem::Acknowledge { call_id: cid("c") }));
+    assert_eq!(refusal(&core.handle(call("s", 1, "c", 0))), Code::CallForgotten);
+}
+
+#[test]
+fn cancel_in_every_phase_before_the_gate_means_that_nothing_ran() {
+    // Number of steps taken before the cancel: queued behind another, preparing, prepared, starting.
+    for steps in 0..4 {
+        let mut core = core(Config::default());
+        ready(&mut core, "s", 1);
+        if steps == 0 {
+            core.handle(call("s", 1, "first", 0));
+        }
+        core.handle(call("s", 1, "c", 0));
+        if steps == 2 {
+            core.handle(Input::Prepared { call_id: cid("c") });
+        }
+        if steps == 3 {
+            core.handle(Input::Prepared { call_id: cid("c") });
+            core.handle(Input::Accepted { call_id: cid("c"), durable: true });
+        }
+        let mut actions = core.handle(cancel("s", 1, "c", CancelMode::Interrupt));
+        actions.extend(core.handle(Input::Prepared { call_id: cid("c") }));
+        actions.extend(core.handle(Input::StartWritten { call_id: cid("c"), durable: true }));
+        actions.extend(core.handle(Input::Aborted { call_id: cid("c") }));
+        assert!(!actions.iter().any(|action| matches!(action, Action::Go { .. })), "step {steps}: {actions:?}");
+        assert!(
+            matches!(outcome(&actions, "c"), Some(Outcome::Cancelled { before_start: true, .. })),
+            "step {steps}: {actions:?}"
+        );
+    }
+}
+
+#[test]
+fn running_call_is_cancelled_once_per_hardness() {
+    let mut core = core(Config::default());
+    ready(&mut core, "s", 1);
+    core.handle(call("s", 1, "c", 0));
+    run(&mut core, "c");
+    let sent = |actions: Vec<Action>| actions.iter().any(|action| matches!(action, Action::Cancel { .. }));
+    assert!(sent(core.handle(cancel("s", 1, "c", CancelMode::Interrupt))));
+    assert!(!sent(core.handle(cancel("s", 1, "c", CancelMode::Interrupt))));
+    assert!(sent(core.handle(cancel("s", 1, "c", CancelMode::Kill))));
+    assert!(!sent(core.handle(cancel("s", 1, "c", CancelMode::Terminate))));
+}
+
+#[test]
+fn cancel_of_an_unknown_call_leaves_a_tombstone_and_tombstones_are_bounded() {
+    let mut core = core(Config { tombstones: 2, ..Config::default() });
+    ready(&mut core, "s", 1);
+    for id in ["a", "b", "c"] {
+        let actions = core.handle(cancel("s", 1, id, CancelMode::Kill));
+        assert!(matches!(&actions[..], [Action::Tell(Update::CancelNoted { phase: None, .. })]));
+    }
+    assert_eq!(refusal(&core.handle(call("s", 1, "c", 0))), Code::CancelledBeforeStart);
+    assert!(!core.handle(call("s", 1, "a", 0)).iter().any(|a| matches!(a, Action::Tell(Update::Refused { .. }))));
+}
+
+#[test]
+fn stale_epochs_are_refused_and_a_newer_one_takes_the_session_over() {
+    let mut core = core(Config::default());
+    ready(&mut core, "s", 5);
+    assert_eq!(refusal(&core.handle(open("s", 4))), Code::StaleEpoch);
+    assert_eq!(refusal(&core.handle(call("s", 4, "c", 0))), Code::StaleEpoch);
+    assert_eq!(refusal(&core.handle(close("s", 4))), Code::StaleEpoch);
+    let actions = core.handle(open("s", 6));
+    assert!(matches!(&actions[..], [Action::Tell(Update::SessionOpened { epoch: 6, replay: Replay::Duplicate, .. })]));
+    assert_eq!(
+        refusal(
+            &core
+                .handle(cancel("s", 5, "x", CancelMode::Kill))
+                .into_iter()
+                .chain(core.handle(call("s", 5, "d", 0)))
+                .collect::<Vec<_>>()
+        ),
+        Code::StaleEpoch
+    );
+}
+
+#[test]
+fn late_duplicate_of_an_ended_session_is_refused() {
+    let mut core = core(Config::default());
+    ready(&mut core, "s", 5);
+    core.handle(close("s", 5));
+    let actions = core.handle(Input::SandboxClosed { session_id: sid("s") });
+    assert!(actions.iter().any(|a| matches!(a, Action::Tell(Update::SessionEnded { end: SessionEnd::Closed, .. }))));
+    assert_eq!(refusal(&core.handle(open("s", 5))), Code::StaleEpoch);
+    assert!(core.handle(open("s", 6)).iter().any(|a| matches!(a, Action::CreateSandbox(_))));
+}
+
+#[test]
+fn lost_sandbox_leaves_honest_outcomes_and_the_end_of_the_session_comes_last() {
+    let mut core = core(Config::default());
+    ready(&mut core, "s", 1);
+    core.handle(call("s", 1, "running", 0));
+    core.handle(call("s", 1, "waiting", 0));
+    run(&mut core, "running");
+    core.handle(Input::Accepted { call_id: cid("waiting"), durable: true });
+    let actions = core.handle(Input::SandboxLost { session_id: sid("s"), reason: "gone".into() });
+    assert!(matches!(outcome(&actions, "running"), Some(Outcome::Indeterminate { .. })));
+    assert!(matches!(outcome(&actions, "waiting"), Some(Outcome::NeverStarted { .. })));
+    let ends = |actions: &[Action]| actions.iter().any(|a| matches!(a, Action::Tell(Update::SessionEnded { .. })));
+    assert!(!ends(&actions));
+    assert!(!ends(&core.handle(Input::EndWritten { call_id: cid("running"), durable: true })));
+    assert!(ends(&core.handle(Input::EndWritten { call_id: cid("waiting"), durable: true })));
+}
+
+#[test]
+fn full_queues_refuse_and_never_grow() {
+    let mut core = core(Config { queued_per_session: 2, queued_per_runner: 3, ..Config::default() });
+    ready(&mut core, "a", 1);
+    ready(&mut core, "b", 2);
+    for id in ["a0", "a1", "a2"] {
+        core.handle(call("a", 1, id, 0));
+    }
+    assert_eq!(refusal(&core.handle(call("a", 1, "a3", 0))), Code::QueueFull);
+    core.handle(call("b", 2, "b0", 0));
+    core.handle(call("b", 2, "b1", 0));
+    assert_eq!(refusal(&core.handle(call("b", 2, "b2", 0))), Code::QueueFull);
+    assert_eq!(core.queued_calls(), 3);
+}
+
+#[test]
+fn limit_of_the_whole_runner_is_shared_in_turn() {
+    let mut core = core(Config { running_per_runner: 1, ..Config::default() });
+    ready(&mut core, "a", 1);
+    ready(&mut core, "b", 2);
+    core.handle(call("a", 1, "a0", 0));
+    core.handle(call("a", 1, "a1", 0));
+    assert!(prepared(&core.handle(call("b", 2, "b0", 0))).is_empty());
+    run(&mut core, "a0");
+    let started = prepared(&finish(&mut core, "a0"));
+    assert_eq!(started.len(), 1);
+    run(&mut core, &started[0]);
+    let mut all = started;
+    let next = prepared(&finish(&mut core, &all[0].clone()));
+    all.extend(next);
+    all.sort();
+    assert_eq!(all, ["a1", "b0"]);
+}
+
+#[test]
+fn waiting_too_long_refuses_to_start() {
+    let mut core = core(Config::default());
+    ready(&mut core, "s", 1);
+    core.handle(call("s", 1, "a", 0));
+    let actions = core.handle(call("s", 1, "b", 0));
+    assert!(actions.contains(&Action::ArmStartDeadline { call_id: cid("b"), within: Duration::from_secs(1) }));
+    let actions = core.handle(Input::StartDeadline { call_id: cid("b") });
+    assert!(
+        matches!(outcome(&actions, "b"), Some(Outcome::NeverStarted { failure, .. }) if failure.code == Code::StartDeadlinePassed)
+    );
+    // A call that was prepared is not subject to it any more.
+    assert!(core.handle(Input::StartDeadline { call_id: cid("a") }).is_empty());
+}
+
+#[test]
+fn suspended_runner_starts_nothing_until_it_is_resumed() {
+    let mut core = core(Config::default());
+    ready(&mut core, "s", 1);
+    core.handle(Input::Work(WorkItem::Suspend { session_id: None }));
+    assert!(prepared(&core.handle(call("s", 1, "c", 0))).is_empty());
+    assert_eq!(prepared(&core.handle(Input::Work(WorkItem::Resume { session_id: None }))), ["c"]);
+}
+
+#[test]
+fn drain_of_calls_refuses_new_ones_and_closes_sessions_when_they_are_idle() {
+    let mut core = core(Config::default());
+    ready(&mut core, "idle", 1);
+    ready(&mut core, "busy", 2);
+    core.handle(call("busy", 2, "c", 0));
+    run(&mut core, "c");
+    let closes = |actions: &[Action]| -> Vec<String> {
+        actions
+            .iter()
+            .filter_map(|action| match action {
+                Action::CloseSandbox { session_id, .. } => Some(session_id.to_string()),
+                _ => None,
+            })
+            .collect()
+    };
+    assert_eq!(closes(&core.handle(Input::Work(WorkItem::Drain(DrainMode::FinishCalls)))), ["idle"]);
+    assert_eq!(refusal(&core.handle(call("busy", 2, "d", 0))), Code::Draining);
+    assert_eq!(refusal(&core.handle(open("new", 3))), Code::Draining);
+    assert_eq!(closes(&finish(&mut core, "c")), ["busy"]);
+}
+
+#[test]
+fn close_while_the_sandbox_is_being_made_ends_it_as_soon_as_it_is_there() {
+    let mut core = core(Config::default());
+    core.handle(open("s", 1));
+    assert!(core.handle(close("s", 1)).is_empty());
+    let actions = core.handle(Input::SandboxReady { session_id: sid("s"), receipt: Receipt::default() });
+    assert!(matches!(&actions[..], [Action::CloseSandbox { .. }]));
+    let actions = core.handle(Input::SandboxClosed { session_id: sid("s") });
+    assert!(actions.iter().any(|a| matches!(a, Action::Tell(Update::SessionEnded { .. }))));
+}

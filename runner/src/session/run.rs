@@ -1,0 +1,538 @@
+//! The loop that feeds the core and carries out what it decides.
+//!
+//! One task, one closed set of events. Nothing in it waits for a sandbox, a disk or a network: whatever takes time runs
+//! beside it and reports back. Events of calls arrive through a board with one line per call, so a flood of output
+//! reports costs nothing and a sandbox is never held up by this loop.
+
+mod board;
+mod view;
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::task::AbortHandle;
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use super::core::{Action, Config, Core, Input};
+use super::registry::Registry;
+use super::{Outputs, present};
+use crate::journal::{Journal, JournalError};
+use crate::work::{
+    BoxFuture, CallEnd, CallId, CallResult, Progress, Sandbox, SandboxId, SandboxRequest, Sandboxes, SessionId,
+    SessionOpen, Stream, StreamSummary, ToolFailure, ToolInput, ToolResult, Update, WorkItem, limits,
+};
+use board::{Board, Line};
+pub use view::{View, ViewCall, ViewSession};
+
+/// Sandboxes that are made at the same time.
+const PARALLEL_CREATES: usize = 4;
+/// How long a sandbox lives without a runner when nobody says otherwise.
+const ORPHAN_TIMEOUT: Duration = Duration::from_secs(8100);
+
+/// What the session loop is made of.
+pub struct Sessions {
+    /// Bounds and habits of the core. `gated` is set from the journal.
+    pub config: Config,
+    /// Admission.
+    pub registry: Registry,
+    /// Where sandboxes come from.
+    pub sandboxes: Arc<dyn Sandboxes>,
+    /// Where calls are written down.
+    pub journal: Arc<dyn Journal>,
+}
+
+impl std::fmt::Debug for Sessions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Sessions").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+/// The ends of the channels that lead to the session loop.
+#[derive(Debug, Clone)]
+pub struct SessionHandle {
+    /// For connectors and the administration socket.
+    pub work: mpsc::Sender<WorkItem>,
+    /// Retained output.
+    pub outputs: Outputs,
+    /// Ticks while the loop goes round.
+    pub progress: Progress,
+    views: mpsc::Sender<oneshot::Sender<View>>,
+}
+
+impl SessionHandle {
+    /// What is open at this moment; `None` when the loop has ended.
+    pub async fn view(&self) -> Option<View> {
+        let (reply, answer) = oneshot::channel();
+        self.views.send(reply).await.ok()?;
+        answer.await.ok()
+    }
+}
+
+impl Sessions {
+    /// Starts the loop. It ends when every sender of work is gone and no session is left.
+    ///
+    /// The receiver must be drained without waiting for anything that waits for this loop.
+    #[must_use]
+    pub fn start(self) -> (SessionHandle, mpsc::Receiver<Update>) {
+        let (work_sender, work) = mpsc::channel(256);
+        let (update_sender, updates) = mpsc::channel(1024);
+        let (view_sender, views) = mpsc::channel(16);
+        let (done_sender, done) = mpsc::channel(1024);
+        let config = Config { gated: self.journal.is_durable(), ..self.config };
+        let state = Loop {
+            core: Core::new(config, self.registry),
+            sandboxes: self.sandboxes,
+            journal: self.journal,
+            outputs: Outputs::default(),
+            board: Arc::new(Board::default()),
+            updates: update_sender,
+            done: done_sender,
+            creates: Arc::new(Semaphore::new(PARALLEL_CREATES)),
+            inputs: VecDeque::new(),
+            deadlines: HashMap::new(),
+            watches: HashMap::new(),
+            presenting: HashMap::new(),
+            held_back: HashMap::new(),
+            progress: Progress::default(),
+        };
+        let handle = SessionHandle {
+            work: work_sender,
+            outputs: state.outputs.clone(),
+            progress: state.progress.clone(),
+            views: view_sender,
+        };
+        tokio::spawn(state.run(work, views, done));
+        (handle, updates)
+    }
+}
+
+/// What runs beside the loop reports one of these.
+enum Done {
+    Input(Input),
+    /// A sandbox has ended: by itself with a reason, or because it was closed.
+    Gone(SessionId, SandboxId, Option<String>),
+    Created(SessionId, Result<Arc<dyn Sandbox>, ToolFailure>),
+    Presented(SessionId, Input),
+    Update(Update),
+    Nothing,
+}
+
+/// Everything that can wake the loop.
+enum Event {
+    Work(Option<WorkItem>),
+    View(oneshot::Sender<View>),
+    Done(Done),
+    Board,
+    Tick,
+}
+
+struct Loop {
+    core: Core,
+    sandboxes: Arc<dyn Sandboxes>,
+    journal: Arc<dyn Journal>,
+    outputs: Outputs,
+    board: Arc<Board>,
+    updates: mpsc::Sender<Update>,
+    done: mpsc::Sender<Done>,
+    creates: Arc<Semaphore>,
+    inputs: VecDeque<Input>,
+    /// Start deadlines of waiting calls.
+    deadlines: HashMap<CallId, Instant>,
+    /// Tasks that wait for a sandbox to end by itself.
+    watches: HashMap<SessionId, AbortHandle>,
+    /// Ends whose text is being read, per session; the end of the sandbox waits for them.
+    presenting: HashMap<SessionId, usize>,
+    held_back: HashMap<SessionId, Input>,
+    progress: Progress,
+}
+
+impl Loop {
+    async fn run(
+        mut self,
+        mut work: mpsc::Receiver<WorkItem>,
+        mut views: mpsc::Receiver<oneshot::Sender<View>>,
+        mut done: mpsc::Receiver<Done>,
+    ) {
+        let mut tick = tokio::time::interval(Duration::from_secs(1));
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut work_open = true;
+        let board = Arc::clone(&self.board);
+        loop {
+            let deadline = self.deadlines.values().min().copied();
+            let event = tokio::select! {
+                item = work.recv(), if work_open => Event::Work(item),
+                Some(result) = done.recv() => Event::Done(result),
+                () = board.changed() => Event::Board,
+                Some(reply) = views.recv() => Event::View(reply),
+                _ = tick.tick() => Event::Tick,
+                () = sleep_until(deadline), if deadline.is_some() => Event::Tick,
+            };
+            self.progress.tick();
+            match event {
+                Event::Work(Some(item)) => self.inputs.push_back(Input::Work(item)),
+                Event::Work(None) => work_open = false,
+                Event::View(reply) => {
+                    // Whoever asked may have gone; then nobody misses the answer.
+                    let _ = reply.send(View::of(&self.core));
+                }
+                Event::Done(result) => self.done(result).await,
+                Event::Board => self.take_board().await,
+                Event::Tick => self.pass_deadlines(),
+            }
+            self.settle().await;
+            if !work_open && self.core.sessions().next().is_none() {
+                return;
+            }
+        }
+    }
+
+    async fn settle(&mut self) {
+        while let Some(input) = self.inputs.pop_front() {
+            for action in self.core.handle(input) {
+                self.execute(action).await;
+            }
+        }
+    }
+
+    async fn done(&mut self, result: Done) {
+        match result {
+            Done::Input(input) => self.inputs.push_back(input),
+            Done::Gone(session_id, sandbox_id, lost) => self.sandbox_gone(session_id, &sandbox_id, lost).await,
+            Done::Created(session_id, Ok(sandbox)) => {
+                info!(%session_id, sandbox_id = %sandbox.sandbox_id(), "sandbox created");
+                let receipt = sandbox.receipt();
+                let (done, lost, watched) = (self.done.clone(), sandbox.lost(), session_id.clone());
+                let sandbox_id = sandbox.sandbox_id();
+                let watch = tokio::spawn(async move {
+                    let reason = lost.await;
+                    // A closed channel means that the loop has ended, and with it everybody who cares.
+                    let _ = done.send(Done::Gone(watched, sandbox_id, Some(reason))).await;
+                });
+                self.watches.insert(session_id.clone(), watch.abort_handle());
+                self.outputs.insert_session(session_id.clone(), sandbox);
+                self.inputs.push_back(Input::SandboxReady { session_id, receipt });
+            }
+            Done::Created(session_id, Err(failure)) => {
+                warn!(%session_id, error = %failure, "sandbox could not be created");
+                self.inputs.push_back(Input::SandboxFailed { session_id, failure });
+            }
+            Done::Presented(session_id, input) => {
+                self.inputs.push_back(input);
+                if let Some(count) = self.presenting.get_mut(&session_id) {
+                    *count -= 1;
+                    if *count == 0 {
+                        self.presenting.remove(&session_id);
+                        self.inputs.extend(self.held_back.remove(&session_id));
+                    }
+                }
+            }
+            Done::Update(update) => self.tell(update).await,
+            Done::Nothing => {}
+        }
+    }
+
+    /// A sandbox may be reported as lost and as closed, and by then its session may have another one.
+    async fn sandbox_gone(&mut self, session_id: SessionId, sandbox_id: &SandboxId, lost: Option<String>) {
+        if self.outputs.sandbox_id(&session_id).as_ref() != Some(sandbox_id) {
+            return;
+        }
+        // Ends that were reported before the sandbox went must be heard before.
+        self.take_board().await;
+        self.settle().await;
+        if let Some(watch) = self.watches.remove(&session_id) {
+            watch.abort();
+        }
+        let input = match lost {
+            Some(reason) => Input::SandboxLost { session_id: session_id.clone(), reason },
+            None => Input::SandboxClosed { session_id: session_id.clone() },
+        };
+        if self.presenting.contains_key(&session_id) {
+            self.held_back.insert(session_id, input);
+        } else {
+            self.inputs.push_back(input);
+        }
+    }
+
+    async fn tell(&mut self, update: Update) {
+        if self.updates.send(update).await.is_err() {
+            // Without a connector results are kept until somebody asks again; that is what the journal is for.
+            tracing::debug!("no connector takes updates");
+        }
+    }
+
+    async fn take_board(&mut self) {
+        for (call_id, line) in self.board.take() {
+            let Line { session_id, started, lengths, finished } = line;
+            if let Some((boottime_ns, shell_generation)) = started {
+                self.inputs.push_back(Input::Started { call_id: call_id.clone(), boottime_ns, shell_generation });
+            }
+            if let Some(lengths) = lengths {
+                self.settle().await;
+                let (call_id, session_id) = (call_id.clone(), session_id.clone());
+                self.tell(Update::OutputAdvanced { call_id, session_id, lengths }).await;
+            }
+            if let Some(end) = finished {
+                self.present(session_id, call_id, *end);
+            }
+        }
+    }
+
+    /// Adds the text a model reads; where output is long, its tail is read beside the loop.
+    fn present(&mut self, session_id: SessionId, call_id: CallId, end: CallEnd) {
+        let Some(input) = self.core.request(&call_id).map(|request| request.input.clone()) else { return };
+        let Some(sandbox) = self.outputs.call(&call_id) else { return };
+        let owner = session_id.clone();
+        let mut future: BoxFuture<'static, Done> = Box::pin(async move {
+            let presented = presented(&input, &end, &call_id, sandbox.as_ref()).await;
+            let result = Arc::new(CallResult { end, presented, recovered: false });
+            Done::Presented(session_id, Input::Ended { call_id, result })
+        });
+        match (&mut future).now_or_never() {
+            Some(Done::Presented(_, input)) => self.inputs.push_back(input),
+            Some(_) => {}
+            None => {
+                *self.presenting.entry(owner).or_default() += 1;
+                let done = self.done.clone();
+                tokio::spawn(async move {
+                    // A closed channel means that the loop has ended, and with it everybody who cares.
+                    let _ = done.send(future.await).await;
+                });
+            }
+        }
+    }
+
+    fn pass_deadlines(&mut self) {
+        let now = Instant::now();
+        let passed: Vec<_> = self.deadlines.iter().filter(|(_, at)| **at <= now).map(|(id, _)| id.clone()).collect();
+        for call_id in passed {
+            self.deadlines.remove(&call_id);
+            self.inputs.push_back(Input::StartDeadline { call_id });
+        }
+    }
+
+    /// Runs something beside the loop; what is ready at once is taken at once.
+    fn beside<T: 'static>(
+        &mut self,
+        mut future: BoxFuture<'static, T>,
+        report: impl FnOnce(T) -> Done + Send + 'static,
+    ) {
+        if let Some(value) = (&mut future).now_or_never() {
+            if let Done::Input(input) = report(value) {
+                self.inputs.push_back(input);
+            }
+            return;
+        }
+        let done = self.done.clone();
+        tokio::spawn(async move {
+            // A closed channel means that the loop has ended, and with it everybody who cares.
+            let _ = done.send(report(future.await)).await;
+        });
+    }
+
+    async fn execute(&mut self, action: Action) {
+        match action {
+            Action::Tell(update) => self.tell(update).await,
+            Action::CreateSandbox(open) => self.create(*open),
+            Action::CloseSandbox { session_id, grace } => {
+                let Some(sandbox) = self.outputs.session(&session_id) else { return };
+                let (done, closed, sandbox_id) = (self.done.clone(), sandbox.close(grace), sandbox.sandbox_id());
+                tokio::spawn(async move {
+                    closed.await;
+                    // A closed channel means that the loop has ended, and with it everybody who cares.
+                    let _ = done.send(Done::Gone(session_id, sandbox_id, None)).await;
+                });
+            }
+            Action::ReleaseSandbox { session_id } => self.outputs.remove_session(&session_id),
+            Action::WriteAccepted(call) => {
+                let written = self.journal.accepted(&call);
+                let call_id = call.call_id;
+                self.beside(written, |r| Done::Input(Input::Accepted { call_id, durable: written_down(&r) }));
+            }
+            Action::WriteStarted { call_id } => {
+                let written = self.journal.started(&call_id);
+                self.beside(written, |r| Done::Input(Input::StartWritten { call_id, durable: written_down(&r) }));
+            }
+            Action::WriteFinished { call_id, result } => {
+                self.deadlines.remove(&call_id);
+                let written = self.journal.finished(&call_id, &result);
+                self.beside(written, |r| Done::Input(Input::EndWritten { call_id, durable: written_down(&r) }));
+            }
+            Action::Trim { call_id } => self.journal.trimmed(&call_id),
+            Action::ArmStartDeadline { call_id, within } => {
+                // A deadline beyond what a clock can hold is none.
+                if let Some(at) = Instant::now().checked_add(within) {
+                    self.deadlines.insert(call_id, at);
+                }
+            }
+            Action::Acknowledge { call_id } => {
+                if let Some(sandbox) = self.outputs.remove_call(&call_id) {
+                    let acknowledged = sandbox.acknowledge(&call_id);
+                    self.beside(acknowledged, move |result| {
+                        // The sandbox may be gone with everything in it, and then there is nothing to forget.
+                        if let Err(failure) = result {
+                            tracing::debug!(%call_id, error = %failure, "acknowledgement was not taken");
+                        }
+                        drop(sandbox);
+                        Done::Nothing
+                    });
+                }
+            }
+            other => self.execute_in_sandbox(other),
+        }
+    }
+
+    fn execute_in_sandbox(&mut self, action: Action) {
+        match action {
+            Action::Prepare { session_id, call } => {
+                let call_id = call.call_id.clone();
+                self.deadlines.remove(&call_id);
+                if let Some(failure) = present::refusal(&call.input) {
+                    return self.inputs.push_back(Input::PrepareFailed { call_id, failure });
+                }
+                let Some(sandbox) = self.outputs.session(&session_id) else {
+                    let failure = gone(&session_id);
+                    return self.inputs.push_back(Input::PrepareFailed { call_id, failure });
+                };
+                self.outputs.insert_call(call_id.clone(), Arc::clone(&sandbox));
+                let observer = Board::observer(&self.board, session_id, call_id.clone());
+                let prepared = sandbox.start_call(call, observer);
+                self.beside(prepared, |result| {
+                    Done::Input(match result {
+                        Ok(()) => Input::Prepared { call_id },
+                        Err(failure) => Input::PrepareFailed { call_id, failure },
+                    })
+                });
+            }
+            Action::Go { session_id, call_id } => {
+                let Some(sandbox) = self.outputs.session(&session_id) else { return };
+                self.beside(sandbox.go(&call_id), |_| Done::Nothing);
+            }
+            Action::Abort { session_id, call_id } => {
+                let Some(sandbox) = self.outputs.session(&session_id) else { return };
+                // Its gate was never opened, so it never ran, whatever the sandbox says now.
+                self.beside(sandbox.abort(&call_id), |_| Done::Input(Input::Aborted { call_id }));
+            }
+            Action::Cancel { session_id, call_id, mode } => {
+                let Some(sandbox) = self.outputs.session(&session_id) else { return };
+                // Its outcome comes through the observer; a call that has ended meanwhile cannot be cancelled.
+                self.beside(sandbox.cancel(&call_id, mode), |_| Done::Nothing);
+            }
+            Action::Stdin { session_id, call_id, offset, data, eof } => {
+                let Some(sandbox) = self.outputs.session(&session_id) else { return };
+                let written = sandbox.stdin(&call_id, offset, data, eof);
+                let done = self.done.clone();
+                tokio::spawn(async move {
+                    let update = match written.await {
+                        Ok(accepted) => Update::StdinAccepted { call_id, accepted },
+                        Err(failure) => refused(crate::work::RequestKind::Stdin, session_id, call_id, failure),
+                    };
+                    // A closed channel means that the loop has ended, and with it everybody who cares.
+                    let _ = done.send(Done::Update(update)).await;
+                });
+            }
+            Action::Resize { session_id, call_id, columns, rows } => {
+                let Some(sandbox) = self.outputs.session(&session_id) else { return };
+                let resized = sandbox.resize(&call_id, columns, rows);
+                let done = self.done.clone();
+                tokio::spawn(async move {
+                    if let Err(failure) = resized.await {
+                        let update = refused(crate::work::RequestKind::Resize, session_id, call_id, failure);
+                        // A closed channel means that the loop has ended, and with it everybody who cares.
+                        let _ = done.send(Done::Update(update)).await;
+                    }
+                });
+            }
+            _ => {}
+        }
+    }
+
+    fn create(&mut self, open: SessionOpen) {
+        let session_id = open.session_id.clone();
+        let Ok(sandbox_id) = SandboxId::new(format!("sb-{}", uuid::Uuid::new_v4().simple())) else { return };
+        let request = SandboxRequest {
+            sandbox_id,
+            environment: open.environment,
+            limits: open.limits,
+            network: open.network,
+            variables: open.variables,
+            min_tier: open.min_tier,
+            orphan_timeout: open.orphan_timeout.unwrap_or(ORPHAN_TIMEOUT),
+        };
+        let (done, creates, sandboxes) = (self.done.clone(), Arc::clone(&self.creates), Arc::clone(&self.sandboxes));
+        tokio::spawn(async move {
+            let permit = creates.acquire_owned().await;
+            let result = sandboxes.create(request).await;
+            drop(permit);
+            // A closed channel means that the loop has ended; dropping the sandbox ends it.
+            let _ = done.send(Done::Created(session_id, result)).await;
+        });
+    }
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn written_down(result: &Result<(), JournalError>) -> bool {
+    if let Err(error) = result {
+        tracing::error!(call_id = %error.call_id, error = error as &dyn std::error::Error, "journal refused a record");
+    }
+    result.is_ok()
+}
+
+fn refused(request: crate::work::RequestKind, session_id: SessionId, call_id: CallId, failure: ToolFailure) -> Update {
+    Update::Refused { request, session_id: Some(session_id), call_id: Some(call_id), epoch: 0, failure }
+}
+
+fn gone(session_id: &SessionId) -> ToolFailure {
+    ToolFailure::new(
+        crate::work::Code::SessionLost,
+        format!("session {session_id} has no sandbox any more"),
+        "open the session again with a higher epoch",
+    )
+}
+
+async fn presented(input: &ToolInput, end: &CallEnd, call_id: &CallId, sandbox: &dyn Sandbox) -> ToolResult {
+    if !matches!(input, ToolInput::Bash(_) | ToolInput::Exec(_)) {
+        return match &end.result {
+            Some(result) if result.size() <= limits::INLINE_RESULT_BYTES => result.clone(),
+            None if !end.streams.iter().any(|stream| stream.stream == Stream::Result) => present::tool_text(input, end),
+            // Too large for a frame: it is delivered as a stream.
+            _ => ToolResult { is_error: false, content: Vec::new() },
+        };
+    }
+    let mut bytes = Vec::new();
+    let mut cut = false;
+    for stream in end.streams.iter().filter(|stream| stream.stream != Stream::Result) {
+        cut |= stream.total_bytes > present::TAIL_BYTES as u64;
+        bytes.extend(tail_of(stream, call_id, sandbox).await);
+    }
+    present::command_text(input, end, present::Tail { bytes: &bytes, cut })
+}
+
+/// The last bytes of a stream, as far as they are kept.
+async fn tail_of(stream: &StreamSummary, call_id: &CallId, sandbox: &dyn Sandbox) -> Vec<u8> {
+    if let Some(inline) = &stream.inline {
+        return inline.clone();
+    }
+    let mut offset = stream.total_bytes.saturating_sub(present::TAIL_BYTES as u64);
+    let mut bytes = Vec::new();
+    while offset < stream.total_bytes && bytes.len() < present::TAIL_BYTES {
+        match sandbox.read_output(call_id, stream.stream, offset, limits::CHUNK_BYTES).await {
+            Ok(chunk) if !chunk.bytes.is_empty() => {
+                offset = chunk.offset.saturating_add(chunk.bytes.len() as u64);
+                bytes.extend(chunk.bytes);
+            }
+            // What cannot be read any more is not shown; the summary still tells how much there was.
+            Ok(_) | Err(_) => break,
+        }
+    }
+    bytes
+}

@@ -1,0 +1,291 @@
+//! What connectors and sessions say to each other. Joined by bounded channels in `daemon`; neither knows the other.
+
+use std::time::Duration;
+
+use super::{
+    CallId, CallResult, CancelMode, EnvironmentRef, Network, Receipt, RequestDigest, ResourceLimits, SessionId,
+    StreamLengths, ToolCall, ToolFailure,
+};
+
+/// From a connector to the sessions.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum WorkItem {
+    /// Open a session, or hear its present state again.
+    Open(SessionOpen),
+    /// Run a call, or hear its present state again.
+    Call(ToolCall),
+    /// End a call.
+    Cancel {
+        /// The session the caller believes the call is in.
+        session_id: SessionId,
+        /// Placement the caller believes in.
+        epoch: u64,
+        /// The call; unknown ones leave a tombstone.
+        call_id: CallId,
+        /// How hard.
+        mode: CancelMode,
+    },
+    /// The result and all wanted output are stored elsewhere.
+    Acknowledge {
+        /// The finished call.
+        call_id: CallId,
+    },
+    /// Bytes for standard input.
+    Stdin {
+        /// The running call.
+        call_id: CallId,
+        /// Position of data in the whole input.
+        offset: u64,
+        /// The bytes.
+        data: Vec<u8>,
+        /// Close after data.
+        eof: bool,
+    },
+    /// New size of a terminal.
+    Resize {
+        /// The running call.
+        call_id: CallId,
+        /// Columns.
+        columns: u16,
+        /// Rows.
+        rows: u16,
+    },
+    /// End a session.
+    Close(SessionClose),
+    /// Start nothing new until told otherwise: the lease has lapsed, or nobody has decided about one session.
+    Suspend {
+        /// One session, or all of them.
+        session_id: Option<SessionId>,
+    },
+    /// Starting is allowed again.
+    Resume {
+        /// One session, or all that were not suspended by themselves.
+        session_id: Option<SessionId>,
+    },
+    /// Take no more work, in one of several ways.
+    Drain(DrainMode),
+}
+
+/// Request to open a session.
+#[derive(Clone, PartialEq, Eq)]
+pub struct SessionOpen {
+    /// Chosen by the caller.
+    pub session_id: SessionId,
+    /// Placement; a newer one takes the session over, an older one is refused.
+    pub epoch: u64,
+    /// Tells a repeat from another request under the same id.
+    pub digest: RequestDigest,
+    /// Which environment.
+    pub environment: EnvironmentRef,
+    /// How much it may use; zeros mean the operator's default.
+    pub limits: ResourceLimits,
+    /// What it may reach.
+    pub network: Network,
+    /// NAME and value for every process.
+    pub variables: Vec<(String, String)>,
+    /// Lowest acceptable isolation tier by name; empty means the operator's floor.
+    pub min_tier: String,
+    /// How long the sandbox may live without a runner; `None` means the operator's default.
+    pub orphan_timeout: Option<Duration>,
+    /// Calls that may run at once; 0 means one.
+    pub max_concurrent_calls: u32,
+    /// Label for sharing, limits and usage.
+    pub tenant: String,
+}
+
+/// Values of variables may be secrets.
+impl std::fmt::Debug for SessionOpen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SessionOpen")
+            .field("session_id", &self.session_id)
+            .field("epoch", &self.epoch)
+            .field("environment", &self.environment)
+            .field("limits", &self.limits)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Request to end a session.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SessionClose {
+    /// The session.
+    pub session_id: SessionId,
+    /// Placement the caller believes in.
+    pub epoch: u64,
+    /// Time for running processes to end by themselves.
+    pub grace: Duration,
+    /// A newer placement lives elsewhere.
+    pub fenced: bool,
+}
+
+/// How the runner is emptied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DrainMode {
+    /// No new sessions; open ones go on until they are closed.
+    FinishSessions,
+    /// No new sessions or calls; accepted calls end, then sessions are closed.
+    FinishCalls,
+    /// Running calls are ended, sessions are closed.
+    Now,
+    /// Take work again.
+    Undo,
+}
+
+/// Phase of a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum CallPhase {
+    /// Waiting.
+    Accepted,
+    /// Running.
+    Started,
+    /// Over, not acknowledged.
+    Finished,
+}
+
+/// What a refused request asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum RequestKind {
+    /// `WorkItem::Open`.
+    Open,
+    /// `WorkItem::Close`.
+    Close,
+    /// `WorkItem::Call`.
+    Call,
+    /// `WorkItem::Cancel`.
+    Cancel,
+    /// `WorkItem::Stdin`.
+    Stdin,
+    /// `WorkItem::Resize`.
+    Resize,
+}
+
+/// Whether an answer is the first of its kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Replay {
+    /// The first answer.
+    First,
+    /// The request was seen before; nothing was done again.
+    Duplicate,
+}
+
+/// Why a session ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SessionEnd {
+    /// On request.
+    Closed,
+    /// It could not be opened.
+    OpenFailed(ToolFailure),
+    /// Its sandbox ended by itself.
+    SandboxLost(ToolFailure),
+    /// A newer placement took it elsewhere.
+    Fenced,
+    /// The runner was emptied.
+    Drained,
+}
+
+/// From the sessions to the connector that brought the session.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Update {
+    /// The session can take calls.
+    SessionOpened {
+        /// The session.
+        session_id: SessionId,
+        /// Its placement.
+        epoch: u64,
+        /// What protects it.
+        receipt: Receipt,
+        /// First answer or repeat.
+        replay: Replay,
+    },
+    /// A request was refused and nothing of it was done; what was there before is untouched.
+    Refused {
+        /// What was asked.
+        request: RequestKind,
+        /// The session it named.
+        session_id: Option<SessionId>,
+        /// The call it named.
+        call_id: Option<CallId>,
+        /// The placement it named; 0 if it named none.
+        epoch: u64,
+        /// Why.
+        failure: ToolFailure,
+    },
+    /// The session is over.
+    SessionEnded {
+        /// The session.
+        session_id: SessionId,
+        /// Its placement.
+        epoch: u64,
+        /// Why.
+        end: SessionEnd,
+    },
+    /// The call is known durably and will get exactly one outcome.
+    CallAccepted {
+        /// The call.
+        call_id: CallId,
+        /// Its session.
+        session_id: SessionId,
+        /// Placement.
+        epoch: u64,
+        /// First answer or repeat.
+        replay: Replay,
+        /// Where it is now.
+        phase: CallPhase,
+    },
+    /// From here the call may have had effects.
+    CallStarted {
+        /// The call.
+        call_id: CallId,
+        /// Its session.
+        session_id: SessionId,
+        /// Placement.
+        epoch: u64,
+        /// CLOCK_BOOTTIME.
+        boottime_ns: u64,
+        /// Counts shells started in the sandbox.
+        shell_generation: u64,
+    },
+    /// More output can be read. Cumulative.
+    OutputAdvanced {
+        /// The call.
+        call_id: CallId,
+        /// Its session.
+        session_id: SessionId,
+        /// Present lengths.
+        lengths: StreamLengths,
+    },
+    /// The call is over.
+    CallFinished {
+        /// The call.
+        call_id: CallId,
+        /// Its session.
+        session_id: SessionId,
+        /// Placement.
+        epoch: u64,
+        /// What happened.
+        result: std::sync::Arc<CallResult>,
+    },
+    /// A cancel has been taken note of.
+    CancelNoted {
+        /// The call.
+        call_id: CallId,
+        /// Placement as named in the request.
+        epoch: u64,
+        /// Where the call was; `None` when it is unknown here and a tombstone was left.
+        phase: Option<CallPhase>,
+    },
+    /// Bytes of standard input taken so far.
+    StdinAccepted {
+        /// The call.
+        call_id: CallId,
+        /// Bytes accepted.
+        accepted: u64,
+    },
+    /// How far emptying the runner has come.
+    Drained {
+        /// Sessions left.
+        sessions_left: usize,
+        /// Calls left.
+        calls_left: usize,
+    },
+}

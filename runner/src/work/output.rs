@@ -1,0 +1,122 @@
+//! Output by stream and offset. A slow reader costs disk where the spool is, never memory here.
+
+use super::{BoxFuture, CallId, ToolFailure};
+
+/// Which pipe a byte went through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Stream {
+    /// Standard output; in merged mode standard error too.
+    Stdout,
+    /// Standard error, in separate mode only.
+    Stderr,
+    /// Everything a terminal printed.
+    Terminal,
+    /// The encoded result of a file tool.
+    Result,
+}
+
+impl Stream {
+    /// Every stream.
+    pub const ALL: [Self; 4] = [Self::Stdout, Self::Stderr, Self::Terminal, Self::Result];
+
+    /// Position in arrays with one item per stream.
+    #[must_use]
+    pub fn index(self) -> usize {
+        match self {
+            Self::Stdout => 0,
+            Self::Stderr => 1,
+            Self::Terminal => 2,
+            Self::Result => 3,
+        }
+    }
+}
+
+/// Present length of each stream; lengths only grow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StreamLengths([u64; 4]);
+
+impl StreamLengths {
+    /// Bytes seen of `stream`.
+    #[must_use]
+    pub fn get(&self, stream: Stream) -> u64 {
+        self.0[stream.index()]
+    }
+
+    /// Notes that `stream` has at least `total` bytes. A smaller number is ignored: reports may arrive late.
+    pub fn advance(&mut self, stream: Stream, total: u64) {
+        let slot = &mut self.0[stream.index()];
+        *slot = (*slot).max(total);
+    }
+
+    /// Takes the larger of both, stream by stream.
+    pub fn merge(&mut self, other: &Self) {
+        for stream in Stream::ALL {
+            self.advance(stream, other.get(stream));
+        }
+    }
+}
+
+/// A piece of one stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OutputChunk {
+    /// Which stream.
+    pub stream: Stream,
+    /// Offset of the first byte in the original stream; larger than asked for when bytes were dropped.
+    pub offset: u64,
+    /// The bytes; empty at the present end.
+    pub bytes: Vec<u8>,
+    /// The stream has ended and this piece reaches its end.
+    pub end: bool,
+}
+
+/// One stream of a finished call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamSummary {
+    /// Which stream.
+    pub stream: Stream,
+    /// Bytes the workload wrote.
+    pub total_bytes: u64,
+    /// Bytes kept from the beginning.
+    pub head_bytes: u64,
+    /// Bytes kept from the end, not counting the head.
+    pub tail_bytes: u64,
+    /// SHA-256 of the whole original stream.
+    pub sha256: [u8; 32],
+    /// The whole stream, when it was short enough to travel with the end of the call.
+    pub inline: Option<Vec<u8>>,
+    /// Path inside the sandbox of the file that keeps the stream; empty when it was never spooled.
+    pub spool_path: String,
+}
+
+/// Retained output of calls, by offset.
+pub trait OutputSource: Send + Sync {
+    /// Reads at most `max_bytes` (and at most 64 KiB) of `stream` from `offset`.
+    ///
+    /// Works while the call runs and until it is acknowledged.
+    ///
+    /// # Errors
+    /// `CALL_UNKNOWN`, `OUTPUT_GONE` or `SANDBOX_LOST`.
+    fn read_output(
+        &self,
+        call_id: &CallId,
+        stream: Stream,
+        offset: u64,
+        max_bytes: usize,
+    ) -> BoxFuture<'static, Result<OutputChunk, ToolFailure>>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lengths_never_shrink() {
+        let mut lengths = StreamLengths::default();
+        lengths.advance(Stream::Stdout, 10);
+        lengths.advance(Stream::Stdout, 4);
+        let mut other = StreamLengths::default();
+        other.advance(Stream::Stderr, 3);
+        lengths.merge(&other);
+        assert_eq!((lengths.get(Stream::Stdout), lengths.get(Stream::Stderr)), (10, 3));
+    }
+}

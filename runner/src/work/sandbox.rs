@@ -1,0 +1,232 @@
+//! The seam between sessions and sandboxes.
+//!
+//! A sandbox has never heard of a session: it gets a request, runs calls, and reports through an observer. The traits
+//! return boxed futures so that tests can put an in-memory sandbox in the place of a real one.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{
+    BoxFuture, CallEnd, CallId, CallLimits, CancelMode, OutputChunk, OutputMode, SandboxId, Stream, StreamLengths,
+    ToolFailure, ToolInput,
+};
+
+/// What a caller asks a sandbox to be.
+#[derive(Clone, PartialEq, Eq)]
+pub struct SandboxRequest {
+    /// Chosen by us, unique on this host.
+    pub sandbox_id: SandboxId,
+    /// Which environment.
+    pub environment: EnvironmentRef,
+    /// How much it may use; already filled with the operator's defaults.
+    pub limits: ResourceLimits,
+    /// What it may reach.
+    pub network: Network,
+    /// NAME=value for every process; replaces the environment's own for the names given.
+    pub variables: Vec<(String, String)>,
+    /// Lowest acceptable isolation tier by name; empty means the operator's floor.
+    pub min_tier: String,
+    /// How long it may live without a runner.
+    pub orphan_timeout: Duration,
+}
+
+/// Values of variables may be secrets.
+impl fmt::Debug for SandboxRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SandboxRequest")
+            .field("sandbox_id", &self.sandbox_id)
+            .field("environment", &self.environment)
+            .field("limits", &self.limits)
+            .field("network", &self.network)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Which environment.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct EnvironmentRef {
+    /// Name of an environment the operator knows; empty means the default one.
+    pub name: String,
+    /// Digest it must have; empty means any.
+    pub digest: String,
+    /// What the root file system is made of, when the caller says so itself and the operator allows it.
+    pub rootfs: Option<RootfsChoice>,
+}
+
+/// What a root file system is made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RootfsChoice {
+    /// The host's /usr, read-only.
+    Host,
+    /// A directory that the launcher's policy names.
+    Directory(String),
+}
+
+/// How much a sandbox may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ResourceLimits {
+    /// Thousandths of a processor.
+    pub cpu_millis: u64,
+    /// Memory.
+    pub memory_bytes: u64,
+    /// Writable disk space.
+    pub disk_bytes: u64,
+    /// Processes and threads.
+    pub pids: u64,
+}
+
+/// What a sandbox may reach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Network {
+    /// Nothing.
+    #[default]
+    None,
+}
+
+/// One layer of isolation: what was asked for, what is in force.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layer {
+    /// Its name.
+    pub name: String,
+    /// What was asked for.
+    pub requested: String,
+    /// What is in force; empty when nothing is.
+    pub enforced: String,
+    /// errno of the step that failed; 0 if none.
+    pub errno: i32,
+}
+
+/// Requested versus enforced, layer by layer.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Receipt {
+    /// Name of the tier computed from the layers; empty when it was not measured.
+    pub tier: String,
+    /// In a fixed order.
+    pub layers: Vec<Layer>,
+    /// What the operator switched off.
+    pub switched_off: Vec<String>,
+}
+
+/// Whether a call waits before it begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gate {
+    /// Waits for `Sandbox::go`, so that the start can be written to disk first.
+    Held,
+    /// Begins at once; for runners that keep no journal.
+    Open,
+}
+
+/// A call as a sandbox needs it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct PreparedCall {
+    /// The call.
+    pub call_id: CallId,
+    /// What runs.
+    pub input: ToolInput,
+    /// How long and how much.
+    pub limits: CallLimits,
+    /// How output is kept.
+    pub output_mode: OutputMode,
+    /// Whether it waits before it begins.
+    pub gate: Gate,
+}
+
+impl fmt::Debug for PreparedCall {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PreparedCall")
+            .field("call_id", &self.call_id)
+            .field("tool", &self.input.name())
+            .field("gate", &self.gate)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a sandbox reports about one call, in this order; `Prepared` is the return of `Sandbox::start_call`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CallEvent {
+    /// From here the call may have effects.
+    Started {
+        /// CLOCK_BOOTTIME.
+        boottime_ns: u64,
+        /// Counts shells started in this sandbox.
+        shell_generation: u64,
+    },
+    /// More output can be read. Cumulative, so any but the last may be lost.
+    OutputAdvanced(StreamLengths),
+    /// The call is over. Nothing follows.
+    Finished(Box<CallEnd>),
+}
+
+/// Receives the events of one call.
+pub trait CallObserver: Send + Sync {
+    /// Takes note of `event`. Never blocks and never fails, so it may be called from the loop that reads the socket.
+    fn observe(&self, event: CallEvent);
+}
+
+/// Makes sandboxes.
+pub trait Sandboxes: Send + Sync {
+    /// Creates a sandbox and waits until it can take calls. On failure nothing is left behind.
+    fn create(&self, request: SandboxRequest) -> BoxFuture<'static, Result<Arc<dyn Sandbox>, ToolFailure>>;
+
+    /// What a sandbox made here would be protected by.
+    fn receipt(&self) -> Receipt;
+}
+
+/// One live sandbox. Dropping the last reference ends it like `close` with no grace.
+pub trait Sandbox: Send + Sync {
+    /// Its id.
+    fn sandbox_id(&self) -> SandboxId;
+
+    /// What protects it.
+    fn receipt(&self) -> Receipt;
+
+    /// Prepares a call. When this returns `Ok` the call is prepared, and with `Gate::Held` it provably has not begun;
+    /// later events go to `observer`. When it returns an error the call provably never ran.
+    fn start_call(
+        &self,
+        call: PreparedCall,
+        observer: Arc<dyn CallObserver>,
+    ) -> BoxFuture<'static, Result<(), ToolFailure>>;
+
+    /// Opens the gate. An error does not say whether the call began: the observer will, or `lost` resolves.
+    fn go(&self, call_id: &CallId) -> BoxFuture<'static, Result<(), ToolFailure>>;
+
+    /// Drops a prepared call. `Ok` means it provably never ran.
+    fn abort(&self, call_id: &CallId) -> BoxFuture<'static, Result<(), ToolFailure>>;
+
+    /// Ends a running call; the outcome comes through the observer.
+    fn cancel(&self, call_id: &CallId, mode: CancelMode) -> BoxFuture<'static, Result<(), ToolFailure>>;
+
+    /// The result is stored elsewhere: the call, its output and its spool may be forgotten.
+    fn acknowledge(&self, call_id: &CallId) -> BoxFuture<'static, Result<(), ToolFailure>>;
+
+    /// Reads at most `max_bytes` (and at most 64 KiB) of retained output. Works until `acknowledge`, also after
+    /// `close` where the spool files are still there.
+    fn read_output(
+        &self,
+        call_id: &CallId,
+        stream: Stream,
+        offset: u64,
+        max_bytes: usize,
+    ) -> BoxFuture<'static, Result<OutputChunk, ToolFailure>>;
+
+    /// Writes to standard input, idempotent by offset. Returns the bytes accepted so far.
+    fn stdin(
+        &self,
+        call_id: &CallId,
+        offset: u64,
+        data: Vec<u8>,
+        eof: bool,
+    ) -> BoxFuture<'static, Result<u64, ToolFailure>>;
+
+    /// New size of the terminal of a running call.
+    fn resize(&self, call_id: &CallId, columns: u16, rows: u16) -> BoxFuture<'static, Result<(), ToolFailure>>;
+
+    /// Ends the sandbox: politely first when `grace` is not zero. Returns when nothing of it is left but spools of
+    /// unacknowledged calls. Running calls report their end through their observers before this returns.
+    fn close(&self, grace: Duration) -> BoxFuture<'static, ()>;
+
+    /// Resolves with the reason when the sandbox has ended without `close`. Running calls get no further events.
+    fn lost(&self) -> BoxFuture<'static, String>;
+}

@@ -1,0 +1,84 @@
+//! With a journal that takes its time, calls are held at their gate until their start is written.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use runner::journal::{Journal, JournalError};
+use runner::work::{BoxFuture, CallId, CallResult, ToolCall};
+
+use crate::world::{Options, World, within};
+
+/// Writes nowhere, slowly; from a given moment on it refuses.
+#[derive(Default)]
+struct Slow {
+    broken: AtomicBool,
+    started: AtomicU64,
+    trimmed: AtomicU64,
+}
+
+impl Slow {
+    fn write(&self, record: &'static str, call_id: &CallId) -> BoxFuture<'static, Result<(), JournalError>> {
+        let broken = self.broken.load(Ordering::SeqCst);
+        let call_id = call_id.clone();
+        Box::pin(async move {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+            if broken { Err(JournalError { record, call_id, reason: "disk full".into() }) } else { Ok(()) }
+        })
+    }
+}
+
+impl Journal for Slow {
+    fn is_durable(&self) -> bool {
+        true
+    }
+
+    fn accepted(&self, call: &ToolCall) -> BoxFuture<'static, Result<(), JournalError>> {
+        self.write("ACCEPTED", &call.call_id)
+    }
+
+    fn started(&self, call_id: &CallId) -> BoxFuture<'static, Result<(), JournalError>> {
+        self.started.fetch_add(1, Ordering::SeqCst);
+        self.write("STARTED", call_id)
+    }
+
+    fn finished(&self, call_id: &CallId, _result: &Arc<CallResult>) -> BoxFuture<'static, Result<(), JournalError>> {
+        self.write("FINISHED", call_id)
+    }
+
+    fn trimmed(&self, _call_id: &CallId) {
+        self.trimmed.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[tokio::test]
+async fn every_call_passes_its_gate_once_and_is_trimmed_when_it_is_acknowledged() {
+    let journal = Arc::new(Slow::default());
+    let world = World::new(Options { journal: Arc::clone(&journal) as Arc<dyn Journal>, ..Default::default() }).await;
+    let session = within("session", world.session("s")).await;
+    for number in 0..10 {
+        within("call", session.bash(&format!("c{number}"), "print 10")).await.unwrap();
+    }
+    assert_eq!(world.fakes.gated.load(Ordering::SeqCst), 10);
+    assert_eq!(journal.started.load(Ordering::SeqCst), 10);
+    within("trim", async {
+        while journal.trimmed.load(Ordering::SeqCst) < 10 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn broken_journal_accepts_nothing_and_runs_nothing() {
+    let journal = Arc::new(Slow::default());
+    let world = World::new(Options { journal: Arc::clone(&journal) as Arc<dyn Journal>, ..Default::default() }).await;
+    let session = within("session", world.session("s")).await;
+    journal.broken.store(true, Ordering::SeqCst);
+    let finished = within("first", session.bash("c0", "print 10")).await.unwrap();
+    let text = format!("{:?}", finished.message.outcome);
+    assert!(text.contains("NeverStarted") && text.contains("JOURNAL_READ_ONLY"), "{text}");
+    let error = within("second", session.bash("c1", "print 10")).await.unwrap_err();
+    assert!(error.to_string().contains("JOURNAL_READ_ONLY"), "{error}");
+    assert_eq!(world.fakes.executions_of("c0") + world.fakes.executions_of("c1"), 0);
+}

@@ -1,0 +1,156 @@
+//! The administration socket and the composition root.
+
+use std::os::unix::fs::PermissionsExt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use proto::admin::v1 as admin;
+use proto::admin::v1::admin_service_client::AdminServiceClient;
+use proto::runner::v1 as pb;
+use runner::admin::{Parts, SocketError};
+use runner::daemon::{AdminSocket, Daemon, DaemonError};
+use runner::dev::{LinkSettings, Orchestrator};
+use runner::journal::Volatile;
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::fake::{FakeSandboxes, Fakes, bytes_of};
+use crate::world::{DEFAULTS, Options, RESERVE, World, settings, within};
+
+async fn client(path: &std::path::Path) -> AdminServiceClient<Channel> {
+    let path = path.to_owned();
+    let connector = tower::service_fn(move |_| {
+        let path = path.clone();
+        async move { UnixStream::connect(path).await.map(TokioIo::new) }
+    });
+    let channel = Endpoint::from_static("http://local").connect_with_connector(connector).await.unwrap();
+    AdminServiceClient::new(channel)
+}
+
+fn parts(world: &World, path: std::path::PathBuf) -> Parts {
+    let own_uid = nix::unistd::geteuid().as_raw();
+    let (sessions, link) = (world.sessions.clone(), Some(world.connector.status.clone()));
+    Parts { path, own_uid, sessions, link, receipt: Default::default() }
+}
+
+fn bash(command: &str) -> pb::call::Input {
+    pb::call::Input::Bash(pb::BashInput { command: Some(command.into()), ..Default::default() })
+}
+
+async fn collected(mut stream: tonic::Streaming<admin::LogsResponse>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    while let Some(piece) = within("logs", stream.message()).await.unwrap() {
+        assert_eq!(piece.offset, bytes.len() as u64);
+        bytes.extend(piece.data);
+    }
+    bytes
+}
+
+#[tokio::test]
+async fn socket_is_private_shows_what_runs_follows_its_output_and_ends_it() {
+    let world = World::new(Options::default()).await;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("admin.sock");
+    let _server = runner::admin::serve(parts(&world, path.clone())).unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    let session = within("session", world.session("s")).await;
+    session.send("c", bash("print 100000; hang"));
+    session.send("waiting", bash("exit 0"));
+    within("started", session.started("c")).await.unwrap();
+
+    let mut client = client(&path).await;
+    let list = client.list_sessions(admin::ListSessionsRequest {}).await.unwrap().into_inner();
+    let phases: Vec<_> = list.sessions[0].calls.iter().map(|c| (c.call_id.as_str(), c.phase.as_str())).collect();
+    assert_eq!(phases, [("c", "running"), ("waiting", "queued")]);
+    let target = admin::inspect_request::Target::CallId("c".into());
+    let one = client.inspect(admin::InspectRequest { target: Some(target) }).await.unwrap().into_inner();
+    assert_eq!((one.session.unwrap().calls.len(), one.receipt.unwrap().tier.as_str()), (1, "fake"));
+
+    let request = admin::LogsRequest { call_id: "c".into(), follow: true, ..Default::default() };
+    let logs = client.logs(request).await.unwrap().into_inner();
+    let reading = tokio::spawn(collected(logs));
+    let target = admin::kill_request::Target::CallId("c".into());
+    client.kill(admin::KillRequest { target: Some(target) }).await.unwrap();
+    let finished = within("c", session.outcome("c")).await.unwrap();
+    assert!(matches!(finished.message.outcome.unwrap().kind, Some(pb::outcome::Kind::Cancelled(_))));
+    // The call may be acknowledged and forgotten before the reader is through; what it got is right all the same.
+    let bytes = within("logs", reading).await.unwrap();
+    assert!(bytes_of("c", 100_000).starts_with(&bytes));
+
+    let status = client.status(admin::StatusRequest {}).await.unwrap().into_inner();
+    assert_eq!((status.link.as_str(), status.sessions), ("connected", 1));
+    let target = admin::kill_request::Target::SessionId("s".into());
+    client.kill(admin::KillRequest { target: Some(target) }).await.unwrap();
+    within("end", async {
+        while !world.sessions.view().await.unwrap().sessions.is_empty() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    let gone =
+        client.inspect(admin::InspectRequest { target: Some(admin::inspect_request::Target::SessionId("s".into())) });
+    assert!(gone.await.unwrap_err().message().contains("session s is not known here"));
+}
+
+#[tokio::test]
+async fn second_runner_at_the_same_socket_is_refused_and_a_dead_one_is_replaced() {
+    let world = World::new(Options::default()).await;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("admin.sock");
+    let first = runner::admin::serve(parts(&world, path.clone())).unwrap();
+    assert!(matches!(runner::admin::serve(parts(&world, path.clone())), Err(SocketError::Taken { .. })));
+    first.abort();
+    let _ = first.await;
+    let _second = runner::admin::serve(parts(&world, path.clone())).unwrap();
+    client(&path).await.status(admin::StatusRequest {}).await.unwrap();
+}
+
+#[tokio::test]
+async fn daemon_ends_in_order_calls_then_sandboxes_then_delivery_then_goodbye() {
+    let orchestrator = Orchestrator::start(LinkSettings::default()).await.unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let files = orchestrator.write_client_files(directory.path(), "runner-1").unwrap();
+    let fakes = Arc::new(Fakes::default());
+    let path = directory.path().join("admin.sock");
+    let daemon = Daemon::start(runner::daemon::Parts {
+        sandboxes: Arc::new(FakeSandboxes(Arc::clone(&fakes))),
+        journal: Arc::new(Volatile),
+        reserve: RESERVE,
+        defaults: DEFAULTS,
+        link: Some(settings(orchestrator.address().port(), files)),
+        admin: Some(AdminSocket { path: path.clone(), own_uid: nix::unistd::geteuid().as_raw() }),
+        drain_time: Duration::from_secs(30),
+    })
+    .unwrap();
+    let request = pb::OpenSession { session_id: "s".into(), ..Default::default() };
+    let session = within("session", orchestrator.open_session(request)).await.unwrap();
+    session.send("c", bash("print 200000; pause 200; print 200000"));
+    within("started", session.started("c")).await.unwrap();
+    within("end", daemon.end(Duration::from_secs(30))).await;
+    let finished = within("c", session.outcome("c")).await.unwrap();
+    assert_eq!(finished.streams[&1].through, 400_000);
+    within("goodbye", orchestrator.goodbye()).await.unwrap();
+    assert_eq!(fakes.closed.load(std::sync::atomic::Ordering::SeqCst), 1);
+    assert!(!path.exists());
+    assert_eq!(orchestrator.complaints(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn daemon_without_usable_certificates_does_not_begin() {
+    let orchestrator = Orchestrator::start(LinkSettings::default()).await.unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let files = orchestrator.write_client_files(directory.path(), "runner-1").unwrap();
+    std::fs::write(&files.key, "nonsense").unwrap();
+    let error = Daemon::start(runner::daemon::Parts {
+        sandboxes: Arc::new(FakeSandboxes(Arc::default())),
+        journal: Arc::new(Volatile),
+        reserve: RESERVE,
+        defaults: DEFAULTS,
+        link: Some(settings(1, files)),
+        admin: None,
+        drain_time: Duration::ZERO,
+    })
+    .unwrap_err();
+    assert!(matches!(error, DaemonError::Certificates(_)));
+}

@@ -1,0 +1,21 @@
+//! The link between runner and orchestrator, with sandboxes in memory: what is promised about calls must hold whatever
+//! happens to the wire.
+#![allow(missing_docs, unreachable_pub, reason = "tests")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::print_stdout,
+    reason = "tests"
+)]
+
+mod basics;
+mod certificates;
+mod cuts;
+mod fake;
+mod gate;
+mod local;
+mod mistakes;
+mod proxy;
+mod slow;
+mod world;
