@@ -1,0 +1,21 @@
+//! Harness shared by the suites: what is planted on the host, how the command is driven, how the host is compared.
+//!
+//! The suites talk to the shipped program through its command line and its sockets, never to its modules; only the system
+//! call table and the generated message types are linked, because a table is compared with the kernel's own answers.
+//!
+//! - [`prober`]: builds the attack program and reads its result lines
+//! - [`runner`]: finds the built command, runs it as root or as uid 65534
+//! - [`rootfs`]: a directory that can be the root of a sandbox and holds the prober
+//! - [`canary`]: files, a process and listeners on the host that no sandbox may reach
+//! - [`host`]: everything a sandbox could leave behind, counted from outside
+//! - [`launcher`]: a launcher of our own and a hostile runner's end of its socket
+//! - [`skip`]: how a missing capability is reported
+#![forbid(unsafe_code)]
+
+pub mod canary;
+pub mod host;
+pub mod launcher;
+pub mod prober;
+pub mod rootfs;
+pub mod runner;
+pub mod skip;

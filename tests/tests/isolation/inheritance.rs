@@ -1,0 +1,177 @@
+//! Whatever the command was started with stays outside: signal dispositions, descriptors, variables, umask.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use sandbox_runner_tests::canary::VARIABLE;
+use sandbox_runner_tests::prober::Verdict;
+use sandbox_runner_tests::rootfs::{PROBER, Rootfs};
+use sandbox_runner_tests::runner::{Caller, Exec, Finished, finish};
+use sandbox_runner_tests::{host, needs_root};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Runs `exec -- prober ARGUMENTS` from a shell that first does `preparation`.
+fn after(preparation: &str, arguments: &[&str]) -> Finished {
+    let _host = host::shared();
+    let rootfs = Rootfs::with_prober();
+    let exec = Exec::in_rootfs(Caller::Root, rootfs.path());
+    let inner = exec.command([PROBER].iter().chain(arguments));
+    let mut command = Command::new("bash");
+    command.arg("-c").arg(format!("{preparation}\nexec \"$0\" \"$@\"")).arg(inner.get_program()).args(inner.get_args());
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    finish(command, PATIENCE).expect("the command ends")
+}
+
+fn status_line(text: &str, key: &str) -> String {
+    let line = text.lines().find_map(|line| line.strip_prefix(key));
+    line.unwrap_or_else(|| panic!("no {key} in {text}")).trim().to_owned()
+}
+
+#[test]
+fn signals_ignored_or_blocked_by_the_caller_are_default_inside() {
+    needs_root!();
+    let finished = after("trap '' INT QUIT TERM PIPE USR1 HUP TSTP CHLD", &["read", "/proc/self/status"]);
+
+    let ignored = u64::from_str_radix(&status_line(&finished.text(), "SigIgn:"), 16).expect("a mask");
+    // The prober itself ignores SIGPIPE. Signals 32 and 33 belong to glibc, which ignores them in whatever it spawns from
+    // a threaded program and takes them back where it needs them.
+    let of_prober_and_library = 1 << 12 | 1 << 31 | 1 << 32;
+    assert_eq!(ignored & !of_prober_and_library, 0, "{ignored:x} {}", finished.errors());
+    assert_eq!(status_line(&finished.text(), "SigBlk:"), "0000000000000000");
+}
+
+#[test]
+fn umask_of_the_caller_does_not_reach_the_workload() {
+    needs_root!();
+    let finished = after("umask 0777", &["read", "/proc/self/status"]);
+
+    assert_eq!(status_line(&finished.text(), "Umask:"), "0022", "{}", finished.errors());
+}
+
+#[test]
+fn descriptors_3_to_20_of_the_caller_are_not_visible_inside() {
+    needs_root!();
+    let mut preparation = String::from("exec 3</ 4</etc/passwd 5</dev/zero");
+    for fd in 6..=20 {
+        preparation.push_str(&format!(" {fd}</etc"));
+    }
+    for id in ["I04", "F05"] {
+        let rows = after(&preparation, &["only", id]).rows();
+        assert!(rows.iter().all(|row| row.result == Verdict::Held), "{rows:?}");
+    }
+}
+
+#[test]
+fn process_1_holds_no_descriptor_of_the_caller() {
+    needs_root!();
+    let _host = host::shared();
+    let rootfs = Rootfs::with_prober();
+    let marker = rootfs.path().join("etc/passwd");
+    let exec = Exec::in_rootfs(Caller::Root, rootfs.path());
+    let token = format!("sbr-attack-held-{}", std::process::id());
+    let inner = exec.command([PROBER, "sleep", "600", &token]);
+    let mut command = Command::new("bash");
+    command.arg("-c").arg("exec 9<\"$1\"; shift; exec \"$@\"").arg("bash").arg(&marker);
+    command.arg(inner.get_program()).args(inner.get_args());
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut child = command.spawn().expect("bash starts");
+    let inside = host::wait_for_sandbox(&token, PATIENCE).workload;
+
+    // Everything that is in the workload's pid namespace, seen from outside.
+    let namespace = std::fs::read_link(format!("/proc/{inside}/ns/pid")).expect("a pid namespace");
+    let mut holders = Vec::new();
+    for pid in
+        host::pids().filter(|pid| std::fs::read_link(format!("/proc/{pid}/ns/pid")).is_ok_and(|link| link == namespace))
+    {
+        for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
+            if std::fs::read_link(entry.path()).is_ok_and(|target| target == marker) {
+                holders.push(pid);
+            }
+        }
+    }
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id().cast_signed()), nix::sys::signal::Signal::SIGTERM)
+        .expect("own child");
+    let _ = sandbox_runner_tests::runner::wait(&mut child, PATIENCE);
+
+    assert!(holders.is_empty(), "processes {holders:?} of the sandbox hold a file of the caller");
+}
+
+#[test]
+fn command_works_when_started_without_standard_descriptors() {
+    needs_root!();
+    let finished = after("exec 0<&-", &["exit", "7"]);
+
+    assert_eq!(finished.code(), 7, "{}", finished.errors());
+}
+
+#[test]
+fn environment_is_built_from_nothing() {
+    needs_root!();
+    let _host = host::shared();
+    let rootfs = Rootfs::with_prober();
+    let exec = Exec::in_rootfs(Caller::Root, rootfs.path())
+        .variable(VARIABLE, "secret")
+        .variable("LD_PRELOAD", "")
+        .variable("AWS_SECRET_ACCESS_KEY", "secret")
+        .option("--env", "GIVEN=value with spaces");
+
+    let finished = exec.prober(["env"]);
+
+    let names: Vec<String> =
+        finished.text().lines().filter_map(|line| Some(line.split_once('=')?.0.to_owned())).collect();
+    let usual =
+        ["PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "TERM", "TMPDIR", "PWD", "HOSTNAME", "GIVEN"];
+    let unexpected: Vec<_> =
+        names.iter().filter(|name| !usual.contains(&name.as_str()) && !name.starts_with("SANDBOX")).collect();
+    assert!(unexpected.is_empty(), "{unexpected:?} came from somewhere");
+    assert!(finished.text().contains("GIVEN=value with spaces"), "{} {}", finished.text(), finished.errors());
+}
+
+#[test]
+fn standard_input_is_empty_unless_it_is_asked_for() {
+    needs_root!();
+    let _host = host::shared();
+    let rootfs = Rootfs::with_prober();
+    let exec = Exec::in_rootfs(Caller::Root, rootfs.path());
+
+    let finished = exec.prober(["read", "/dev/stdin"]);
+
+    assert_eq!((finished.code(), finished.text()), (0, String::new()), "{}", finished.errors());
+}
+
+#[test]
+fn arguments_arrive_byte_for_byte() {
+    needs_root!();
+    let _host = host::shared();
+    let rootfs = Rootfs::with_prober();
+    let exec = Exec::in_rootfs(Caller::Root, rootfs.path());
+    let long = "x".repeat(30_000);
+    let odd = [
+        OsString::from("args"),
+        OsString::from_vec(vec![0xff, 0xfe, 0x80]),
+        OsString::from("\u{1b}]0;title\u{7}\n\t"),
+        OsString::new(),
+        OsString::from(long),
+    ];
+
+    let finished = exec.prober(odd);
+
+    assert_eq!(finished.text(), "3\n12\n0\n30000\n", "{}", finished.errors());
+}
+
+#[test]
+fn exit_codes_are_those_of_the_command() {
+    needs_root!();
+    let _host = host::shared();
+    let rootfs = Rootfs::with_prober();
+    let exec = Exec::in_rootfs(Caller::Root, rootfs.path());
+
+    assert_eq!(exec.prober(["exit", "0"]).code(), 0);
+    assert_eq!(exec.prober(["exit", "123"]).code(), 123);
+    assert_eq!(exec.run(["/no/such/program"]).code(), 127);
+    assert_eq!(exec.run(["/etc/passwd"]).code(), 126);
+    assert_eq!(exec.prober(["core"]).code(), 134);
+}

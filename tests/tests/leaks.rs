@@ -1,0 +1,233 @@
+//! Nothing is left behind, whoever ends and however: counted from outside over every cgroup hierarchy, the host's mounts,
+//! namespaces by inode, loop devices, processes, and files of the state directory.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::{Child, ExitStatus, Stdio};
+use std::sync::Mutex;
+use std::time::{Duration, Instant, SystemTime};
+
+use sandbox_runner_tests::host::{self, SandboxPids, Snapshot};
+use sandbox_runner_tests::needs_root;
+use sandbox_runner_tests::rootfs::{PROBER, Rootfs};
+use sandbox_runner_tests::runner::{Caller, Exec, wait};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+const SANDBOXES: usize = 200;
+/// Every fifth ends by kill -9.
+const KILLED_EVERY: usize = 5;
+
+/// What the host looked like before.
+struct Baseline {
+    snapshot: Snapshot,
+    namespaces: BTreeSet<String>,
+    foreign: BTreeSet<String>,
+}
+
+impl Baseline {
+    /// After one sandbox has come and gone: what is made once and kept (directories, locks) is there already.
+    fn after_one(exec: &Exec) -> Self {
+        Self::after_one_of_each(std::slice::from_ref(exec))
+    }
+
+    fn after_one_of_each(execs: &[Exec]) -> Self {
+        // Before anything of ours exists: what our own launchers leave must not count as foreign.
+        let foreign = host::launcher_groups();
+        for exec in execs {
+            let finished = exec.prober(["exit", "0"]);
+            assert_eq!(finished.code(), 0, "{}", finished.errors());
+        }
+        // The command may return a moment before the kernel has dropped the last mount.
+        std::thread::sleep(Duration::from_millis(500));
+        let states: Vec<&Path> = execs.iter().map(Exec::state_directory).collect();
+        let namespaces = host::namespaces(&foreign);
+        Self { snapshot: Snapshot::take_beside(&states, foreign.clone()), namespaces, foreign }
+    }
+
+    fn assert_restored(&self, states: &[&Path]) {
+        host::assert_restored(&self.snapshot, states, PATIENCE);
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let left: Vec<_> = host::namespaces(&self.foreign).difference(&self.namespaces).cloned().collect();
+            if left.is_empty() {
+                return;
+            }
+            assert!(Instant::now() < deadline, "namespaces are left: {left:?}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+}
+
+/// A command with a sleeping workload. Ended with the test, however that ends.
+struct Sleeping(Child);
+
+impl Sleeping {
+    fn start(exec: &Exec, token: &str) -> Self {
+        let mut command = exec.command([PROBER, "sleep", "600", token]);
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        Self(command.spawn().expect("the command starts"))
+    }
+
+    fn id(&self) -> u32 {
+        self.0.id()
+    }
+
+    fn wait(&mut self) -> Option<ExitStatus> {
+        wait(&mut self.0, PATIENCE)
+    }
+}
+
+impl Drop for Sleeping {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The launcher that this command has started.
+fn launcher_of(command: u32) -> Option<u32> {
+    host::children_of(command).into_iter().find(|pid| host::inner_pid(*pid).is_none())
+}
+
+/// Starts a sandbox, kills what `choose` names, and expects the host as it was and the command to have ended.
+fn assert_clean_after_killing(what: &str, choose: impl Fn(&Sleeping, &SandboxPids) -> Option<u32>) {
+    for caller in Caller::BOTH {
+        if let Some(obstacle) = caller.obstacle() {
+            sandbox_runner_tests::skip!("{obstacle}");
+        }
+        let _host = host::exclusive();
+        let rootfs = Rootfs::owned_by(caller.uid());
+        let exec = Exec::in_rootfs(caller, rootfs.path());
+        let baseline = Baseline::after_one(&exec);
+        let token = format!("sbr-attack-{what}-{}", std::process::id());
+        let mut child = Sleeping::start(&exec, &token);
+        let pids = host::wait_for_sandbox(&token, PATIENCE);
+        let victim = choose(&child, &pids).unwrap_or_else(|| panic!("no {what} to kill beside {pids:?}"));
+
+        host::kill_now(victim);
+
+        let status =
+            child.wait().unwrap_or_else(|| panic!("{caller:?}: the command hangs after its {what} was killed"));
+        assert!(!status.success(), "{caller:?}: success although the {what} was killed");
+        baseline.assert_restored(&[exec.state_directory()]);
+    }
+}
+
+#[test]
+fn nothing_is_left_when_the_runner_is_killed() {
+    needs_root!();
+    assert_clean_after_killing("runner", |command, _| Some(command.id()));
+}
+
+#[test]
+fn nothing_is_left_when_the_launcher_is_killed() {
+    needs_root!();
+    assert_clean_after_killing("launcher", |command, _| launcher_of(command.id()));
+}
+
+#[test]
+fn nothing_is_left_when_process_1_is_killed() {
+    needs_root!();
+    assert_clean_after_killing("process 1", |_, pids| Some(pids.process_1));
+}
+
+#[test]
+fn nothing_is_left_when_the_spawner_is_killed() {
+    needs_root!();
+    assert_clean_after_killing("spawner", |_, pids| pids.spawner);
+}
+
+#[test]
+fn nothing_is_left_when_the_workload_is_killed() {
+    needs_root!();
+    assert_clean_after_killing("workload", |_, pids| Some(pids.workload));
+}
+
+#[test]
+fn nothing_is_left_after_an_interrupt() {
+    needs_root!();
+    let _host = host::exclusive();
+    let rootfs = Rootfs::with_prober();
+    let exec = Exec::in_rootfs(Caller::Root, rootfs.path());
+    let baseline = Baseline::after_one(&exec);
+    let token = format!("sbr-attack-interrupt-{}", std::process::id());
+    let mut child = Sleeping::start(&exec, &token);
+    let _ = host::wait_for_sandbox(&token, PATIENCE);
+
+    let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).expect("own child");
+
+    let status = child.wait().expect("the command ends");
+    assert_eq!(status.code(), Some(130));
+    baseline.assert_restored(&[exec.state_directory()]);
+}
+
+/// A small generator is enough to choose moments; its seed is printed, so a failure can be looked at again.
+struct Moments(u64);
+
+impl Moments {
+    fn next(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % bound
+    }
+}
+
+/// Ends one sandbox at a random moment by killing one of the processes that make it.
+fn end_by_force(exec: &Exec, token: &str, delay: Duration, choice: u64) {
+    let mut child = Sleeping::start(exec, token);
+    std::thread::sleep(delay);
+    let inside = |number| host::family_of(child.id()).into_iter().find(|pid| host::inner_pid(*pid) == Some(number));
+    let victim = match choice {
+        0 => None,
+        1 => launcher_of(child.id()),
+        2 => inside(1),
+        _ => inside(2),
+    };
+    // What does not exist yet at this moment cannot be killed; then it is the command's turn.
+    host::kill_now(victim.unwrap_or(child.id()));
+    // A killed process that was not essential (a spare, a half-made sandbox) does not end the command.
+    std::thread::sleep(Duration::from_millis(300));
+    host::kill_now(child.id());
+    child.wait().expect("a killed command ends");
+}
+
+#[test]
+fn two_hundred_sandboxes_of_which_a_fifth_is_killed_leave_nothing() {
+    needs_root!();
+    let _host = host::exclusive();
+    let rootfs = Rootfs::with_prober();
+    let execs: Vec<Exec> = (0..4).map(|_| Exec::in_rootfs(Caller::Root, rootfs.path())).collect();
+    let baseline = Baseline::after_one_of_each(&execs);
+    let seed = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(1, |now| now.as_secs());
+    println!("seed {seed}");
+    let plan: Vec<_> = {
+        let mut moments = Moments(seed);
+        (0..SANDBOXES).map(|number| (number, Duration::from_millis(moments.next(250)), moments.next(4))).collect()
+    };
+    let queue = Mutex::new(plan.into_iter());
+    let next = || queue.lock().expect("no panic holds it").next();
+    let failures = Mutex::new(Vec::new());
+
+    std::thread::scope(|scope| {
+        for exec in &execs {
+            scope.spawn(|| {
+                while let Some((number, delay, choice)) = next() {
+                    if number % KILLED_EVERY == 0 {
+                        end_by_force(exec, &format!("sbr-attack-{seed}-{number}"), delay, choice);
+                        continue;
+                    }
+                    let finished = exec.prober(["exit", "0"]);
+                    if finished.code() != 0 {
+                        failures.lock().expect("no panic holds it").push(format!("{number}: {}", finished.errors()));
+                    }
+                }
+            });
+        }
+    });
+
+    let failures = failures.into_inner().expect("no panic holds it");
+    assert!(failures.is_empty(), "sandboxes that were not attacked failed: {failures:#?}");
+    let states: Vec<&Path> = execs.iter().map(Exec::state_directory).collect();
+    baseline.assert_restored(&states);
+}
