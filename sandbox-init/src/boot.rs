@@ -13,8 +13,6 @@ pub enum Role {
     Unspecified = 0,
     /// Detached mount of the root filesystem.
     Root = 1,
-    /// Detached mount of the prebuilt `/dev`.
-    Devices = 2,
     /// Listening control socket.
     Listener = 3,
     /// Directory `S/work` of the cgroup.

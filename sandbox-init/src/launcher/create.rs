@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{AT_FDCWD, OFlag, open};
+use nix::fcntl::{OFlag, open};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use nix::sys::stat::Mode;
 use proto::launch::v1::Layer;
@@ -124,12 +124,10 @@ pub fn boot(
     let root = context.builder.build(&plan)?;
     let (spool, spool_mount) = make_spool(&directory.join("output"), keeper, context)?;
     let listener = make_listener(&blank.name, context)?;
-    let devices = open_tree(AT_FDCWD, c"/dev", true).map_err(step("copy /dev"))?;
 
     let mut message = message(context, slot, request);
     let mut descriptors: Vec<(Role, BorrowedFd<'_>)> = vec![
         (Role::Root, root.mount.as_fd()),
-        (Role::Devices, devices.as_fd()),
         (Role::Listener, listener.as_fd()),
         (Role::Spool, spool.as_fd()),
         (Role::SpoolMount, spool_mount.as_fd()),

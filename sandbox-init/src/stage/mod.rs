@@ -2,13 +2,15 @@
 //!
 //! From a fresh `execve` to a closed sandbox. The order, and why:
 //!
-//! 1. signals, because ignored ones are inherited by every shell below;
+//! 1. signals, because ignored ones are inherited by every shell below, and resource limits, likewise;
 //! 2. `/proc` and U2, because the kernel gives a child's id map only to a dumpable owner;
-//! 3. the boot packet: nothing before it depends on the request;
-//! 4. mounts and `pivot_root`, because they need root of U1;
-//! 5. identity: process 1 stops being root and is no longer dumpable;
-//! 6. the spawner, in the sandbox's one landlock domain; from it every process of the workload comes;
-//! 7. the first spare child, hardened: a sandbox whose workload cannot be confined is not ready.
+//! 3. the spawner, which waits to be told: a process costs more than everything it does later;
+//! 4. the mounts that are the same for every sandbox, with `/proc` masked;
+//! 5. the boot packet: nothing before it depends on the request, and all of it is done before anybody asks;
+//! 6. the other mounts and `pivot_root`, because they need root of U1;
+//! 7. identity: process 1 stops being root and is no longer dumpable; the spawner does the same beside it, and enters the
+//!    sandbox's one landlock domain; from it every process of the workload comes;
+//! 8. the first spare child, hardened: a sandbox whose workload cannot be confined is not ready.
 
 pub mod identity;
 pub mod limit;
@@ -25,9 +27,8 @@ use proto::launch::v1::Layer;
 
 use crate::boot::{BOOT_DESCRIPTOR, Boot, Booted, Role};
 use crate::init::slot::{Slots, V1Counters};
-use crate::init::spawn::{self, Confinement, SpawnerClient};
+use crate::init::spawn::{self, Confinement, Domain};
 use crate::init::{self, Context};
-use crate::policy::{Profile, landlock};
 use crate::sys::process::{inherited_descriptor, reset_signals};
 use crate::sys::socket::{receive, send};
 
@@ -103,40 +104,47 @@ impl Handed {
 }
 
 fn close(boot_socket: &OwnedFd) -> Result<(Context, Vec<Layer>), StageError> {
+    limit::apply()?;
     let proc = mount::make_proc()?;
     identity::prepare_network(&proc)?;
-    let (packet, nested) = {
-        // U2 depends on the number of ids only, which the map of this process tells.
-        let ids = own_id_count();
-        let nested = identity::nested_user_namespace(&proc, ids)?;
-        let packet = receive(boot_socket, BOOT_BYTES)
-            .map_err(step("receive the boot packet"))?
-            .ok_or_else(|| StageError { step: "wait for the boot packet".to_owned(), source: nix::Error::EPIPE })?;
-        (packet, nested)
-    };
+    // U2 depends on the number of ids only, which the map of this process tells.
+    let ids = own_id_count();
+    let nested = identity::nested_user_namespace(&proc, ids)?;
+    let spawner = spawn::park(&nested).map_err(spawn_step)?;
+    drop(nested);
+    let prebuilt = mount::prebuild(proc, ids - 1)?;
+    let packet = receive(boot_socket, BOOT_BYTES)
+        .map_err(step("receive the boot packet"))?
+        .ok_or_else(|| StageError { step: "wait for the boot packet".to_owned(), source: nix::Error::EPIPE })?;
     let boot = Boot::decode(packet.bytes.as_slice())
         .map_err(|_| StageError { step: "read the boot packet".to_owned(), source: nix::Error::EBADMSG })?;
     let mut handed = Handed::new(&boot.roles, packet.descriptors);
     let without = |layer: &str| boot.without.iter().any(|name| name == layer);
-    let single_id = boot.id_count == 1;
-    let keeper = boot.id_count - 1;
-    let workload = if boot.root { 0 } else { identity::AGENT };
 
     let mounts = std::mem::take(&mut handed.mounts);
     let calls = mount::assemble(mount::Assembly {
         root: handed.take(Role::Root)?,
-        devices: handed.take(Role::Devices)?,
-        proc,
+        prebuilt,
         spool: handed.take(Role::SpoolMount)?,
         extra: boot.mount_targets.iter().cloned().zip(mounts).collect(),
         temporary_bytes: boot.temporary_bytes,
-        keeper,
-        workload,
+        workload: if boot.root { 0 } else { identity::AGENT },
         working_directory: String::from_utf8_lossy(&boot.working_directory).into_owned(),
         mask: !without("proc_masked"),
     })?;
+    let spawner = spawner
+        .begin(&Confinement {
+            strict: boot.strict,
+            root: boot.root,
+            id_count: boot.id_count,
+            processors: boot.processors.clone(),
+            landlock: !without("landlock"),
+            seccomp: !without("seccomp"),
+            capabilities: !without("capabilities"),
+            working_directory: boot.working_directory.clone(),
+        })
+        .map_err(spawn_step)?;
     sethostname(&boot.hostname).map_err(step("set the host name"))?;
-    limit::apply()?;
     identity::become_keeper(boot.id_count)?;
     if boot.die_with_launcher {
         // After the last change of credentials, which clears it.
@@ -144,21 +152,12 @@ fn close(boot_socket: &OwnedFd) -> Result<(Context, Vec<Layer>), StageError> {
     }
     SigSet::from(Signal::SIGCHLD).thread_block().map_err(step("block SIGCHLD"))?;
 
-    let profile = if boot.strict { Profile::Strict } else { Profile::Standard };
-    let confinement = Confinement {
-        profile,
-        nested,
-        root: boot.root,
-        single_id,
-        processors: boot.processors.iter().filter_map(|cpu| usize::try_from(*cpu).ok()).collect(),
-        landlock: !without("landlock"),
-        seccomp: !without("seccomp"),
-        capabilities: !without("capabilities"),
-        working_directory: PathBuf::from(String::from_utf8_lossy(&boot.working_directory).into_owned()),
-    };
     let work = handed.take(Role::WorkCgroup).ok();
     let mut slots = work.map_or_else(Slots::scan, Slots::cgroup);
-    let (spawner, spawner_pidfd, achieved) = start_spawner(confinement, &mut slots)?;
+    // Fail closed: the first spare goes through every step of the hardening before anybody is told that we are ready. It is
+    // parked in the slot of the first call, which therefore finds it there.
+    slots.prepare().map_err(step("make the first slot"))?;
+    let spawner = spawner.prove(slots.prepared()).map_err(spawn_step)?;
     let v1 = match (handed.take(Role::V1Memory), handed.take(Role::V1Pids), handed.take(Role::V1Account)) {
         (Ok(memory), Ok(pids), Ok(cpuacct)) => Some(V1Counters { memory, pids, cpuacct }),
         _ => None,
@@ -167,12 +166,12 @@ fn close(boot_socket: &OwnedFd) -> Result<(Context, Vec<Layer>), StageError> {
         // Open for as long as this process lives: the id slot stays taken.
         std::mem::forget(lock);
     }
-    let layers = layers(&boot, achieved.as_ref());
+    let layers = layers(&boot, spawner.domain);
     let context = Context {
         sandbox_id: boot.sandbox_id,
         listener: handed.take(Role::Listener)?,
-        spawner: Box::new(spawner),
-        spawner_pidfd: Some(spawner_pidfd),
+        spawner: Box::new(spawner.client),
+        spawner_pidfd: Some(spawner.pidfd),
         slots,
         v1,
         spool_directory: handed.take(Role::Spool)?,
@@ -189,20 +188,8 @@ fn close(boot_socket: &OwnedFd) -> Result<(Context, Vec<Layer>), StageError> {
     Ok((context, layers))
 }
 
-fn start_spawner(
-    confinement: Confinement,
-    slots: &mut Slots,
-) -> Result<(SpawnerClient, OwnedFd, Option<landlock::Achieved>), StageError> {
-    let mut started =
-        spawn::start(confinement).map_err(|error| StageError { step: error.to_string(), source: error.errno() })?;
-    // Fail closed: the first spare goes through every step of the hardening before anybody is told that we are ready. It is
-    // parked in the slot of the first call, which therefore finds it there.
-    slots.prepare().map_err(step("make the first slot"))?;
-    started
-        .client
-        .prove(slots.prepared())
-        .map_err(|error| StageError { step: error.to_string(), source: error.errno() })?;
-    Ok((started.client, started.pidfd, started.achieved))
+fn spawn_step(error: spawn::SpawnStepError) -> StageError {
+    StageError { step: error.step, source: error.source }
 }
 
 /// Number of ids mapped in this user namespace, from the one line of `/proc/self/uid_map`.
@@ -236,7 +223,7 @@ fn environment(asked: &[Vec<u8>], root: bool) -> Vec<Vec<u8>> {
     result
 }
 
-fn layers(boot: &Boot, landlock: Option<&landlock::Achieved>) -> Vec<Layer> {
+fn layers(boot: &Boot, domain: Option<Domain>) -> Vec<Layer> {
     let without = |layer: &str| boot.without.iter().any(|name| name == layer);
     let layer = |name: &str, enforced: &str, errno: i32| Layer {
         name: name.to_owned(),
@@ -267,10 +254,10 @@ fn layers(boot: &Boot, landlock: Option<&landlock::Achieved>) -> Vec<Layer> {
         layer("no_new_privileges", "yes", 0),
         layer("seccomp", unless("seccomp", "two filters"), 0),
     ];
-    match landlock {
-        Some(achieved) => {
-            layers.push(layer("landlock", &format!("ABI {}", achieved.abi), 0));
-            let scoped = achieved.scopes;
+    match domain {
+        Some(domain) => {
+            layers.push(layer("landlock", &format!("ABI {}", domain.abi), 0));
+            let scoped = domain.scopes;
             layers.push(layer(
                 "landlock_scopes",
                 if scoped { "signal, abstract unix socket" } else { "" },

@@ -1,13 +1,14 @@
 //! Privileged: CAP_SYS_ADMIN in the sandbox's own user namespace.
 //!
-//! Assembles the sandbox's root in the one order written in [`assemble`] and pivots into it. Never decides *what* to mount
+//! Makes ahead what is the same for every sandbox, assembles the sandbox's root in the one order written in [`assemble`], and
+//! pivots into it. Never decides *what* to mount
 //! and never follows a symbolic link in a target: the image is hostile. A target that is a link or a file is refused.
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, open, openat2};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, SFlag, fstat, major, minor, mkdirat};
 use nix::unistd::{Gid, Uid, fchdir, fchown, fchownat, pivot_root};
@@ -41,23 +42,33 @@ const READ_ONLY: [&CStr; 6] = [c"bus", c"fs", c"irq", c"pressure", c"sys", c"sys
 
 const PRIVATE: u64 = attribute::NO_SET_UID | attribute::NO_DEVICES;
 
+/// The mounts that are the same for every sandbox, made before anybody asks for one. They hang below [`place::SCRATCH`] in
+/// the mount namespace of process 1 and are moved, with what is mounted on them, when the root is known.
+#[derive(Debug)]
+pub struct Prebuilt {
+    /// `/proc`, masked.
+    proc: OwnedFd,
+    /// `/dev` with `/dev/pts`, read-only.
+    devices: OwnedFd,
+    /// `/run/sandbox-runner`.
+    own: OwnedFd,
+    /// The directory for the shell's FIFOs, in the one above.
+    calls: OwnedFd,
+}
+
 /// Everything to assemble.
 #[derive(Debug)]
 pub struct Assembly {
     /// Detached root.
     pub root: OwnedFd,
-    /// Detached `/dev`.
-    pub devices: OwnedFd,
-    /// Detached `/proc`.
-    pub proc: OwnedFd,
+    /// What was made ahead.
+    pub prebuilt: Prebuilt,
     /// Detached spool, read-only.
     pub spool: OwnedFd,
     /// Targets and detached mounts.
     pub extra: Vec<(String, OwnedFd)>,
     /// Size of `/tmp` and `/dev/shm`.
     pub temporary_bytes: u64,
-    /// Process 1's own id.
-    pub keeper: u32,
     /// The workload's id.
     pub workload: u32,
     /// Working directory, made when it does not exist.
@@ -86,17 +97,40 @@ pub fn make_proc() -> Result<OwnedFd, StageError> {
     make().map_err(step("mount /proc"))
 }
 
+/// Makes what does not depend on the request. `keeper` is process 1's own id later.
+///
+/// # Errors
+/// [`StageError`] names the step.
+pub fn prebuild(proc: OwnedFd, keeper: u32) -> Result<Prebuilt, StageError> {
+    let nothing: Option<&str> = None;
+    mount(nothing, "/", nothing, MsFlags::MS_REC | MsFlags::MS_PRIVATE, nothing)
+        .map_err(step("make mounts private"))?;
+    // A place of our own: the directory below belongs to the launcher.
+    let scratch = small_tmpfs(c"0755").map_err(step("make a place for mounts"))?;
+    attach_on(place::SCRATCH, &scratch)?;
+    let root = scratch.as_fd();
+    attach_at(root, "/proc", &proc)?;
+    let devices = open_tree(AT_FDCWD, c"/dev", true).map_err(step("copy /dev"))?;
+    attach_at(root, "/dev", &devices)?;
+    // The nodes are the kernel's, the directory is ours: nobody inside adds to it.
+    let attributes = attribute::READ_ONLY | attribute::NO_SET_UID | attribute::NO_EXECUTE;
+    set_attributes(devices.as_fd(), attributes, 0, None, false).map_err(step("make /dev read-only"))?;
+    attach_at(root, "/dev/pts", &terminals()?)?;
+    mask(root)?;
+    let (own, calls) = own_directory(root, keeper)?;
+    Ok(Prebuilt { proc, devices, own, calls })
+}
+
 /// Assembles and pivots. Returns the directory for the shell's FIFOs.
 ///
 /// # Errors
 /// [`StageError`] names the step.
-pub fn assemble(assembly: Assembly) -> Result<OwnedFd, StageError> {
-    let nothing: Option<&str> = None;
-    mount(nothing, "/", nothing, MsFlags::MS_REC | MsFlags::MS_PRIVATE, nothing)
-        .map_err(step("make mounts private"))?;
-    let point = open(place::NEW_ROOT, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
-        .map_err(step("open the new root"))?;
-    attach(assembly.root.as_fd(), point.as_fd(), c"").map_err(step("attach the root filesystem"))?;
+pub fn assemble(mut assembly: Assembly) -> Result<OwnedFd, StageError> {
+    if !assembly.mask {
+        assembly.prebuilt.proc = make_proc()?;
+    }
+    let prebuilt = &assembly.prebuilt;
+    attach_on(place::NEW_ROOT, &assembly.root)?;
     // The mount's own root, not the directory below it.
     let root = assembly.root.as_fd();
 
@@ -108,32 +142,19 @@ pub fn assemble(assembly: Assembly) -> Result<OwnedFd, StageError> {
     for (target, tree) in &assembly.extra {
         attach_at(root, target, tree)?;
     }
-    attach_at(root, "/proc", &assembly.proc)?;
-    attach_at(root, "/dev", &assembly.devices)?;
-    // The nodes are the kernel's, the directory is ours: nobody inside adds to it.
-    let devices = directory_at(root, "/dev")?;
-    set_attributes(
-        devices.as_fd(),
-        attribute::READ_ONLY | attribute::NO_SET_UID | attribute::NO_EXECUTE,
-        0,
-        None,
-        false,
-    )
-    .map_err(step("make /dev read-only"))?;
-    attach_at(root, "/dev/pts", &terminals()?)?;
+    attach_at(root, "/proc", &prebuilt.proc)?;
+    attach_at(root, "/dev", &prebuilt.devices)?;
     attach_at(root, "/dev/shm", &temporary(&assembly, 0o1777, attribute::NO_EXECUTE)?)?;
     attach_at(root, "/tmp", &temporary(&assembly, 0o1777, 0)?)?;
-    let calls = own_directory(root, &assembly)?;
-    if assembly.mask {
-        mask(root)?;
-    }
+    attach_at(root, OWN_DIRECTORY, &prebuilt.own)?;
+    attach_at(root, &format!("{OWN_DIRECTORY}/output"), &assembly.spool)?;
     working_directory(root, &assembly)?;
 
     fchdir(root).map_err(step("enter the new root"))?;
     pivot_root(".", ".").map_err(step("pivot"))?;
     umount2(".", MntFlags::MNT_DETACH).map_err(step("leave the old root"))?;
     nix::unistd::chdir("/").map_err(step("enter the new root"))?;
-    Ok(calls)
+    Ok(assembly.prebuilt.calls)
 }
 
 fn size_option(bytes: u64) -> CString {
@@ -162,8 +183,9 @@ fn terminals() -> Result<OwnedFd, StageError> {
     make().map_err(step("make /dev/pts"))
 }
 
-/// `/run/sandbox-runner`: belongs to process 1, so the workload can neither add to it nor rename in it.
-fn own_directory(root: BorrowedFd<'_>, assembly: &Assembly) -> Result<OwnedFd, StageError> {
+/// `/run/sandbox-runner`: belongs to process 1, so the workload can neither add to it nor rename in it. Returns it and the
+/// call directory in it.
+fn own_directory(root: BorrowedFd<'_>, keeper: u32) -> Result<(OwnedFd, OwnedFd), StageError> {
     let make = || {
         let context = FilesystemContext::open(c"tmpfs")?;
         context.set_string(c"size", c"20971520")?;
@@ -172,17 +194,16 @@ fn own_directory(root: BorrowedFd<'_>, assembly: &Assembly) -> Result<OwnedFd, S
         context.create(PRIVATE | attribute::NO_EXECUTE)
     };
     let own = make().map_err(step("make the directory of process 1"))?;
-    attach_at(root, OWN_DIRECTORY, &own)?;
-    let keeper = (Some(Uid::from_raw(assembly.keeper)), Some(Gid::from_raw(assembly.keeper)));
+    attach_at(root, "/own", &own)?;
+    let keeper = (Some(Uid::from_raw(keeper)), Some(Gid::from_raw(keeper)));
     for (name, mode) in [("output", 0o755), ("call", 0o711)] {
         mkdirat(&own, name, Mode::from_bits_truncate(mode)).map_err(step("make the directory of process 1"))?;
     }
-    attach_at(root, "/run/sandbox-runner/output", &assembly.spool)?;
-    let calls = open_below(root, "run/sandbox-runner/call", OFlag::O_RDONLY | OFlag::O_DIRECTORY)
+    let calls = open_below(own.as_fd(), "call", OFlag::O_RDONLY | OFlag::O_DIRECTORY)
         .map_err(step("open the call directory"))?;
     fchown(&calls, keeper.0, keeper.1).map_err(step("own the call directory"))?;
     fchownat(&own, "", keeper.0, keeper.1, AtFlags::AT_EMPTY_PATH).map_err(step("own the directory of process 1"))?;
-    Ok(calls)
+    Ok((own, calls))
 }
 
 fn working_directory(root: BorrowedFd<'_>, assembly: &Assembly) -> Result<(), StageError> {
@@ -248,6 +269,13 @@ fn empty_directory() -> Result<OwnedFd, StageError> {
     make().map_err(step("make an empty directory"))
 }
 
+fn small_tmpfs(mode: &CStr) -> nix::Result<OwnedFd> {
+    let context = FilesystemContext::open(c"tmpfs")?;
+    context.set_string(c"size", c"65536")?;
+    context.set_string(c"mode", mode)?;
+    context.create(PRIVATE | attribute::NO_EXECUTE)
+}
+
 fn existing(proc: &OwnedFd, name: &CStr) -> Result<Option<OwnedFd>, StageError> {
     match open_below(proc.as_fd(), name.to_str().unwrap_or_default(), OFlag::O_PATH) {
         Ok(found) => Ok(Some(found)),
@@ -295,4 +323,11 @@ fn directory_at(root: BorrowedFd<'_>, path: &str) -> Result<OwnedFd, StageError>
 fn attach_at(root: BorrowedFd<'_>, path: &str, tree: &OwnedFd) -> Result<(), StageError> {
     let target = directory_at(root, path)?;
     attach(tree.as_fd(), target.as_fd(), c"").map_err(|source| StageError { step: format!("mount {path}"), source })
+}
+
+/// Mounts on a directory of the launcher's namespace.
+fn attach_on(path: &str, tree: &OwnedFd) -> Result<(), StageError> {
+    let point = open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
+        .map_err(step("open a mount point"))?;
+    attach(tree.as_fd(), point.as_fd(), c"").map_err(|source| StageError { step: format!("mount {path}"), source })
 }

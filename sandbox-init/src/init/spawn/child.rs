@@ -62,8 +62,8 @@ const PROBE: &str = "probe";
 const ABOVE: RawFd = 256;
 
 /// Runs the whole life of a spare. Returns only when there is nothing to do.
-pub(super) fn run(socket: OwnedFd, confinement: &Confinement, programs: &[BpfProgram; 2]) {
-    let socket = match harden(socket, confinement, programs) {
+pub(super) fn run(socket: OwnedFd, nested: &OwnedFd, confinement: &Confinement, programs: &[BpfProgram; 2]) {
+    let socket = match harden(socket, nested, confinement, programs) {
         Ok(socket) => socket,
         Err(errno) => exit_now(errno as i32 & 0x7f),
     };
@@ -81,9 +81,14 @@ pub(super) fn run(socket: OwnedFd, confinement: &Confinement, programs: &[BpfPro
     perform(packet, confinement);
 }
 
-fn harden(socket: OwnedFd, confinement: &Confinement, programs: &[BpfProgram; 2]) -> nix::Result<OwnedFd> {
+fn harden(
+    socket: OwnedFd,
+    nested: &OwnedFd,
+    confinement: &Confinement,
+    programs: &[BpfProgram; 2],
+) -> nix::Result<OwnedFd> {
     setsid()?;
-    become_workload(&confinement.nested, confinement.root, confinement.single_id, confinement.capabilities)?;
+    become_workload(nested, confinement.root, confinement.single_id(), confinement.capabilities)?;
     // Only now, because everything else of the spawner may go: its socket, U2.
     let socket = keep_only(socket)?;
     if confinement.seccomp {
@@ -204,7 +209,7 @@ fn run_tool(task: &Task, confinement: &Confinement) -> i32 {
     if nix::sys::prctl::set_dumpable(true).is_err() {
         return 1;
     }
-    let mut context = tool::Context::new(confinement.working_directory.clone());
+    let mut context = tool::Context::new(PathBuf::from(OsStr::from_bytes(&confinement.working_directory)));
     context.read_only_roots.push(PathBuf::from(OWN_DIRECTORY).join("output"));
     let result = if task.tool == PROBE {
         let text = Some(proto::init::v1::content_block::Kind::Text(crate::probe::run()));

@@ -44,18 +44,23 @@ impl SpawnerClient {
         Self { socket, spare: None, ordered: None }
     }
 
-    /// Makes the first spare and waits until it is hardened.
+    /// Orders the first spare, hears that the spawner has confined itself, and waits until the spare is hardened.
     ///
     /// # Errors
-    /// The step of the hardening that the kernel refused.
-    pub fn prove(&mut self, slot: Option<BorrowedFd<'_>>) -> Result<(), SpawnStepError> {
+    /// The step of the confinement that the kernel refused.
+    pub(super) fn prove(&mut self, slot: Option<BorrowedFd<'_>>) -> Result<Answer, SpawnStepError> {
+        // Ordered before the spawner has answered: it goes on without a pause.
         self.order(slot).map_err(SpawnStepError::new("order a process from the spawner"))?;
+        let confined = self.hear().map_err(SpawnStepError::new("hear from the spawner"))?.0;
+        if confined.errno != 0 {
+            return Err(SpawnStepError { step: confined.step, source: Errno::from_raw(confined.errno) });
+        }
         let spare = self.collect().map_err(SpawnStepError::new("start the first process of the workload"))?;
         let proof =
             receive(&spare.socket, HARDENED.len()).map_err(SpawnStepError::new("hear from the first process"))?;
         if proof.is_some_and(|packet| packet.bytes == HARDENED) {
             self.spare = Some(spare);
-            return Ok(());
+            return Ok(confined);
         }
         Err(SpawnStepError { step: "harden the first process of the workload".to_owned(), source: exit_errno(&spare) })
     }
@@ -70,7 +75,19 @@ impl SpawnerClient {
     /// Waits for the spare that was ordered.
     fn collect(&mut self) -> nix::Result<Spare> {
         let slot = self.ordered.take().ok_or(Errno::EINVAL)?;
-        // A spawner that was stopped must not stop process 1 with it.
+        let (answer, descriptors) = self.hear()?;
+        if answer.errno != 0 {
+            return Err(Errno::from_raw(answer.errno));
+        }
+        let mut descriptors = descriptors.into_iter();
+        match (descriptors.next(), descriptors.next()) {
+            (Some(pidfd), Some(socket)) => Ok(Spare { pid: Pid::from_raw(answer.pid), pidfd, socket, slot }),
+            _ => Err(Errno::EBADMSG),
+        }
+    }
+
+    /// The next packet of the spawner. One that was stopped must not stop process 1 with it.
+    fn hear(&self) -> nix::Result<(Answer, Vec<OwnedFd>)> {
         let mut interest = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
         if poll(&mut interest, PollTimeout::from(PATIENCE_MS))? == 0 {
             return Err(Errno::EPIPE);
@@ -82,14 +99,7 @@ impl SpawnerClient {
             }
         };
         let answer = Answer::decode(packet.bytes.as_slice()).map_err(|_| Errno::EBADMSG)?;
-        if answer.errno != 0 {
-            return Err(Errno::from_raw(answer.errno));
-        }
-        let mut descriptors = packet.descriptors.into_iter();
-        match (descriptors.next(), descriptors.next()) {
-            (Some(pidfd), Some(socket)) => Ok(Spare { pid: Pid::from_raw(answer.pid), pidfd, socket, slot }),
-            _ => Err(Errno::EBADMSG),
-        }
+        Ok((answer, packet.descriptors))
     }
 
     /// A spare in the slot given: the parked one, or a new one when it is dead or elsewhere.

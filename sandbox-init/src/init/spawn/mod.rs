@@ -7,7 +7,7 @@
 //!     +--------- program, descriptors ----------------------+   execve, or runs a built-in tool
 //! ```
 //!
-//! The spawner enters the sandbox's one landlock domain at start, so every process of the workload is in the same domain
+//! The spawner is made before the request is known, and enters the sandbox's one landlock domain when it is told how; so every process of the workload is in the same domain
 //! and none is in that of process 1. It keeps the credentials of process 1, which the workload cannot signal or trace.
 //! A spare is made ahead of every call: at the moment of the call it only receives descriptors and executes. Spares are
 //! children of process 1 (`CLONE_PARENT`), which alone reaps.
@@ -16,39 +16,65 @@ mod child;
 mod client;
 mod process;
 
-use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
-use crate::policy::{Profile, landlock};
+use crate::policy::Profile;
 use crate::sys::process::{CloneArguments, Cloned, clone3, exit_now};
-use crate::sys::socket::receive;
+use crate::sys::socket::send;
 
 pub use client::SpawnerClient;
 
-/// How the workload is confined.
-#[derive(Debug)]
+/// How the workload is confined. The spawner, which waits since before the request, hears it in one packet.
+#[derive(Clone, PartialEq, prost::Message)]
 pub struct Confinement {
-    /// Which tables.
-    pub profile: Profile,
-    /// U2.
-    pub nested: OwnedFd,
+    /// Whether the strict tables apply.
+    #[prost(bool, tag = "1")]
+    pub strict: bool,
     /// Uid 0 inside, with a small capability set.
+    #[prost(bool, tag = "2")]
     pub root: bool,
-    /// Process 1 and the workload share the only id there is.
-    pub single_id: bool,
+    /// Ids of the sandbox; with 1, process 1 and the workload share the only one there is.
+    #[prost(uint32, tag = "3")]
+    pub id_count: u32,
     /// Processors to bind to; empty is all.
-    pub processors: Vec<usize>,
+    #[prost(uint32, repeated, tag = "4")]
+    pub processors: Vec<u32>,
     /// Enter a landlock domain.
+    #[prost(bool, tag = "5")]
     pub landlock: bool,
     /// Load the seccomp filters.
+    #[prost(bool, tag = "6")]
     pub seccomp: bool,
     /// Drop capabilities.
+    #[prost(bool, tag = "7")]
     pub capabilities: bool,
     /// Where the file tools are confined to.
-    pub working_directory: PathBuf,
+    #[prost(bytes = "vec", tag = "8")]
+    pub working_directory: Vec<u8>,
 }
+
+impl Confinement {
+    fn profile(&self) -> Profile {
+        if self.strict { Profile::Strict } else { Profile::Standard }
+    }
+
+    fn single_id(&self) -> bool {
+        self.id_count == 1
+    }
+}
+
+/// The spawner of a sandbox that nobody has asked for yet.
+#[derive(Debug)]
+pub struct Waiting {
+    socket: OwnedFd,
+    pidfd: OwnedFd,
+}
+
+/// A spawner that was told its confinement and is entering it.
+#[derive(Debug)]
+pub struct Begun(Waiting);
 
 /// A spawner that runs.
 #[derive(Debug)]
@@ -58,7 +84,16 @@ pub struct Started {
     /// Readable when it has ended.
     pub pidfd: OwnedFd,
     /// Its landlock domain; `None` when the kernel has none or it is switched off.
-    pub achieved: Option<landlock::Achieved>,
+    pub domain: Option<Domain>,
+}
+
+/// The landlock domain of the workload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Domain {
+    /// ABI whose rights are handled.
+    pub abi: i32,
+    /// Signals and abstract unix sockets stay inside.
+    pub scopes: bool,
 }
 
 /// Why there is no spawner or no spare.
@@ -93,7 +128,7 @@ const ORDER: &[u8] = b"spare";
 /// Largest packet on the spawner's socket.
 const PACKET_BYTES: usize = 1024;
 
-/// First packet of the spawner, and the answer to every order.
+/// First packet of a spawner that has begun, and the answer to every order.
 #[derive(Clone, PartialEq, prost::Message)]
 struct Answer {
     /// Pid of the spare in the sandbox's pid namespace.
@@ -105,27 +140,30 @@ struct Answer {
     /// What failed.
     #[prost(string, tag = "3")]
     step: String,
+    /// ABI of the landlock domain, 0 when there is none; first packet only.
+    #[prost(int32, tag = "4")]
+    landlock_abi: i32,
+    /// Whether that domain has scopes; first packet only.
+    #[prost(bool, tag = "5")]
+    landlock_scopes: bool,
 }
 
-/// Starts the spawner.
+/// Makes the spawner, which waits to be told how to confine itself. Must come before any other child but the one that
+/// made U2, and while this process is dumpable: the spawner opens its own score for the out-of-memory killer.
 ///
 /// # Errors
-/// [`SpawnStepError`] names the step; a landlock domain that the kernel supports and refuses is one.
-pub fn start(confinement: Confinement) -> Result<Started, SpawnStepError> {
-    let flags = SockFlag::SOCK_CLOEXEC;
-    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
+/// [`SpawnStepError`] names the step.
+pub fn park(nested: &OwnedFd) -> Result<Waiting, SpawnStepError> {
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
         .map_err(SpawnStepError::new("make the spawner's socket"))?;
-    let prepared = if confinement.landlock { process::prepare_landlock(confinement.profile)? } else { None };
-    let achieved = prepared.as_ref().map(|prepared| prepared.achieved().clone());
     let arguments = CloneArguments { flags: 0, exit_signal: libc::SIGCHLD, cgroup: None, ..CloneArguments::default() };
     match clone3(&arguments).map_err(SpawnStepError::new("start the spawner"))? {
         Cloned::Child => {
-            drop(ours);
-            process::run(theirs, prepared, confinement);
+            // Closes its copies of everything else, the boot socket among them.
+            process::run(&theirs, nested);
             exit_now(0)
         }
         Cloned::Parent { pid, pidfd } => {
-            drop(theirs);
             if pid.as_raw() != SPAWNER_PID {
                 // The filter of a single-id sandbox protects this number; any other would be open to the workload.
                 return Err(SpawnStepError {
@@ -133,14 +171,36 @@ pub fn start(confinement: Confinement) -> Result<Started, SpawnStepError> {
                     source: nix::Error::EEXIST,
                 });
             }
-            let answer = receive(&ours, PACKET_BYTES)
-                .map_err(SpawnStepError::new("hear from the spawner"))?
-                .and_then(|packet| <Answer as prost::Message>::decode(packet.bytes.as_slice()).ok())
-                .ok_or(SpawnStepError { step: "hear from the spawner".to_owned(), source: nix::Error::EPIPE })?;
-            if answer.errno != 0 {
-                return Err(SpawnStepError { step: answer.step, source: nix::Error::from_raw(answer.errno) });
-            }
-            Ok(Started { client: SpawnerClient::new(ours), pidfd, achieved })
+            Ok(Waiting { socket: ours, pidfd })
         }
+    }
+}
+
+impl Waiting {
+    /// Tells it how the workload is confined. The root must have been switched: the landlock rules are about what is below
+    /// `/` now. Does not wait.
+    ///
+    /// # Errors
+    /// [`SpawnStepError`] when it is gone.
+    pub fn begin(self, confinement: &Confinement) -> Result<Begun, SpawnStepError> {
+        let packet = prost::Message::encode_to_vec(confinement);
+        send(&self.socket, &packet, &[]).map_err(SpawnStepError::new("speak to the spawner"))?;
+        Ok(Begun(self))
+    }
+}
+
+impl Begun {
+    /// Orders the first spare and waits until it is hardened, so that nobody is told of a sandbox whose workload cannot
+    /// be confined.
+    ///
+    /// # Errors
+    /// [`SpawnStepError`] names the step; a landlock domain that the kernel supports and refuses is one.
+    pub fn prove(self, slot: Option<BorrowedFd<'_>>) -> Result<Started, SpawnStepError> {
+        let Waiting { socket, pidfd } = self.0;
+        let mut client = SpawnerClient::new(socket);
+        let answer = client.prove(slot)?;
+        let domain =
+            (answer.landlock_abi > 0).then_some(Domain { abi: answer.landlock_abi, scopes: answer.landlock_scopes });
+        Ok(Started { client, pidfd, domain })
     }
 }

@@ -2,56 +2,69 @@
 //!
 //! The spawner's loop: an order comes, a hardened spare goes. It reads nothing else, from nobody else.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::chdir;
 use prost::Message;
 
-use super::{Answer, Confinement, ORDER, PACKET_BYTES, SpawnStepError, child};
+use super::{Answer, Confinement, Domain, ORDER, PACKET_BYTES, SpawnStepError, child};
 use crate::policy::seccomp::{Arch, BpfProgram, Options, filters};
 use crate::policy::{Profile, landlock};
+use crate::stage::identity::become_keeper;
 use crate::stage::limit::{OomScore, WORKLOAD_OOM_SCORE};
-use crate::sys::process::{CloneArguments, Cloned, clone3, exit_now, reset_signals, set_affinity};
+use crate::sys::process::{CloneArguments, Cloned, clone3, close_range, exit_now, reset_signals, set_affinity};
 use crate::sys::socket::{receive, send};
 
-/// Opens the ruleset while this process may still look around.
-pub(super) fn prepare_landlock(profile: Profile) -> Result<Option<landlock::Prepared>, SpawnStepError> {
-    if landlock::kernel_abi().is_none() {
-        return Ok(None);
-    }
-    match landlock::prepare(profile, Path::new("/")) {
-        Ok(prepared) if prepared.achieved().not_applied.is_some() => Ok(None),
-        Ok(prepared) => Ok(Some(prepared)),
-        Err(error) => Err(SpawnStepError { step: error.to_string(), source: Errno::EPERM }),
-    }
-}
+/// Room for the confinement: a path and some numbers.
+const CONFINEMENT_BYTES: usize = 16 * 1024;
 
 /// Runs until process 1 is gone.
-pub(super) fn run(socket: OwnedFd, landlock: Option<landlock::Prepared>, confinement: Confinement) {
-    // Before any process of the workload exists: the own score can be opened only while this process is dumpable.
-    let score = nix::sys::prctl::set_dumpable(true).ok().map(|()| OomScore::open());
-    let hidden = nix::sys::prctl::set_dumpable(false);
-    let failure = prepare(landlock, &confinement)
-        .and_then(|()| hidden.map_err(SpawnStepError::new("protect the spawner's memory")))
-        .err();
-    let answer = match &failure {
-        // Not empty: an empty packet is the end of a connection.
-        None => Answer { pid: 1, ..Answer::default() },
-        Some(error) => Answer { pid: 0, errno: error.source as i32, step: error.step.clone() },
-    };
-    if send(&socket, &answer.encode_to_vec(), &[]).is_err() || failure.is_some() {
+pub(super) fn run(socket: &OwnedFd, nested: &OwnedFd) {
+    if close_others(socket.as_raw_fd(), nested.as_raw_fd()).is_err() {
         return;
     }
+    reset_signals();
+    umask(Mode::from_bits_truncate(0o022));
+    // Now: later this process is not dumpable, and its files in /proc belong to somebody else.
+    let score = OomScore::open();
+    // Nearly every sandbox has these; another profile is compiled when it is asked for.
+    let usual = Options { profile: Profile::Standard, shared_identity: false };
+    let usual_programs = filters(Arch::NATIVE, &usual);
+    let confinement = loop {
+        match receive(socket, CONFINEMENT_BYTES) {
+            Ok(Some(packet)) => match Confinement::decode(packet.bytes.as_slice()) {
+                Ok(confinement) => break confinement,
+                Err(_) => return,
+            },
+            Err(Errno::EINTR) => {}
+            Ok(None) | Err(_) => return,
+        }
+    };
+    let answer = match enter(&confinement) {
+        Ok(domain) => Answer {
+            // Not empty: an empty packet is the end of a connection.
+            pid: 1,
+            landlock_abi: domain.map_or(0, |domain| domain.abi),
+            landlock_scopes: domain.is_some_and(|domain| domain.scopes),
+            ..Answer::default()
+        },
+        Err(error) => Answer { errno: error.source as i32, step: error.step, ..Answer::default() },
+    };
+    if send(socket, &answer.encode_to_vec(), &[]).is_err() || answer.errno != 0 {
+        return;
+    }
+    let options = Options { profile: confinement.profile(), shared_identity: confinement.single_id() };
     // Compiled once; every spare inherits the memory.
-    let options = Options { profile: confinement.profile, shared_identity: confinement.single_id };
-    let programs = filters(Arch::NATIVE, &options);
+    let programs = if options == usual { usual_programs } else { filters(Arch::NATIVE, &options) };
+    let workshop = Workshop { nested, confinement: &confinement, programs: &programs, score: &score };
     loop {
-        match receive(&socket, PACKET_BYTES) {
+        match receive(socket, PACKET_BYTES) {
             Ok(Some(packet)) if packet.bytes == ORDER => {
-                let slot = packet.descriptors.into_iter().next();
-                serve(&socket, slot.as_ref(), &confinement, &programs, score.as_ref());
+                serve(socket, packet.descriptors.into_iter().next().as_ref(), &workshop);
             }
             Err(Errno::EINTR) => {}
             Ok(_) | Err(_) => return,
@@ -59,47 +72,68 @@ pub(super) fn run(socket: OwnedFd, landlock: Option<landlock::Prepared>, confine
     }
 }
 
-fn prepare(landlock: Option<landlock::Prepared>, confinement: &Confinement) -> Result<(), SpawnStepError> {
-    reset_signals();
-    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
-    if !confinement.processors.is_empty() {
-        set_affinity(&confinement.processors).map_err(SpawnStepError::new("bind the workload to its processors"))?;
-    }
-    if let Some(prepared) = landlock {
-        prepared.restrict_self().map_err(|error| SpawnStepError { step: error.to_string(), source: Errno::EPERM })?;
+/// What every spare is made of.
+struct Workshop<'a> {
+    nested: &'a OwnedFd,
+    confinement: &'a Confinement,
+    programs: &'a [BpfProgram; 2],
+    score: &'a OomScore,
+}
+
+/// Closes every descriptor but 0 to 2 and these two.
+fn close_others(one: RawFd, other: RawFd) -> nix::Result<()> {
+    let (low, high) = (one.min(other), one.max(other));
+    for (first, last) in [(3, low - 1), (low + 1, high - 1), (high + 1, RawFd::MAX)] {
+        if first <= last {
+            close_range(first, last)?;
+        }
     }
     Ok(())
 }
 
-fn serve(
-    socket: &OwnedFd,
-    slot: Option<&OwnedFd>,
-    confinement: &Confinement,
-    programs: &[BpfProgram; 2],
-    score: Option<&OomScore>,
-) {
+/// Takes the credentials of process 1 and enters the landlock domain of the workload.
+fn enter(confinement: &Confinement) -> Result<Option<Domain>, SpawnStepError> {
+    // `pivot_root` moved the root and, as it was there, the working directory of this process too.
+    chdir("/").map_err(SpawnStepError::new("enter the root"))?;
+    become_keeper(confinement.id_count).map_err(|error| SpawnStepError { step: error.step, source: error.source })?;
+    if !confinement.processors.is_empty() {
+        let processors: Vec<usize> = confinement.processors.iter().filter_map(|cpu| (*cpu).try_into().ok()).collect();
+        set_affinity(&processors).map_err(SpawnStepError::new("bind the workload to its processors"))?;
+    }
+    if !confinement.landlock || landlock::kernel_abi().is_none() {
+        return Ok(None);
+    }
+    let refused = |error: landlock::LandlockError| SpawnStepError { step: error.to_string(), source: Errno::EPERM };
+    let prepared = landlock::prepare(confinement.profile(), Path::new("/")).map_err(refused)?;
+    if prepared.achieved().not_applied.is_some() {
+        return Ok(None);
+    }
+    let achieved = prepared.restrict_self().map_err(refused)?;
+    Ok(Some(Domain { abi: achieved.abi, scopes: achieved.scopes }))
+}
+
+fn serve(socket: &OwnedFd, slot: Option<&OwnedFd>, workshop: &Workshop<'_>) {
     let answer = |answer: &Answer, descriptors: &[i32]| {
         // Process 1 is gone when this fails, and then so is this process.
         let _ = send(socket, &answer.encode_to_vec(), descriptors);
     };
-    let failed = |step: &str, errno: Errno| Answer { pid: 0, errno: errno as i32, step: step.to_owned() };
+    let failed = |step: &str, errno: Errno| Answer { errno: errno as i32, step: step.to_owned(), ..Answer::default() };
     let (ours, theirs) = match socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC) {
         Ok(pair) => pair,
         Err(errno) => return answer(&failed("make the spare's socket", errno), &[]),
     };
     let flags = u64::try_from(libc::CLONE_PARENT).unwrap_or_default();
     // When memory is short the kernel takes a process of the workload before the spawner and process 1.
-    let set_score = |value| score.map_or((), |score| score.set(value));
-    set_score(WORKLOAD_OOM_SCORE);
+    workshop.score.set(WORKLOAD_OOM_SCORE);
     let cloned =
         clone3(&CloneArguments { flags, exit_signal: 0, cgroup: slot.map(AsFd::as_fd), ..CloneArguments::default() });
     if !matches!(cloned, Ok(Cloned::Child)) {
-        set_score(0);
+        workshop.score.set(0);
     }
     match cloned {
         Ok(Cloned::Child) => {
             drop(ours);
-            child::run(theirs, confinement, programs);
+            child::run(theirs, workshop.nested, workshop.confinement, workshop.programs);
             exit_now(127)
         }
         Ok(Cloned::Parent { pid, pidfd }) => {
