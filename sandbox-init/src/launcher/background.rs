@@ -14,6 +14,7 @@ use nix::sys::resource::{Resource, setrlimit};
 use prost::Message;
 
 use super::cgroup::{Group, Tree};
+use super::files::{Files, Owners};
 use super::host::place;
 use super::spawn::{Blank, Range, Workshop, make_blank};
 use crate::sys::socket::{Packet, receive, send};
@@ -84,6 +85,8 @@ pub struct Background {
     pub embedded: bool,
     /// How the names of this launcher begin.
     pub prefix: String,
+    /// Who gets the files of a sandbox.
+    pub owners: Owners,
 }
 
 /// A removal that has to be tried again.
@@ -136,12 +139,13 @@ impl Background {
     }
 
     fn make(&self, order: &Order) {
-        let workshop = Workshop { tree: &self.tree, image: self.image.as_fd() };
+        let workshop = Workshop { tree: &self.tree, image: self.image.as_fd(), owners: self.owners };
         let range = Range { slot: order.slot, base: order.base, count: order.count };
         match make_blank(&workshop, order.make.clone(), range) {
             Ok(blank) => self.hand_over(&blank),
             Err(error) => {
                 let _ = self.tree.remove(&order.make);
+                remove_files(&order.make, order.base, order.count);
                 let errno = root_errno(&error);
                 self.report(&Report { failure: chain(&error), errno, slot: order.slot, ..Report::default() }, &[]);
             }
@@ -149,7 +153,11 @@ impl Background {
     }
 
     fn hand_over(&self, blank: &Blank) {
-        let mut descriptors = vec![blank.pidfd.as_raw_fd(), blank.boot.as_raw_fd(), blank.user_namespace.as_raw_fd()];
+        let Files { listener, spool, spool_mount } = &blank.files;
+        let mut descriptors: Vec<RawFd> =
+            [&blank.pidfd, &blank.boot, &blank.user_namespace, listener, spool, spool_mount]
+                .map(AsRawFd::as_raw_fd)
+                .into();
         let mut report =
             Report { made: blank.name.clone(), slot: blank.slot, pid: blank.pid.as_raw(), ..Report::default() };
         if let Some(group) = &blank.group {
@@ -253,6 +261,7 @@ pub fn root_errno(error: &(dyn std::error::Error + 'static)) -> i32 {
 pub fn blank_from(report: Report, descriptors: Vec<OwnedFd>) -> Option<Blank> {
     let mut descriptors = descriptors.into_iter();
     let (pidfd, boot, user_namespace) = (descriptors.next()?, descriptors.next()?, descriptors.next()?);
+    let files = Files { listener: descriptors.next()?, spool: descriptors.next()?, spool_mount: descriptors.next()? };
     let group = if report.grouped {
         let (init, work) = (descriptors.next()?, descriptors.next()?);
         let mut v1 = Vec::new();
@@ -272,5 +281,6 @@ pub fn blank_from(report: Report, descriptors: Vec<OwnedFd>) -> Option<Blank> {
         boot,
         user_namespace,
         group,
+        files,
     })
 }

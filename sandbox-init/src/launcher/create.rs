@@ -1,18 +1,16 @@
-//! Privileged: binds sockets and gives directories to the sandbox's range (CAP_CHOWN, CAP_FOWNER).
+//! Privileged: CAP_SYS_ADMIN to copy mounts.
 //!
-//! Turns a blank and a checked request into a boot packet: root filesystem, control socket, spool, limits.
+//! Turns a blank and a checked request into a boot packet: root filesystem, limits, and what came with the blank.
 
-use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use nix::fcntl::{OFlag, open};
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use nix::sys::stat::Mode;
 use proto::launch::v1::Layer;
 
 use super::cgroup::{CgroupError, Tree};
+use super::files::directory_of;
 use super::host::{HostRoot, place};
 use super::ids::Slot;
 use super::policy_file::Policy;
@@ -32,17 +30,6 @@ pub enum CreateError {
     /// The limits.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
-    /// A file of ours.
-    #[error("cannot {step} {}", path.display())]
-    File {
-        /// What was tried.
-        step: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// The cause.
-        #[source]
-        source: std::io::Error,
-    },
     /// A kernel call.
     #[error("cannot {step}")]
     Step {
@@ -52,10 +39,6 @@ pub enum CreateError {
         #[source]
         source: nix::Error,
     },
-}
-
-fn file<'a>(step: &'static str, path: &'a Path) -> impl FnOnce(std::io::Error) -> CreateError + 'a {
-    move |source| CreateError::File { step, path: path.to_owned(), source }
 }
 
 fn step(step: &'static str) -> impl FnOnce(nix::Error) -> CreateError {
@@ -98,19 +81,10 @@ pub fn boot(
     if !danger("cgroup_limits") {
         context.tree.limit(&blank.name, &request.limits)?;
     }
-    let directory = Path::new(place::STATE).join("sandboxes").join(&blank.name);
-    fs::create_dir(&directory).map_err(file("create", &directory))?;
-    // Nobody else on this host has business in here; the runner reads spool files.
-    fs::set_permissions(&directory, fs::Permissions::from_mode(0o710)).map_err(file("set the mode of", &directory))?;
-    if !context.rootless {
-        std::os::unix::fs::chown(&directory, None, Some(context.policy.runner_gid))
-            .map_err(file("hand over", &directory))?;
-    }
-    let keeper = slot.base + slot.count - 1;
     let upper = if request.ephemeral {
         Upper::Memory { bytes: request.limits.disk_bytes }
     } else {
-        Upper::Directory { path: directory.clone() }
+        Upper::Directory { path: directory_of(&blank.name) }
     };
     let plan = Plan {
         lower: &request.lower,
@@ -122,15 +96,13 @@ pub fn boot(
         add_points: context.rootless && !request.host_rootfs,
     };
     let root = context.builder.build(&plan)?;
-    let (spool, spool_mount) = make_spool(&directory.join("output"), keeper, context)?;
-    let listener = make_listener(&blank.name, context)?;
 
     let mut message = message(context, slot, request);
     let mut descriptors: Vec<(Role, BorrowedFd<'_>)> = vec![
         (Role::Root, root.mount.as_fd()),
-        (Role::Listener, listener.as_fd()),
-        (Role::Spool, spool.as_fd()),
-        (Role::SpoolMount, spool_mount.as_fd()),
+        (Role::Listener, blank.files.listener.as_fd()),
+        (Role::Spool, blank.files.spool.as_fd()),
+        (Role::SpoolMount, blank.files.spool_mount.as_fd()),
     ];
     if let Some(group) = &blank.group {
         descriptors.push((Role::WorkCgroup, group.work.as_fd()));
@@ -185,39 +157,6 @@ fn message(context: &Context<'_>, slot: &Slot, request: &Checked) -> Boot {
         memory_bytes: request.limits.memory_bytes,
         own_skeleton: request.host_rootfs,
     }
-}
-
-/// The spool: written by process 1 (`keeper`), readable by the runner's group on the host and by everybody inside.
-fn make_spool(path: &Path, keeper: u32, context: &Context<'_>) -> Result<(OwnedFd, OwnedFd), CreateError> {
-    fs::create_dir(path).map_err(file("create", path))?;
-    if !context.rootless {
-        std::os::unix::fs::chown(path, Some(keeper), Some(context.policy.runner_gid))
-            .map_err(file("hand over", path))?;
-    }
-    fs::set_permissions(path, fs::Permissions::from_mode(0o2775)).map_err(file("set the mode of", path))?;
-    let directory = open(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
-        .map_err(step("open the spool"))?;
-    let mount = open_tree(directory.as_fd(), c"", false).map_err(step("copy the mount of the spool"))?;
-    let attributes = attribute::READ_ONLY | attribute::NO_SET_UID | attribute::NO_DEVICES | attribute::NO_EXECUTE;
-    set_attributes(mount.as_fd(), attributes, 0, None, false).map_err(step("make the spool read-only"))?;
-    Ok((directory, mount))
-}
-
-/// The control socket: on the host side of the fence, for the runner alone, not visible inside.
-fn make_listener(name: &str, context: &Context<'_>) -> Result<OwnedFd, CreateError> {
-    let path = Path::new(place::RUN).join("sandboxes").join(format!("{name}.sock"));
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let listener =
-        socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).map_err(step("make the control socket"))?;
-    let address = UnixAddr::new(&path).map_err(step("name the control socket"))?;
-    bind(listener.as_raw_fd(), &address).map_err(step("bind the control socket"))?;
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).map_err(file("set the mode of", &path))?;
-    if !context.rootless {
-        std::os::unix::fs::chown(&path, Some(context.policy.runner_uid), Some(context.policy.runner_gid))
-            .map_err(file("hand over", &path))?;
-    }
-    listen(&listener, Backlog::new(4).unwrap_or(Backlog::MAXCONN)).map_err(step("listen on the control socket"))?;
-    Ok(listener)
 }
 
 fn extra_mounts(context: &Context<'_>, request: &Checked) -> Result<Vec<(String, OwnedFd)>, CreateError> {

@@ -9,6 +9,7 @@
 pub mod background;
 pub mod cgroup;
 pub mod create;
+pub mod files;
 pub mod host;
 pub mod ids;
 pub mod policy_file;

@@ -19,6 +19,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Pid, Uid, pipe2, read, setgroups, setresgid, setresuid};
 
 use super::cgroup::{CgroupError, Group, Mode as CgroupMode, Tree};
+use super::files::{Files, FilesError, Owners};
 use crate::boot::{BOOT_DESCRIPTOR, IMAGE_DESCRIPTOR};
 use crate::sys::network::bring_loopback_up;
 use crate::sys::process::{
@@ -42,6 +43,8 @@ pub struct Blank {
     pub user_namespace: OwnedFd,
     /// Its cgroups; `None` where the host has none for us.
     pub group: Option<Group>,
+    /// Its files on the host.
+    pub files: Files,
 }
 
 /// Why no blank could be made.
@@ -68,6 +71,9 @@ pub enum SpawnError {
     /// The cgroups could not be made.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// The files could not be made.
+    #[error(transparent)]
+    Files(#[from] FilesError),
 }
 
 fn step(step: &'static str) -> impl FnOnce(nix::Error) -> SpawnError {
@@ -81,6 +87,8 @@ pub struct Workshop<'a> {
     pub tree: &'a Tree,
     /// The sealed image.
     pub image: BorrowedFd<'a>,
+    /// Who gets the files.
+    pub owners: Owners,
 }
 
 /// Range of ids of a blank.
@@ -119,6 +127,7 @@ pub fn make_blank(workshop: &Workshop<'_>, name: String, range: Range) -> Result
         CgroupMode::None => None,
         _ => Some(workshop.tree.create(&name, keeper)?),
     };
+    let files = Files::make(&name, keeper, workshop.owners)?;
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
         .map_err(step("make a socket pair"))?;
     let (gate_read, gate_write) = pipe2(OFlag::O_CLOEXEC).map_err(step("make a pipe"))?;
@@ -154,7 +163,7 @@ pub fn make_blank(workshop: &Workshop<'_>, name: String, range: Range) -> Result
     .map_err(step("open the user namespace"))?;
     workshop.tree.attach_v1(&name, pid.as_raw())?;
     nix::unistd::write(&gate_write, b"g").map_err(step("release process 1"))?;
-    Ok(Blank { name, slot: range.slot, pid, pidfd, boot: ours, user_namespace, group })
+    Ok(Blank { name, slot: range.slot, pid, pidfd, boot: ours, user_namespace, group, files })
 }
 
 /// Runs in the child: waits for the id map, becomes root of the new user namespace and executes the image with exactly two

@@ -22,6 +22,7 @@ use sha2::{Digest, Sha256};
 
 use super::background::{Background, chain};
 use super::cgroup::Tree;
+use super::files::Owners;
 use super::host;
 use super::ids::{IdsError, Slots};
 use super::policy_file::{self, Policy, PolicyError};
@@ -234,13 +235,14 @@ fn begin(beginning: Beginning, image: OwnedFd) -> Result<(), StartError> {
     let embedded = connection.is_some();
     let prefix = name_prefix(embedded);
     let kind = kind_prefix(embedded);
+    let owners = Owners { runner_uid: policy.runner_uid, runner_gid: policy.runner_gid, shared: rootless };
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
         .map_err(step("make a socket pair"))?;
     let arguments = CloneArguments { flags: 0, exit_signal: libc::SIGCHLD, cgroup: None, ..CloneArguments::default() };
     let background_process = match clone3(&arguments).map_err(step("start the background process"))? {
         Cloned::Child => {
             drop((ours, connection, listener, slots, program));
-            Background { tree, image, socket: theirs, embedded, prefix: kind }.run();
+            Background { tree, image, socket: theirs, embedded, prefix: kind, owners }.run();
             crate::sys::process::exit_now(0)
         }
         Cloned::Parent { pidfd, .. } => pidfd,
