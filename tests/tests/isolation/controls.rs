@@ -95,6 +95,7 @@ const BREACHED_ON_A_BARE_HOST: &[&str] = &[
     "S18",
     "S22.syslog",
     "S22.sethostname",
+    "S23",
     "D01",
     "D04",
     "W02",

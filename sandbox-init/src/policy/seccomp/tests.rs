@@ -314,6 +314,18 @@ fn socket_families_and_protocols_beyond_the_common_ones_are_refused() {
     }
 }
 
+/// One caller can take all asynchronous requests that the machine has (`fs.aio-max-nr`): no namespace and no group counts
+/// them.
+#[test]
+fn requests_that_are_counted_for_the_whole_machine_do_not_exist() {
+    for (arch, options) in ARCHES.into_iter().flat_map(|arch| all_options().into_iter().map(move |o| (arch, o))) {
+        for name in ["io_setup", "io_destroy", "io_getevents", "io_pgetevents", "io_submit", "io_cancel"] {
+            let answer = ask(arch, &options, number(arch, name), [1, 0, 0, 0, 0, 0]);
+            assert_eq!(answer, as_answer(super::rule::ABSENT), "{arch:?} {options:?} {name}");
+        }
+    }
+}
+
 #[test]
 fn terminal_injection_is_refused_whatever_the_upper_half_says() {
     for options in all_options() {
