@@ -255,7 +255,15 @@ impl Connection {
     /// # Errors
     /// The kernel's answer, for instance when nothing came for 20 seconds.
     pub fn receive(&self) -> nix::Result<Vec<u8>> {
-        let mut buffer = vec![0; LARGEST_PACKET + 1];
+        self.receive_up_to(LARGEST_PACKET)
+    }
+
+    /// The same for a protocol with larger packets.
+    ///
+    /// # Errors
+    /// As [`Connection::receive`].
+    pub fn receive_up_to(&self, largest: usize) -> nix::Result<Vec<u8>> {
+        let mut buffer = vec![0; largest + 1];
         let length = recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
         buffer.truncate(length);
         Ok(buffer)

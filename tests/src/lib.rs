@@ -9,11 +9,13 @@
 //! - [`canary`]: files, a process and listeners on the host that no sandbox may reach
 //! - [`host`]: everything a sandbox could leave behind, counted from outside
 //! - [`launcher`]: a launcher of our own and a hostile runner's end of its socket
+//! - [`keeper`]: the runner's end of the control socket of one sandbox
 //! - [`skip`]: how a missing capability is reported
 #![forbid(unsafe_code)]
 
 pub mod canary;
 pub mod host;
+pub mod keeper;
 pub mod launcher;
 pub mod prober;
 pub mod rootfs;

@@ -86,8 +86,10 @@ impl CgroupError {
 
 /// v1 controllers that we use.
 const V1_CONTROLLERS: [&str; 4] = ["memory", "pids", "cpu", "cpuacct"];
-/// Slots that process 1 may make; one call at a time needs two.
-const MAX_SLOTS: &str = "64";
+/// Slots that process 1 may make: one for each of its calls (128), for each finished call that left processes (64), for the
+/// shell and for the next call, and some that are on their way out. Fewer, and commands that leave processes behind would
+/// keep every later call from starting.
+const MAX_SLOTS: &str = "256";
 /// Memory of process 1 and the spawner, spool page cache included. Measured: below 2 MiB without cache.
 const INIT_MEMORY_BYTES: &str = "67108864";
 
