@@ -415,6 +415,51 @@ fn policy_with_a_mistake_is_refused_by_key() {
     }
 }
 
+/// The run directory may be the runner's own. Whatever it does to the names there while the launcher makes its socket, the
+/// launcher may not give it a file of the host.
+#[test]
+fn socket_exchanged_for_a_link_while_it_is_made_gives_nothing_away() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    needs_root!();
+    let rootfs = Rootfs::with_prober();
+    let victim = rootfs.path().join("etc/passwd");
+    let before = fs::metadata(&victim).expect("a file of root");
+    for _ in 0..25 {
+        let setup = Setup::new(1, rootfs.path());
+        let socket = setup.socket();
+        let stop = AtomicBool::new(false);
+        let exchanged = socket.with_file_name("exchanged");
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    // Only what appears under the name is exchanged, once.
+                    if fs::rename(&socket, &exchanged).is_ok() {
+                        let _ = std::os::unix::fs::symlink(&victim, &socket);
+                        break;
+                    }
+                }
+            });
+            let mut launcher = setup.command().spawn().expect("the launcher starts");
+            let deadline = std::time::Instant::now() + Duration::from_secs(20);
+            while !exchanged.exists() && std::time::Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+            stop.store(true, Ordering::Relaxed);
+            let pid = nix::unistd::Pid::from_raw(launcher.id().cast_signed());
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
+            wait(&mut launcher, Duration::from_secs(15)).expect("the launcher ends when it is told to");
+        });
+        let after = fs::metadata(&victim).expect("a file of root");
+        let (uid, mode) = (std::os::unix::fs::MetadataExt::uid(&after), after.permissions().mode());
+        assert_eq!(
+            (uid, mode),
+            (std::os::unix::fs::MetadataExt::uid(&before), before.permissions().mode()),
+            "the launcher gave a file of the host away"
+        );
+    }
+}
+
 #[test]
 fn thirty_sandboxes_leave_nothing_in_the_launcher() {
     needs_root!();

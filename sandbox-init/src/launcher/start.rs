@@ -6,7 +6,6 @@
 use std::ffi::CString;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{OFlag, open};
@@ -350,23 +349,58 @@ fn tag(policy: &Policy) -> String {
     digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// The socket of the runner, under the name that the policy gives.
+///
+/// The directory above may be the runner's. If the socket were made there and then given its mode and its owner by name, the
+/// runner could exchange it for a link in between, and be given any file of the host. So it is made in a directory that
+/// nobody else can enter, and moves to its name when it is complete.
 fn listen_on(policy: &Policy, rootless: bool) -> Result<OwnedFd, StartError> {
+    use nix::fcntl::{AtFlags, openat, renameat};
+    use nix::sys::stat::{FchmodatFlags, fchmodat, fstat, mkdirat};
+    use nix::unistd::{Gid, Uid, UnlinkatFlags, fchownat, unlinkat};
     let path = policy.listen.as_deref().ok_or(StartError::NoSocket)?;
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(file(path)(error)),
-        _ => {}
+    let (Some(above), Some(name)) = (path.parent(), path.file_name()) else { return Err(StartError::NoSocket) };
+    let failed = |errno: nix::Error| file(path)(errno.into());
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let above = open(above, flags, Mode::empty()).map_err(failed)?;
+    match mkdirat(&above, WORKSHOP, Mode::S_IRWXU) {
+        Ok(()) | Err(nix::Error::EEXIST) => {}
+        Err(errno) => return Err(failed(errno)),
     }
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let listener = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).map_err(step("make the socket"))?;
-    let address = UnixAddr::new(path).map_err(step("name the socket"))?;
+    let workshop = openat(&above, WORKSHOP, flags | OFlag::O_NOFOLLOW, Mode::empty()).map_err(failed)?;
+    let found = fstat(&workshop).map_err(failed)?;
+    if found.st_uid != geteuid().as_raw() || found.st_mode & 0o077 != 0 {
+        return Err(StartError::Foreign { path: path.with_file_name(WORKSHOP), owner: found.st_uid });
+    }
+    // What a launcher that was killed at this moment has left.
+    match unlinkat(&workshop, "socket", UnlinkatFlags::NoRemoveDir) {
+        Ok(()) | Err(nix::Error::ENOENT) => {}
+        Err(errno) => return Err(failed(errno)),
+    }
+    let kind = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let listener = socket(AddressFamily::Unix, SockType::SeqPacket, kind, None).map_err(step("make the socket"))?;
+    let address = UnixAddr::new(format!("/proc/self/fd/{}/socket", workshop.as_raw_fd()).as_str())
+        .map_err(step("name the socket"))?;
     bind(listener.as_raw_fd(), &address).map_err(step("bind the socket"))?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(file(path))?;
-    if !rootless {
-        std::os::unix::fs::chown(path, Some(policy.runner_uid), Some(policy.runner_gid)).map_err(file(path))?;
-    }
+    let place = || {
+        let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+        fchmodat(&workshop, "socket", mode, FchmodatFlags::FollowSymlink)?;
+        if !rootless {
+            let (uid, gid) = (Uid::from_raw(policy.runner_uid), Gid::from_raw(policy.runner_gid));
+            fchownat(&workshop, "socket", Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        }
+        renameat(&workshop, "socket", &above, name)
+    };
+    let placed = place();
+    // Empty now, unless the move failed; then what is in it is removed by the next launcher.
+    let _ = unlinkat(&above, WORKSHOP, UnlinkatFlags::RemoveDir);
+    placed.map_err(failed)?;
     listen(&listener, Backlog::new(16).unwrap_or(Backlog::MAXCONN)).map_err(step("listen"))?;
     Ok(listener)
 }
+
+/// Name of the directory in which the socket is made.
+const WORKSHOP: &str = ".launcher-socket";
 
 fn processors() -> Vec<u32> {
     let Ok(set) = sched_getaffinity(Pid::from_raw(0)) else { return Vec::new() };
