@@ -460,6 +460,37 @@ fn socket_exchanged_for_a_link_while_it_is_made_gives_nothing_away() {
     }
 }
 
+/// The state directory is the launcher's. A runner that could write below it could fill the disk with trees that the tree
+/// workers, which are nobody there, cannot remove.
+#[test]
+fn spool_of_a_sandbox_is_no_place_for_the_runner_to_write() {
+    needs_root!();
+    let bench = Bench::start();
+    let connection = bench.connect();
+    let created = create(&connection, plain_sandbox("spool"));
+    let [state, _] = bench.launcher.setup().directories();
+    let name = created.socket_name.trim_end_matches(".sock");
+    let spool = state.join("sandboxes").join(name).join("output");
+    assert!(spool.is_dir(), "the spool is elsewhere: {}", spool.display());
+    let as_runner = |script: &str| {
+        let mut command = Command::new("sh");
+        let runner = sandbox_runner_tests::launcher::RUNNER_UID;
+        std::os::unix::process::CommandExt::uid(&mut command, runner);
+        std::os::unix::process::CommandExt::gid(&mut command, runner);
+        command.args(["-c", script, "sh"]).arg(&spool).current_dir("/");
+        command.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::piped());
+        command.stderr(std::process::Stdio::piped());
+        finish(command, Duration::from_secs(10)).expect("sh ends")
+    };
+
+    let read = as_runner("ls \"$1\"");
+    let made = as_runner("mkdir \"$1/planted\"");
+
+    kill(&connection, "spool");
+    assert!(read.status.success(), "the runner cannot read the spool: {}", read.errors());
+    assert!(!made.status.success(), "the runner made a directory in {}", spool.display());
+}
+
 #[test]
 fn thirty_sandboxes_leave_nothing_in_the_launcher() {
     needs_root!();

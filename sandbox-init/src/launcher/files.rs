@@ -102,13 +102,14 @@ fn set_mode(path: &Path, mode: u32) -> Result<(), FilesError> {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(file("set the mode of", path))
 }
 
-/// The spool: written by process 1 (`keeper`), readable by the runner's group on the host and by everybody inside.
+/// The spool: written by process 1 (`keeper`) alone, readable by the runner's group on the host and by everybody inside. A
+/// runner that could write here could leave directories of its own, which nobody but root could remove.
 fn make_spool(path: &Path, keeper: u32, owners: Owners) -> Result<(OwnedFd, OwnedFd), FilesError> {
     fs::create_dir(path).map_err(file("create", path))?;
     if !owners.shared {
         chown(path, Some(keeper), Some(owners.runner_gid)).map_err(file("hand over", path))?;
     }
-    set_mode(path, 0o2775)?;
+    set_mode(path, 0o2755)?;
     let directory = open(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
         .map_err(step("open the spool"))?;
     let mount = open_tree(directory.as_fd(), c"", false).map_err(step("copy the mount of the spool"))?;
