@@ -72,7 +72,8 @@ impl Program {
                 Some("is of another kind")
             } else if found.st_uid != owner {
                 Some("belongs to somebody else")
-            } else if found.st_mode & 0o022 != 0 && found.st_mode & 0o1000 == 0 {
+            } else if found.st_mode & 0o022 != 0 && !(kind == SFlag::S_IFDIR && found.st_mode & 0o1000 != 0) {
+                // The sticky bit keeps others from exchanging a name in a directory; it does not protect a file.
                 Some("can be written by others")
             } else {
                 None
@@ -185,6 +186,19 @@ mod tests {
     fn a_program_that_others_can_write_is_refused() {
         let (_directory, program) = program(0o775);
         assert!(program.check().expect_err("must be refused").to_string().contains("can be written by others"));
+    }
+
+    #[test]
+    fn a_program_that_others_can_write_is_refused_with_the_sticky_bit_as_well() {
+        let (_directory, program) = program(0o1777);
+        assert!(program.check().expect_err("must be refused").to_string().contains("can be written by others"));
+    }
+
+    #[test]
+    fn a_program_in_a_directory_where_nobody_can_exchange_it_is_accepted() {
+        let (directory, program) = program(0o755);
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o1777)).expect("chmod");
+        assert!(program.check().is_ok());
     }
 
     #[test]
