@@ -8,8 +8,9 @@ use super::StageError;
 const LIMITS: [(Resource, &str, u64); 7] = [
     // Counted for the user that made the user namespace, which is the launcher's.
     (Resource::RLIMIT_SIGPENDING, "pending signals", 4096),
-    // core_pattern is not namespaced: a handler named there would run on the host.
-    (Resource::RLIMIT_CORE, "core size", 0),
+    // core_pattern is not namespaced: a handler named there would run on the host, as root, even with a limit of 0. One byte
+    // is what the kernel takes for "no handler either" (core(5), "piping core dumps to a program"), and no core fits into it.
+    (Resource::RLIMIT_CORE, "core size", 1),
     (Resource::RLIMIT_NOFILE, "open files", 65_536),
     (Resource::RLIMIT_MEMLOCK, "locked memory", 8 << 20),
     // POSIX queues are charged to the user, not to the memory cgroup.

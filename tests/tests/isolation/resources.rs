@@ -210,6 +210,22 @@ fn crash_leaves_no_core() {
     assert!(!report.outcome.core_dumped, "a core was written");
 }
 
+/// Where `core_pattern` names a program, the kernel starts it on the host, as root, for every crash inside, whatever the
+/// limit; except for a limit of one byte.
+#[test]
+fn crash_does_not_start_the_hosts_core_handler() {
+    needs_root!();
+    let _host = host::shared();
+    let rootfs = Rootfs::with_prober();
+
+    let finished = Exec::in_rootfs(Caller::Root, rootfs.path()).prober(["read", "/proc/self/limits"]);
+
+    let text = finished.text();
+    let line = text.lines().find(|line| line.starts_with("Max core file size")).expect("a line about cores");
+    let numbers: Vec<&str> = line.split_whitespace().skip(4).take(2).collect();
+    assert_eq!(numbers, ["1", "1"], "{line}");
+}
+
 #[test]
 fn command_that_ignores_every_signal_is_killed_at_the_timeout() {
     needs_root!();
