@@ -69,6 +69,7 @@ static void secrets(void) {
                                         "/proc/config.gz",  "/proc/mdstat",      "/proc/interrupts",   "/proc/latency_stats",
                                         "/proc/vmallocinfo", "/proc/slabinfo",   "/proc/pagetypeinfo", "/proc/iomem",
                                         "/proc/ioports",    "/proc/acpi",        "/proc/scsi/scsi",    "/proc/asound/cards",
+                                        "/proc/locks",      "/proc/zoneinfo",    "/proc/kpagecgroup",
                                         NULL};
     /* One more than a multiple of 8, which some of these insist on. */
     char buffer[513];

@@ -18,7 +18,7 @@ use crate::launcher::host::place;
 use crate::sys::mount::{FilesystemContext, attach, attribute, open_tree, set_attributes};
 
 /// Files of `/proc` that show or change the host: covered with `/dev/null`.
-const MASKED_FILES: [&CStr; 15] = [
+const MASKED_FILES: [&CStr; 18] = [
     c"cmdline",
     c"diskstats",
     c"partitions",
@@ -34,6 +34,10 @@ const MASKED_FILES: [&CStr; 15] = [
     c"interrupts",
     c"kpageflags",
     c"kpagecount",
+    // Locks of the whole machine with inodes and ranges: among them those that say which ids other sandboxes have.
+    c"locks",
+    c"mdstat",
+    c"zoneinfo",
 ];
 /// Directories of `/proc` that show the host's devices: covered with an empty directory.
 const MASKED_DIRECTORIES: [&CStr; 4] = [c"acpi", c"asound", c"scsi", c"driver"];
