@@ -7,6 +7,7 @@ use proto::runner::v1::call::Input;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use super::super::outcome::printable;
 use super::call::{Actor, bash};
 use super::steps::read;
 use crate::dev::DevError;
@@ -85,12 +86,12 @@ async fn call(actor: &Actor<'_>, call_id: &str, input: Input, signals: &mut Sign
                 match seen {
                     Ok(seen) => {
                         if !is_bash {
-                            actor.screen.line(&seen.text);
+                            actor.screen.line(&shown(&seen.text));
                         }
                         let milliseconds = seen.took.as_secs_f64() * 1000.0;
                         actor.screen.line(&format!("[{}, {milliseconds:.1} ms]", seen.ending()));
                     }
-                    Err(error @ DevError::Refused { .. }) => actor.screen.line(&error.to_string()),
+                    Err(error @ DevError::Refused { .. }) => actor.screen.line(&shown(&error.to_string())),
                     Err(error) => return Err(error),
                 }
                 return Ok(true);
@@ -104,6 +105,12 @@ async fn call(actor: &Actor<'_>, call_id: &str, input: Input, signals: &mut Sign
             _ = signals.terminate.recv() => return Ok(false),
         }
     }
+}
+
+/// What a tool answered, fit for a terminal: contents and names of files are the workload's, and may not steer it.
+fn shown(text: &str) -> String {
+    let line = |line: &str| line.split('\t').map(printable).collect::<Vec<_>>().join("\t");
+    text.lines().map(line).collect::<Vec<_>>().join("\n")
 }
 
 fn prompt() {
@@ -159,6 +166,11 @@ mod tests {
         assert_eq!(parse(":read /a b"), Ok(Line::Call(read("/a b"))));
         let written = pb::WriteInput { file_path: "/f".into(), content: "two words\n".into() };
         assert_eq!(parse(":write /f two words"), Ok(Line::Call(Input::Write(written))));
+    }
+
+    #[test]
+    fn what_a_file_holds_steers_no_terminal() {
+        assert_eq!(shown("a\tb\n\u{1b}]0;title\u{7}\r\u{9b}2J"), "a\tb\n?]0;title???2J");
     }
 
     #[test]
