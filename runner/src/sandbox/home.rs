@@ -169,15 +169,21 @@ fn prepare_shared_directory(path: &Path, runner: Identity) -> Result<(), HomeErr
     let is_shared = |found: &fs::Metadata| {
         found.is_dir() && found.uid() == nix::unistd::geteuid().as_raw() && found.mode() & SHARED == SHARED
     };
-    match fs::symlink_metadata(path) {
-        Ok(found) if is_shared(&found) && found.mode() & 0o002 == 0 && found.gid() == runner.gid => return Ok(()),
-        // Shared with a group that the runner had before.
-        Ok(found) if is_shared(&found) => {
-            fs::set_permissions(path, fs::Permissions::from_mode(0o711)).map_err(failed)?;
-        }
-        _ => {}
+    let is_ready = || {
+        let found = fs::symlink_metadata(path);
+        found.is_ok_and(|found| is_shared(&found) && found.mode() & 0o002 == 0 && found.gid() == runner.gid)
+    };
+    if is_ready() {
+        return Ok(());
     }
-    prepare_directory(path, 0o711)?;
+    // Shared with a group that the runner had before.
+    if fs::symlink_metadata(path).is_ok_and(|found| is_shared(&found) && found.gid() != runner.gid) {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o711)).map_err(failed)?;
+    }
+    if let Err(error) = prepare_directory(path, 0o711) {
+        // A command beside this one may just have finished the same work.
+        return if is_ready() { Ok(()) } else { Err(error) };
+    }
     std::os::unix::fs::chown(path, None, Some(runner.gid)).map_err(failed)?;
     fs::set_permissions(path, fs::Permissions::from_mode(SHARED)).map_err(failed)
 }
@@ -236,6 +242,19 @@ mod tests {
 
         for path in [&home.state, &home.run, &home.sandboxes()] {
             assert_eq!(fs::metadata(path).expect("exists").mode() & 0o777, 0o700, "{}", path.display());
+        }
+    }
+
+    #[test]
+    fn commands_that_start_together_prepare_the_same_directories() {
+        for _ in 0..200 {
+            let directory = tempfile::tempdir().expect("temporary directory");
+            let run = directory.path().join("run");
+            std::thread::scope(|scope| {
+                for _ in 0..4 {
+                    scope.spawn(|| prepare_shared_directory(&run, own_identity()).expect("prepared by both"));
+                }
+            });
         }
     }
 

@@ -96,6 +96,8 @@ struct Removal {
     since: Instant,
 }
 
+/// How long a removal stands back for blanks.
+const OVERDUE: Duration = Duration::from_millis(50);
 /// How long a removal may fail before it is left for the next start.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -109,7 +111,7 @@ impl Background {
             let timeout = if removals.is_empty() { PollTimeout::NONE } else { PollTimeout::from(2_u8) };
             let mut interest = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
             match poll(&mut interest, timeout) {
-                Ok(0) => {}
+                Ok(0) => removals.retain(|removal| !self.remove(removal)),
                 Ok(_) => match receive(&self.socket, PACKET_BYTES) {
                     Ok(Some(packet)) => self.obey(&packet, &mut removals),
                     Err(Errno::EINTR) => {}
@@ -118,7 +120,10 @@ impl Background {
                 Err(Errno::EINTR) => {}
                 Err(_) => break,
             }
-            removals.retain(|removal| !self.remove(removal));
+            // Whoever wants a sandbox waits for a blank; nobody waits for a removal, until ids or disk run short.
+            if removals.iter().any(|removal| removal.since.elapsed() > OVERDUE) {
+                removals.retain(|removal| !self.remove(removal));
+            }
         }
         while removals.iter().any(|removal| removal.since.elapsed() < PATIENCE) {
             removals.retain(|removal| !self.remove(removal));

@@ -328,7 +328,7 @@ fn read_host_etc() -> Vec<EtcEntry> {
 }
 
 /// Directories of the skeleton with their modes.
-const SKELETON_DIRECTORIES: [(&str, u32); 21] = [
+const SKELETON_DIRECTORIES: [(&str, u32); 22] = [
     ("etc", 0o755),
     ("etc/ssl", 0o755),
     ("home", 0o755),
@@ -337,6 +337,7 @@ const SKELETON_DIRECTORIES: [(&str, u32); 21] = [
     ("workspace", 0o755),
     ("tmp", 0o1777),
     ("run", 0o755),
+    ("run/sandbox-runner", 0o755),
     ("var", 0o755),
     ("var/tmp", 0o1777),
     ("var/lib", 0o755),
