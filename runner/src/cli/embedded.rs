@@ -25,6 +25,8 @@ pub(super) struct Wishes {
     pub(super) without: Vec<String>,
     /// Sandboxes kept half-made; 0 for commands that make one and end.
     pub(super) pool: u32,
+    /// Sandboxes at once, when they may be more than usual.
+    pub(super) sandboxes: u32,
 }
 
 /// Starts a launcher for these wishes and gives up root. Call before any thread exists.
@@ -34,7 +36,7 @@ pub(super) fn start(wishes: &Wishes) -> Result<StartedLauncher, StartError> {
 
 /// The same in these directories.
 pub(super) fn start_in(home: &Home, wishes: &Wishes) -> Result<StartedLauncher, StartError> {
-    let ranges = IdRanges::of_this_process();
+    let ranges = IdRanges::of_this_process(wishes.sandboxes.saturating_add(wishes.pool));
     let identity = runner_identity(ranges.runner);
     let mut policy =
         LauncherPolicy::embedded(identity.uid, identity.gid, home.state.clone(), home.run.clone(), host_size());

@@ -166,7 +166,8 @@ fn try_run(arguments: &ExecArguments) -> Result<u8, ExecError> {
         ExecError::StateDirectory { path: arguments.state_dir.clone().unwrap_or_default(), source }
     })?;
     let from_directory = rootfs.is_some();
-    let started = embedded::start(&Wishes { state_directory, rootfs, without: arguments.without.clone(), pool: 0 })?;
+    let without = arguments.without.clone();
+    let started = embedded::start(&Wishes { state_directory, rootfs, without, ..Wishes::default() })?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ExecError::Runtime)?;
     let spec = spec(arguments, from_directory);
     let (result, process) = runtime.block_on(run_in_sandbox(arguments, &spec, started));

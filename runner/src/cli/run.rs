@@ -121,7 +121,9 @@ fn try_run(arguments: &RunArguments, config: &mut Config) -> Result<(), RunError
         None => {
             let home = own_home(config, given.as_deref());
             (config.state_directory, config.run_directory) = (home.state.clone(), home.run.clone());
-            Source::Own(Box::new(embedded::start_in(&home, &Wishes { pool: POOL, ..Wishes::default() })?))
+            // One more, because the isolation is measured in a sandbox of its own.
+            let sandboxes = u32::try_from(config.capacity.max_sessions).unwrap_or(u32::MAX).saturating_add(1);
+            Source::Own(Box::new(embedded::start_in(&home, &Wishes { pool: POOL, sandboxes, ..Wishes::default() })?))
         }
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(RunError::Runtime)?;

@@ -38,39 +38,44 @@ pub struct IdRanges {
 }
 
 impl IdRanges {
-    /// The ranges that fit into the id map of this process.
+    /// The ranges that fit into the id map of this process, for `sandboxes` at once or more.
     #[must_use]
-    pub fn of_this_process() -> Self {
-        Self::within(&std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default())
+    pub fn of_this_process(sandboxes: u32) -> Self {
+        Self::within(&std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default(), sandboxes)
     }
 
     /// The ranges that fit into this id map (user_namespaces(7)): the usual ones, or blocks of 4,096 of which the first
-    /// belongs to the container itself and to the runner.
+    /// belongs to the container itself and to the runner. More than the usual number of sandboxes are promised only where
+    /// all their ids are mapped.
     #[must_use]
-    pub fn within(uid_map: &str) -> Self {
-        let usual = Self {
+    pub fn within(uid_map: &str, sandboxes: u32) -> Self {
+        let usual = |slots| Self {
             runner: RUNNER_ID,
             sandboxes: Ids {
                 base: DEFAULT_ID_BASE + DEFAULT_IDS_PER_SANDBOX,
                 per_sandbox: DEFAULT_IDS_PER_SANDBOX,
-                slots: DEFAULT_SLOTS,
+                slots,
             },
         };
-        let ranges = uid_map.lines().filter_map(|line| {
-            let mut fields = line.split_whitespace().map(|field| field.parse::<u64>().ok());
-            let (start, _, count) = (fields.next()??, fields.next()??, fields.next()??);
-            Some((start, count))
-        });
-        let last = u64::from(usual.sandboxes.base) + u64::from(DEFAULT_SLOTS) * u64::from(DEFAULT_IDS_PER_SANDBOX);
-        let (mut blocks, mut fits) = (0, false);
-        for (start, count) in ranges {
-            fits |= start <= u64::from(RUNNER_ID) && last <= start + count;
-            if start == 0 {
-                blocks = count / u64::from(COMPACT_IDS);
-            }
+        let ranges: Vec<(u64, u64)> = uid_map
+            .lines()
+            .filter_map(|line| {
+                let mut fields = line.split_whitespace().map(|field| field.parse::<u64>().ok());
+                let (start, _, count) = (fields.next()??, fields.next()??, fields.next()??);
+                Some((start, count))
+            })
+            .collect();
+        let fits = |slots: u32| {
+            let last = u64::from(DEFAULT_ID_BASE) + (u64::from(slots) + 1) * u64::from(DEFAULT_IDS_PER_SANDBOX);
+            ranges.iter().any(|(start, count)| *start <= u64::from(RUNNER_ID) && last <= start + count)
+        };
+        if let Some(slots) = [sandboxes.max(DEFAULT_SLOTS), DEFAULT_SLOTS].into_iter().find(|slots| fits(*slots)) {
+            return usual(slots);
         }
-        if fits || blocks < 2 {
-            return usual;
+        let whole = ranges.iter().find(|(start, _)| *start == 0);
+        let blocks = whole.map_or(0, |(_, count)| count / u64::from(COMPACT_IDS));
+        if blocks < 2 {
+            return usual(DEFAULT_SLOTS);
         }
         let slots = u32::try_from(blocks - 1).unwrap_or(DEFAULT_SLOTS).min(DEFAULT_SLOTS);
         Self { runner: COMPACT_IDS - 1, sandboxes: Ids { base: COMPACT_IDS, per_sandbox: COMPACT_IDS, slots } }
@@ -299,7 +304,7 @@ mod tests {
 
     #[test]
     fn pod_with_65536_ids_gives_fifteen_sandboxes_of_4096() {
-        let ranges = IdRanges::within("         0    1000000      65536\n");
+        let ranges = IdRanges::within("         0    1000000      65536\n", 100);
 
         assert_eq!(ranges.sandboxes, Ids { base: 4096, per_sandbox: 4096, slots: 15 });
         assert!(ranges.runner < ranges.sandboxes.base);
@@ -307,10 +312,19 @@ mod tests {
 
     #[test]
     fn host_with_all_ids_gives_the_usual_ranges() {
-        let ranges = IdRanges::within("         0          0 4294967295\n");
+        let ranges = IdRanges::within("         0          0 4294967295\n", 0);
 
         assert_eq!(ranges.sandboxes.per_sandbox, DEFAULT_IDS_PER_SANDBOX);
-        assert_eq!(ranges.runner, RUNNER_ID);
+        assert_eq!((ranges.runner, ranges.sandboxes.slots), (RUNNER_ID, DEFAULT_SLOTS));
+    }
+
+    #[test]
+    fn host_with_all_ids_has_a_range_for_every_session_that_was_configured() {
+        let slots = |sandboxes| IdRanges::within("         0          0 4294967295\n", sandboxes).sandboxes.slots;
+
+        assert_eq!((slots(1), slots(515)), (DEFAULT_SLOTS, 515));
+        // More than there are ids above the first: the launcher then says that every range is in use.
+        assert_eq!(slots(u32::MAX), DEFAULT_SLOTS);
     }
 
     #[test]
