@@ -14,7 +14,9 @@
  * the given commands and prints one object per line, without ratios when others used more than 15 % of the
  * processors. `serve` reads the words fresh, pooled or kill, one per line, and answers each with
  * "READY_US REAP_US DOWN_US CYCLE_US", so that another program can interleave it with its own work; for kill, REAP_US
- * is the time from the signal to the end of 200 sleeping processes.
+ * is the time from the signal to the end of 200 sleeping processes. Three more words are for what is not a creation:
+ * `hop` answers with the microseconds that a message to another process and its answer take over a packet socket,
+ * `hold` makes one more sandbox that stays (a static process 1 and a bash that waits for a command), `drop` ends these.
  *
  * Needs root. Mounts live in a private mount namespace and its cgroups below one of its own, so nothing stays behind.
  * It is a measuring instrument, not a sandbox: no id ranges of its own, no masks, no second user namespace.
@@ -54,6 +56,9 @@
 #define ID_COUNT 65536u
 #define POOL 32
 #define MAX_PEERS 16
+#define MAX_HELD 1024
+/* Instead of a number of sleepers: a bash. */
+#define SHELL (-1)
 #define FOREIGN_LIMIT_PERCENT 15.0
 #define WORK "/mnt"
 
@@ -214,10 +219,12 @@ static void prepare(void) {
     check(mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) == 0, "make mounts private");
     check(mount("floor", WORK, "tmpfs", 0, "mode=755") == 0, "mount tmpfs");
     const char *directories[] = {WORK "/lower",     WORK "/lower/bin",     WORK "/lower/proc", WORK "/lower/dev",
-                                 WORK "/lower/tmp", WORK "/lower/dev/pts", WORK "/dev"};
+                                 WORK "/lower/tmp", WORK "/lower/dev/pts", WORK "/dev",
+                                 WORK "/lower/usr"};
     for (size_t i = 0; i < sizeof directories / sizeof *directories; i++)
         check(mkdir(directories[i], 0755) == 0, directories[i]);
     copy_self(WORK "/lower/bin/true");
+    check(symlink("usr/lib", WORK "/lower/lib") == 0 && symlink("usr/lib64", WORK "/lower/lib64") == 0, "link libraries");
     device("null", 1, 3);
     device("zero", 1, 5);
     device("full", 1, 7);
@@ -301,6 +308,7 @@ static _Noreturn void inside(const struct place *place, int go, int report, int 
     check(mount("proc", "proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL) == 0, "mount proc");
     check(mount(WORK "/dev", "dev", NULL, MS_BIND, NULL) == 0, "bind dev");
     check(mount("tmp", "tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=64m,mode=1777") == 0, "mount tmp");
+    if (sleepers == SHELL) check(mount("/usr", "usr", NULL, MS_BIND | MS_REC, NULL) == 0, "bind usr");
     check(syscall(SYS_pivot_root, ".", ".") == 0, "pivot_root");
     check(umount2(".", MNT_DETACH) == 0 && chdir("/") == 0, "leave the old root");
     if (fresh_net) loopback_up();
@@ -311,7 +319,7 @@ static _Noreturn void inside(const struct place *place, int go, int report, int 
     char *arguments[] = {"true", NULL, NULL};
     char *environment[] = {NULL};
     if (sleepers) {
-        arguments[0] = "sleepers";
+        arguments[0] = sleepers == SHELL ? "holder" : "sleepers";
         arguments[1] = count;
         check(dup2(report, 3) == 3 && fcntl(3, F_SETFD, 0) == 0, "pass the report pipe");
     }
@@ -323,74 +331,141 @@ struct times {
     double ready, reap, down, cycle;
 };
 
-/* One sandbox, from nothing to nothing. With sleepers, `reap` is the time from the kill to the end. */
-static struct times one(int worker, int fresh_net, int sleepers) {
-    static unsigned serial;
+/* A sandbox that has executed, or that holds what it was told to hold. */
+struct sandbox {
     struct place place;
-    int go[2], report[2], child_fd = -1;
+    pid_t pid;
+    int child_fd, cgroup, go, report;
+};
+
+static struct sandbox begin(int worker, int fresh_net, int sleepers) {
+    static unsigned serial;
+    struct sandbox sandbox = {.child_fd = -1};
+    struct place *place = &sandbox.place;
+    int go[2], report[2];
     char text[64], path[64], byte;
-    double t0 = now_us();
 
     serial++;
-    snprintf(place.upper, sizeof place.upper, WORK "/u%d-%u", worker, serial);
-    snprintf(place.work, sizeof place.work, WORK "/w%d-%u", worker, serial);
-    snprintf(place.root, sizeof place.root, WORK "/r%d-%u", worker, serial);
-    snprintf(place.cgroup, sizeof place.cgroup, "%s/%d-%u", cgroup_root, worker, serial);
-    check(mkdir(place.upper, 0755) == 0 && mkdir(place.work, 0755) == 0 && mkdir(place.root, 0755) == 0, "make directories");
-    check(chown(place.upper, ID_BASE, ID_BASE) == 0 && chown(place.work, ID_BASE, ID_BASE) == 0, "give directories away");
-    check(mkdir(place.cgroup, 0755) == 0, place.cgroup);
-    int cgroup = open(place.cgroup, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    check(cgroup >= 0 && pipe2(go, O_CLOEXEC) == 0 && pipe2(report, O_CLOEXEC) == 0, "open cgroup and pipes");
+    snprintf(place->upper, sizeof place->upper, WORK "/u%d-%u", worker, serial);
+    snprintf(place->work, sizeof place->work, WORK "/w%d-%u", worker, serial);
+    snprintf(place->root, sizeof place->root, WORK "/r%d-%u", worker, serial);
+    snprintf(place->cgroup, sizeof place->cgroup, "%s/%d-%u", cgroup_root, worker, serial);
+    check(mkdir(place->upper, 0755) == 0 && mkdir(place->work, 0755) == 0 && mkdir(place->root, 0755) == 0, "make directories");
+    check(chown(place->upper, ID_BASE, ID_BASE) == 0 && chown(place->work, ID_BASE, ID_BASE) == 0, "give directories away");
+    check(mkdir(place->cgroup, 0755) == 0, place->cgroup);
+    sandbox.cgroup = open(place->cgroup, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    check(sandbox.cgroup >= 0 && pipe2(go, O_CLOEXEC) == 0 && pipe2(report, O_CLOEXEC) == 0, "open cgroup and pipes");
 
     struct clone_args arguments = {
         .flags = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP | CLONE_PIDFD |
                  CLONE_INTO_CGROUP | (fresh_net ? CLONE_NEWNET : 0),
         .exit_signal = SIGCHLD,
-        .pidfd = (uint64_t)(uintptr_t)&child_fd,
-        .cgroup = (uint64_t)cgroup,
+        .pidfd = (uint64_t)(uintptr_t)&sandbox.child_fd,
+        .cgroup = (uint64_t)sandbox.cgroup,
     };
     if (!fresh_net) check(setns(pool_net[pool_next++ % POOL], CLONE_NEWNET) == 0, "enter a pooled network namespace");
-    pid_t pid = (pid_t)syscall(SYS_clone3, &arguments, sizeof arguments);
-    check(pid >= 0, "clone3");
-    if (pid == 0) inside(&place, go[0], report[1], fresh_net, sleepers);
+    sandbox.pid = (pid_t)syscall(SYS_clone3, &arguments, sizeof arguments);
+    check(sandbox.pid >= 0, "clone3");
+    if (sandbox.pid == 0) inside(place, go[0], report[1], fresh_net, sleepers);
     if (!fresh_net) check(setns(home_net, CLONE_NEWNET) == 0, "return to the network namespace");
     close(report[1]);
+    close(go[0]);
 
     snprintf(text, sizeof text, "0 %u %u\n", ID_BASE, ID_COUNT);
-    snprintf(path, sizeof path, "/proc/%d/uid_map", pid);
+    snprintf(path, sizeof path, "/proc/%d/uid_map", sandbox.pid);
     write_file(path, text);
-    snprintf(path, sizeof path, "/proc/%d/gid_map", pid);
+    snprintf(path, sizeof path, "/proc/%d/gid_map", sandbox.pid);
     write_file(path, text);
     check(write(go[1], "g", 1) == 1, "let the child go");
 
-    /* End of file when exec closed the pipe; with sleepers, one byte when all of them sleep. */
+    /* End of file when exec closed the pipe; with something to hold, one byte when all of it is there. */
     ssize_t n = read(report[0], &byte, 1);
     check(sleepers ? n == 1 : n == 0, "wait for exec");
-    double t1 = now_us();
-    if (sleepers) check(kill(pid, SIGKILL) == 0, "kill");
+    sandbox.go = go[1];
+    sandbox.report = report[0];
+    return sandbox;
+}
+
+static void await_end(const struct sandbox *sandbox, int killed) {
     int status;
-    check(waitpid(pid, &status, 0) == pid, "wait");
-    if (!sleepers && status != 0) {
+    if (killed) check(kill(sandbox->pid, SIGKILL) == 0, "kill");
+    check(waitpid(sandbox->pid, &status, 0) == sandbox->pid, "wait");
+    if (!killed && status != 0) {
         errno = ECHILD;
         die("the sandbox ended with status %#x", status);
     }
-    double t2 = now_us();
-    close(child_fd);
-    close(cgroup);
-    close(go[0]);
-    close(go[1]);
-    close(report[0]);
-    check(rmdir(place.cgroup) == 0, place.cgroup);
+}
+
+static void take_down(const struct sandbox *sandbox) {
+    const struct place *place = &sandbox->place;
+    close(sandbox->child_fd);
+    close(sandbox->cgroup);
+    close(sandbox->go);
+    close(sandbox->report);
+    check(rmdir(place->cgroup) == 0, place->cgroup);
     /* What overlay leaves in its work directory; a volatile mount says so with a file. */
     static const char *const left[] = {"work/incompat/volatile/dirty", "work/incompat/volatile", "work/incompat", "work"};
     for (size_t i = 0; i < sizeof left / sizeof *left; i++) {
         char inner[200];
-        snprintf(inner, sizeof inner, "%s/%s", place.work, left[i]);
+        snprintf(inner, sizeof inner, "%s/%s", place->work, left[i]);
         check(remove(inner) == 0, inner);
     }
-    check(rmdir(place.work) == 0 && rmdir(place.upper) == 0 && rmdir(place.root) == 0, "remove directories");
+    check(rmdir(place->work) == 0 && rmdir(place->upper) == 0 && rmdir(place->root) == 0, "remove directories");
+}
+
+/* One sandbox, from nothing to nothing. With sleepers, `reap` is the time from the kill to the end. */
+static struct times one(int worker, int fresh_net, int sleepers) {
+    double t0 = now_us();
+    struct sandbox sandbox = begin(worker, fresh_net, sleepers);
+    double t1 = now_us();
+    await_end(&sandbox, sleepers != 0);
+    double t2 = now_us();
+    take_down(&sandbox);
     double t3 = now_us();
     return (struct times){t1 - t0, t2 - t1, t3 - t2, t3 - t0};
+}
+
+static struct sandbox held[MAX_HELD];
+static int held_count;
+
+static void hold(void) {
+    errno = ENOSPC;
+    check(held_count < MAX_HELD, "hold more");
+    held[held_count] = begin(0, 1, SHELL);
+    held_count++;
+}
+
+static void drop(void) {
+    for (int i = 0; i < held_count; i++) {
+        await_end(&held[i], 1);
+        take_down(&held[i]);
+    }
+    held_count = 0;
+}
+
+/* A message to a process of its own and the answer, as packets; the process is made at the first call. */
+static double hop_us(void) {
+    static int near = -1;
+    char packet[128] = {0};
+    if (near < 0) {
+        int pair[2];
+        check(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) == 0, "socketpair");
+        pid_t pid = fork();
+        check(pid >= 0, "fork the other side");
+        if (pid == 0) {
+            ssize_t n;
+            close(pair[0]);
+            while ((n = read(pair[1], packet, sizeof packet)) > 0)
+                if (write(pair[1], packet, (size_t)n) != n) break;
+            _exit(0);
+        }
+        close(pair[1]);
+        near = pair[0];
+        (void)hop_us();
+    }
+    double start = now_us();
+    check(write(near, packet, sizeof packet) == sizeof packet && read(near, packet, sizeof packet) == sizeof packet, "hop");
+    return now_us() - start;
 }
 
 /* An ordinary command, from spawn to end, for peers. */
@@ -520,14 +595,42 @@ static void serve(void) {
     char word[32];
     while (scanf("%31s", word) == 1) {
         int sleepers = strcmp(word, "kill") == 0 ? 200 : 0;
-        if (!sleepers && strcmp(word, "fresh") && strcmp(word, "pooled")) {
-            puts("error: say fresh, pooled or kill");
+        if (!strcmp(word, "hop")) {
+            printf("%.1f\n", hop_us());
+        } else if (!strcmp(word, "hold") || !strcmp(word, "drop")) {
+            if (word[0] == 'h') hold();
+            else drop();
+            printf("%d\n", held_count);
+        } else if (!sleepers && strcmp(word, "fresh") && strcmp(word, "pooled")) {
+            puts("error: say fresh, pooled, kill, hop, hold or drop");
         } else {
             struct times t = one(0, strcmp(word, "pooled") != 0, sleepers);
             printf("%.0f %.0f %.0f %.0f\n", t.ready, t.reap, t.down, t.cycle);
         }
         fflush(stdout);
     }
+    drop();
+}
+
+/* What a sandbox that is held executes: process 1 and a bash beside it that has run one command. */
+static _Noreturn void holder(void) {
+    int input[2], output[2];
+    char word[8];
+    check(pipe2(input, O_CLOEXEC) == 0 && pipe2(output, O_CLOEXEC) == 0, "pipes of the shell");
+    pid_t pid = fork();
+    check(pid >= 0, "fork the shell");
+    if (pid == 0) {
+        check(dup2(input[0], 0) == 0 && dup2(output[1], 1) == 1, "give the shell its pipes");
+        char *arguments[] = {"bash", "--noprofile", "--norc", NULL};
+        char *environment[] = {"PATH=/usr/bin", NULL};
+        execve("/usr/bin/bash", arguments, environment);
+        die("exec bash");
+    }
+    close(input[0]);
+    close(output[1]);
+    check(write(input[1], "echo\n", 5) == 5 && read(output[0], word, sizeof word) == 1, "let the shell say something");
+    check(write(3, "r", 1) == 1, "report");
+    for (;;) pause();
 }
 
 /* What a sandbox that will be killed executes: this same file under another name. Says when all of them sleep. */
@@ -546,6 +649,7 @@ int main(int argc, char **argv) {
     const char *slash = argc > 0 ? strrchr(argv[0], '/') : NULL;
     const char *name = slash ? slash + 1 : argc > 0 ? argv[0] : "";
     if (strcmp(name, "true") == 0) return 0;
+    if (strcmp(name, "holder") == 0) holder();
     if (strcmp(name, "sleepers") == 0) sleepers(argc > 1 ? atoi(argv[1]) : 0);
     struct options o = {.rounds = 100, .creators = 1, .sleepers = 200, .fresh_net = 1};
     const char *mode = argc > 1 ? argv[1] : "";
