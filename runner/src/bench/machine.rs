@@ -131,6 +131,14 @@ pub fn guards(foreign_percent: f64) -> Result<Value, BenchError> {
     }))
 }
 
+/// Memory that nobody uses, in KiB.
+///
+/// # Errors
+/// [`BenchError::Machine`].
+pub fn free_kib() -> Result<u64, BenchError> {
+    Ok(kilobytes(&read("/proc/meminfo")?, "MemFree:").unwrap_or(0))
+}
+
 fn kilobytes(meminfo: &str, key: &str) -> Option<u64> {
     meminfo.lines().find_map(|line| line.strip_prefix(key))?.trim().strip_suffix("kB")?.trim().parse().ok()
 }

@@ -7,6 +7,8 @@
 //! Root is given up before anything is measured, as in the daemon; peers that need it are run by a helper process that was
 //! started before (`peer_server`) and knows a fixed list of commands.
 
+pub mod delay;
+pub mod echo;
 pub mod goal;
 pub mod machine;
 pub mod peer;
@@ -14,10 +16,12 @@ pub mod peer_server;
 pub mod row;
 pub mod sample;
 pub mod subject;
+pub mod whole;
 
 use std::io;
 
 use self::peer::PeerError;
+use crate::dev::DevError;
 use crate::sandbox::CreateError;
 use crate::sandbox::launch::LaunchError;
 use crate::work::{Outcome, ToolFailure};
@@ -63,6 +67,12 @@ pub enum BenchError {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// The orchestrator or the link to it.
+    #[error(transparent)]
+    Dev(#[from] DevError),
+    /// The same, found by the benchmark.
+    #[error("the link: {0}")]
+    Link(String),
     /// A setting is needed that was not given.
     #[error("{0}")]
     Missing(&'static str),

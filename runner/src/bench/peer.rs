@@ -4,11 +4,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use serde::{Deserialize, Serialize};
 
+use super::row::Measured;
 use super::sample::Samples;
 
 /// Why a peer was not measured.
@@ -41,6 +43,19 @@ pub struct Settings {
     pub tree: Option<PathBuf>,
     /// Regular expression of the search.
     pub pattern: String,
+    /// A Python that can import the official SDK; without it the first `python3` of the search path is tried.
+    pub sdk_python: Option<PathBuf>,
+    /// Where the certificates of a daemon are put.
+    pub certificates: Option<PathBuf>,
+}
+
+/// Memory of one process, in KiB.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Memory {
+    /// All of it that is resident.
+    pub resident: f64,
+    /// What it shares with nobody.
+    pub private: f64,
 }
 
 /// First line of the helper.
@@ -81,12 +96,20 @@ impl Peers {
     pub fn start(program: &Path, arguments: &[&str], settings: &Settings) -> Result<Self, PeerError> {
         let helper = |step| move |source| PeerError::Helper { step, source };
         let mut command = Command::new(program);
+        // A signal to all of us ends the benchmark; the helper then finds its input ended, and clears up.
+        command.process_group(0);
         command.args(arguments).arg("--pattern").arg(&settings.pattern);
         if let Some(floor) = &settings.floor {
             command.arg("--floor").arg(floor);
         }
         if let Some(tree) = &settings.tree {
             command.arg("--tree").arg(tree);
+        }
+        if let Some(python) = &settings.sdk_python {
+            command.arg("--sdk-python").arg(python);
+        }
+        if let Some(directory) = &settings.certificates {
+            command.arg("--certificates").arg(directory);
         }
         let mut child =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().map_err(helper("cannot be started"))?;
@@ -103,6 +126,17 @@ impl Peers {
     /// Whether `name` can be run.
     pub fn has(&self, name: &str) -> bool {
         self.inventory.available.contains(name)
+    }
+
+    /// The summary of what `name` took, or why there is none.
+    ///
+    /// # Errors
+    /// The reason, for the reader of a row.
+    pub fn measured(&self, name: &str, samples: &Samples) -> Measured {
+        samples.summary().ok_or_else(|| match self.inventory.missing.get(name) {
+            Some(reason) => reason.clone(),
+            None => "there are no samples".to_owned(),
+        })
     }
 
     /// Runs `name` once, if it is there; milliseconds.
@@ -136,6 +170,77 @@ impl Peers {
         let values = self.ask(&format!("floor {kind}"))?;
         let ms = |index: usize| values.get(index).copied().unwrap_or(f64::NAN) / 1000.0;
         Ok(Some(FloorTimes { ready: ms(0), reap: ms(1), cycle: ms(3) }))
+    }
+
+    /// A message to another process of the floor program and back, if there is one; milliseconds.
+    ///
+    /// # Errors
+    /// [`PeerError`].
+    pub fn hop(&mut self) -> Result<Option<f64>, PeerError> {
+        if !self.has("floor") {
+            return Ok(None);
+        }
+        Ok(self.ask("floor hop")?.first().map(|us| us / 1000.0))
+    }
+
+    /// The floor program keeps `count` sandboxes with a shell, or none with 0.
+    ///
+    /// # Errors
+    /// [`PeerError`].
+    pub fn hold(&mut self, count: usize) -> Result<(), PeerError> {
+        if count == 0 {
+            return self.ask("floor drop").map(drop);
+        }
+        (0..count).try_for_each(|_| self.ask("floor hold").map(drop))
+    }
+
+    /// Runs a tool of the official SDK in its own process and adds the time, if the SDK is there.
+    ///
+    /// # Errors
+    /// [`PeerError`].
+    pub fn sdk(&mut self, tool: &str, samples: &mut Samples) -> Result<(), PeerError> {
+        if self.has("sdk") {
+            self.ask(&format!("sdk {tool}"))?.first().into_iter().for_each(|us| samples.push(us / 1000.0));
+        }
+        Ok(())
+    }
+
+    /// Memory of a new process that has imported the SDK and its tools, if it is there.
+    ///
+    /// # Errors
+    /// [`PeerError`].
+    pub fn sdk_memory(&mut self) -> Result<Option<Memory>, PeerError> {
+        if self.has("sdk") { self.memory("sdk").map(Some) } else { Ok(None) }
+    }
+
+    /// Memory of the daemon that was started.
+    ///
+    /// # Errors
+    /// [`PeerError`].
+    pub fn daemon_memory(&mut self) -> Result<Memory, PeerError> {
+        self.memory("daemon")
+    }
+
+    fn memory(&mut self, whose: &str) -> Result<Memory, PeerError> {
+        let values = self.ask(&format!("memory {whose}"))?;
+        let kib = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
+        Ok(Memory { resident: kib(0), private: kib(1) })
+    }
+
+    /// Starts a daemon that dials this loopback port.
+    ///
+    /// # Errors
+    /// [`PeerError`].
+    pub fn start_daemon(&mut self, port: u16) -> Result<(), PeerError> {
+        self.ask(&format!("daemon start {port}")).map(drop)
+    }
+
+    /// Ends that daemon and waits for its end.
+    ///
+    /// # Errors
+    /// [`PeerError`].
+    pub fn stop_daemon(&mut self) -> Result<(), PeerError> {
+        self.ask("daemon stop").map(drop)
     }
 
     /// How many of `name` two creators finish in a second, `each` per creator.

@@ -12,6 +12,8 @@ pub const FOREIGN_LIMIT_PERCENT: f64 = 15.0;
 pub enum Unit {
     /// Milliseconds; less is better.
     Milliseconds,
+    /// Memory; less is better.
+    Kibibytes,
     /// Sandboxes in a second; more is better.
     PerSecond,
     /// Megabytes in a second; more is better.
@@ -22,13 +24,14 @@ impl Unit {
     fn name(self) -> &'static str {
         match self {
             Self::Milliseconds => "ms",
+            Self::Kibibytes => "KiB",
             Self::PerSecond => "/s",
             Self::MegabytesPerSecond => "MB/s",
         }
     }
 
     fn more_is_better(self) -> bool {
-        !matches!(self, Self::Milliseconds)
+        matches!(self, Self::PerSecond | Self::MegabytesPerSecond)
     }
 }
 
@@ -41,15 +44,66 @@ pub enum Statistic {
     Tail,
 }
 
+impl Statistic {
+    fn of(self, summary: &Summary) -> f64 {
+        match self {
+            Self::Median => summary.p50,
+            Self::Tail => summary.p99,
+        }
+    }
+}
+
+/// What another figure is to ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Somebody who does the same.
+    Peer,
+    /// What nobody can do with less on this machine, or what stands in for it.
+    Floor,
+}
+
+/// A figure ours is compared with; the reason when there is none.
+pub type Measured = Result<Summary, String>;
+
 /// Somebody else who did the same.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Other {
     /// Who.
     pub name: String,
+    /// What it is to us.
+    pub role: Role,
     /// How long it took.
-    pub summary: Summary,
+    pub measured: Measured,
     /// The goal: how our figure may relate to this one; `None` when it is only shown.
     pub limit: Option<f64>,
+}
+
+/// What can be said about a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Every limit holds.
+    Met,
+    /// At least one does not.
+    Missed,
+    /// Others disturbed the measurement.
+    Void,
+    /// Something with a limit could not be measured, and nothing that was measured is missed.
+    NotMeasured,
+    /// There is no limit: the row is only shown.
+    Shown,
+}
+
+impl Verdict {
+    /// The word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Met => "met",
+            Self::Missed => "missed",
+            Self::Void => "void",
+            Self::NotMeasured => "not measured",
+            Self::Shown => "shown",
+        }
+    }
 }
 
 /// One goal.
@@ -63,12 +117,10 @@ pub struct Row {
     pub unit: Unit,
     /// Of the ratios.
     pub statistic: Statistic,
-    /// Our figure; `None` when it could not be measured.
-    pub ours: Option<Summary>,
-    /// A peer.
-    pub peer: Option<Other>,
-    /// The floor, or what stands in for it.
-    pub floor: Option<Other>,
+    /// Our figure; the reason when there is none.
+    pub ours: Measured,
+    /// Peers and floors.
+    pub others: Vec<Other>,
     /// Share of the processors that others used meanwhile, in percent.
     pub foreign_percent: f64,
     /// What a reader has to know besides.
@@ -76,32 +128,46 @@ pub struct Row {
 }
 
 impl Row {
-    /// A goal without figures yet.
-    pub fn new(goal: &str, what: impl Into<String>, unit: Unit) -> Self {
+    /// A goal with our figure.
+    pub fn new(goal: &str, what: impl Into<String>, unit: Unit, ours: Option<Summary>) -> Self {
         Self {
             goal: goal.to_owned(),
             what: what.into(),
             unit,
             statistic: Statistic::Median,
-            ours: None,
-            peer: None,
-            floor: None,
+            ours: ours.ok_or_else(|| "there are no samples".to_owned()),
+            others: Vec::new(),
             foreign_percent: 0.0,
             note: String::new(),
         }
     }
 
-    /// With a peer, if it was measured.
+    /// A goal that could not be measured.
+    pub fn unmeasured(goal: &str, what: &str, reason: &str) -> Self {
+        Self { ours: Err(reason.to_owned()), ..Self::new(goal, what, Unit::Milliseconds, None) }
+    }
+
+    /// With a peer.
     #[must_use]
-    pub fn peer(mut self, name: &str, summary: Option<Summary>, limit: Option<f64>) -> Self {
-        self.peer = summary.map(|summary| Other { name: name.to_owned(), summary, limit });
+    pub fn peer(self, name: &str, measured: Measured, limit: impl Into<Option<f64>>) -> Self {
+        self.other(Role::Peer, name, measured, limit.into())
+    }
+
+    /// With a floor.
+    #[must_use]
+    pub fn floor(self, name: &str, measured: Measured, limit: impl Into<Option<f64>>) -> Self {
+        self.other(Role::Floor, name, measured, limit.into())
+    }
+
+    fn other(mut self, role: Role, name: &str, measured: Measured, limit: Option<f64>) -> Self {
+        self.others.push(Other { name: name.to_owned(), role, measured, limit });
         self
     }
 
-    /// With a floor, if it was measured.
+    /// With a note.
     #[must_use]
-    pub fn floor(mut self, name: &str, summary: Option<Summary>, limit: Option<f64>) -> Self {
-        self.floor = summary.map(|summary| Other { name: name.to_owned(), summary, limit });
+    pub fn note(mut self, note: impl Into<String>) -> Self {
+        self.note = note.into();
         self
     }
 
@@ -110,151 +176,183 @@ impl Row {
         self.foreign_percent > FOREIGN_LIMIT_PERCENT
     }
 
-    fn ratio(&self, other: Option<&Other>) -> Option<f64> {
-        let pick = |summary: &Summary| match self.statistic {
-            Statistic::Median => summary.p50,
-            Statistic::Tail => summary.p99,
-        };
-        let theirs = pick(&other?.summary);
-        (!self.is_void() && theirs > 0.0).then(|| self.ours.as_ref().map(pick).map(|ours| ours / theirs)).flatten()
+    fn ratio(&self, other: &Other) -> Option<f64> {
+        let theirs = self.statistic.of(other.measured.as_ref().ok()?);
+        let ours = self.statistic.of(self.ours.as_ref().ok()?);
+        (!self.is_void() && theirs > 0.0).then(|| ours / theirs)
     }
 
-    fn holds(&self, other: Option<&Other>) -> Option<bool> {
-        let (ratio, limit) = (self.ratio(other)?, other?.limit?);
+    /// `None` when there is no limit or no ratio.
+    fn holds(&self, other: &Other) -> Option<bool> {
+        let (ratio, limit) = (self.ratio(other)?, other.limit?);
         Some(if self.unit.more_is_better() { ratio >= limit } else { ratio <= limit })
     }
 
-    /// Whether every limit holds; `None` when there is none or when it is not known.
-    pub fn met(&self) -> Option<bool> {
-        let limited = [self.peer.as_ref(), self.floor.as_ref()]
-            .into_iter()
-            .filter(|other| other.is_some_and(|o| o.limit.is_some()));
-        limited.map(|other| self.holds(other)).reduce(|all, next| Some(all? && next?)).flatten()
+    /// What can be said.
+    pub fn verdict(&self) -> Verdict {
+        if self.ours.is_err() {
+            return Verdict::NotMeasured;
+        }
+        if self.is_void() {
+            return Verdict::Void;
+        }
+        let limited = || self.others.iter().filter(|other| other.limit.is_some());
+        if limited().any(|other| self.holds(other) == Some(false)) {
+            Verdict::Missed
+        } else if limited().any(|other| self.holds(other).is_none()) {
+            Verdict::NotMeasured
+        } else if limited().next().is_some() {
+            Verdict::Met
+        } else {
+            Verdict::Shown
+        }
     }
 
     /// The object for programs.
     pub fn to_json(&self) -> Value {
-        let other = |other: Option<&Other>| {
-            other.map(|found| {
-                json!({
-                    "name": found.name,
-                    "p50": found.summary.p50,
-                    "p99": found.summary.p99,
-                    "count": found.summary.count,
-                    "ratio": self.ratio(Some(found)),
-                    "limit": found.limit,
-                    "met": self.holds(Some(found)),
-                })
+        let other = |found: &Other| {
+            json!({
+                "name": found.name,
+                "role": match found.role { Role::Peer => "peer", Role::Floor => "floor" },
+                "p50": found.measured.as_ref().ok().map(|summary| summary.p50),
+                "p99": found.measured.as_ref().ok().map(|summary| summary.p99),
+                "count": found.measured.as_ref().ok().map(|summary| summary.count),
+                "not_measured": found.measured.as_ref().err(),
+                "ratio": self.ratio(found),
+                "limit": found.limit,
+                "met": self.holds(found),
             })
         };
-        let leading = self.peer.as_ref().filter(|peer| peer.limit.is_some()).or(self.floor.as_ref());
         json!({
             "goal": self.goal,
             "what": self.what,
             "unit": self.unit.name(),
             "statistic": match self.statistic { Statistic::Median => "p50", Statistic::Tail => "p99" },
             "better": if self.unit.more_is_better() { "more" } else { "less" },
-            "figure": self.ratio(leading),
-            "limit": leading.and_then(|other| other.limit),
-            "met": self.met(),
-            "ours": self.ours,
-            "peer": other(self.peer.as_ref()),
-            "floor": other(self.floor.as_ref()),
+            "verdict": self.verdict().name(),
+            "ours": self.ours.as_ref().ok(),
+            "not_measured": self.ours.as_ref().err(),
+            "others": self.others.iter().map(other).collect::<Vec<_>>(),
             "foreign_cpu_percent": self.foreign_percent,
-            "void": self.is_void(),
             "note": self.note,
         })
     }
 
     /// The line for people.
     pub fn to_line(&self) -> String {
-        let number = |value: f64| if value >= 100.0 { format!("{value:.0}") } else { format!("{value:.3}") };
-        let ours = self.ours.map_or_else(
-            || "not measured".to_owned(),
-            |ours| format!("{} / {} {}", number(ours.p50), number(ours.p99), self.unit.name()),
-        );
-        let sign = if self.unit.more_is_better() { ">=" } else { "<=" };
-        let against = |other: Option<&Other>, kind: &str| {
-            other.map_or_else(String::new, |found| {
-                let theirs = match self.statistic {
-                    Statistic::Median => found.summary.p50,
-                    Statistic::Tail => found.summary.p99,
-                };
-                let ratio = self.ratio(Some(found)).map_or_else(|| "void".to_owned(), |ratio| format!("{ratio:.2}x"));
-                let goal = found.limit.map_or_else(String::new, |limit| format!(" (goal {sign} {limit}x)"));
-                format!("; {kind}{} {}: {ratio}{goal}", found.name, number(theirs))
-            })
+        let ours = match &self.ours {
+            Ok(ours) => format!("{} / {} {}", number(ours.p50), number(ours.p99), self.unit.name()),
+            Err(reason) => format!("not measured: {reason}"),
         };
-        let verdict = match self.met() {
-            _ if self.is_void() => "VOID",
-            Some(true) => "met",
-            Some(false) => "MISSED",
-            None => "no verdict",
+        let verdict = match self.verdict() {
+            Verdict::Missed => "MISSED",
+            Verdict::Void => "VOID",
+            verdict => verdict.name(),
         };
+        let others: String = self.others.iter().map(|other| self.against(other)).collect();
         let note = if self.note.is_empty() { String::new() } else { format!(" [{}]", self.note) };
-        format!(
-            "{:<4} {:<10} {}: {ours}{}{}; others {:.0} %{note}",
-            self.goal,
-            verdict,
-            self.what,
-            against(self.peer.as_ref(), ""),
-            against(self.floor.as_ref(), "floor "),
-            self.foreign_percent,
-        )
+        let foreign = self.foreign_percent;
+        format!("{:<4} {verdict:<12} {}: {ours}{others}; others {foreign:.0} %{note}", self.goal, self.what)
     }
+
+    fn against(&self, other: &Other) -> String {
+        let sign = if self.unit.more_is_better() { ">=" } else { "<=" };
+        let goal = other.limit.map_or_else(String::new, |limit| format!(" (goal {sign} {limit}x)"));
+        let kind = match other.role {
+            Role::Peer => "",
+            Role::Floor => "floor ",
+        };
+        let figure = match &other.measured {
+            Ok(summary) => {
+                let ratio = self.ratio(other).map_or_else(|| "void".to_owned(), |ratio| format!("{ratio:.2}x"));
+                format!("{}: {ratio}", number(self.statistic.of(summary)))
+            }
+            Err(reason) => format!("not measured: {reason}"),
+        };
+        format!("; {kind}{} {figure}{goal}", other.name)
+    }
+}
+
+fn number(value: f64) -> String {
+    if value >= 100.0 { format!("{value:.0}") } else { format!("{value:.3}") }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn summary(p50: f64) -> Option<Summary> {
-        Some(Summary { p50, p99: 2.0 * p50, count: 30 })
+    fn summary(p50: f64) -> Summary {
+        Summary { p50, p99: 2.0 * p50, count: 30 }
     }
 
     fn row(ours: f64, unit: Unit) -> Row {
-        Row { ours: summary(ours), ..Row::new("G0", "something", unit) }
+        Row::new("G0", "something", unit, Some(summary(ours)))
+    }
+
+    fn missing() -> Measured {
+        Err("runc: not installed".to_owned())
     }
 
     #[test]
     fn goal_is_met_only_when_every_limit_holds() {
-        let faster = row(3.0, Unit::Milliseconds).peer("bwrap", summary(6.0), Some(0.75));
+        let faster = row(3.0, Unit::Milliseconds).peer("bwrap", Ok(summary(6.0)), 0.75);
 
-        assert_eq!(faster.met(), Some(true));
-        assert_eq!(faster.clone().floor("floor", summary(1.0), Some(1.5)).met(), Some(false));
-        assert_eq!(faster.floor("floor", summary(1.0), None).met(), Some(true));
+        assert_eq!(faster.verdict(), Verdict::Met);
+        assert_eq!(faster.clone().floor("floor", Ok(summary(1.0)), 1.5).verdict(), Verdict::Missed);
+        assert_eq!(faster.floor("floor", Ok(summary(1.0)), None).verdict(), Verdict::Met);
     }
 
     #[test]
     fn rates_have_to_reach_their_limit() {
-        assert_eq!(row(90.0, Unit::PerSecond).peer("bwrap", summary(100.0), Some(1.0)).met(), Some(false));
-        assert_eq!(row(110.0, Unit::PerSecond).peer("bwrap", summary(100.0), Some(1.0)).met(), Some(true));
+        assert_eq!(row(90.0, Unit::PerSecond).peer("bwrap", Ok(summary(100.0)), 1.0).verdict(), Verdict::Missed);
+        assert_eq!(row(110.0, Unit::PerSecond).peer("bwrap", Ok(summary(100.0)), 1.0).verdict(), Verdict::Met);
     }
 
     #[test]
-    fn disturbed_run_has_no_ratio_and_no_verdict() {
-        let row = Row { foreign_percent: 15.1, ..row(3.0, Unit::Milliseconds).peer("bwrap", summary(6.0), Some(0.75)) };
+    fn disturbed_run_has_no_ratio_and_is_never_met() {
+        let row = Row { foreign_percent: 15.1, ..row(3.0, Unit::Milliseconds).peer("bwrap", Ok(summary(6.0)), 0.75) };
 
         let value = row.to_json();
 
-        assert_eq!((&value["figure"], &value["met"], &value["void"]), (&Value::Null, &Value::Null, &json!(true)));
-        assert_eq!(value["ours"]["p50"], json!(3.0));
+        assert_eq!((&value["verdict"], &value["others"][0]["ratio"]), (&json!("void"), &Value::Null));
+        assert_eq!((&value["others"][0]["met"], &value["ours"]["p50"]), (&Value::Null, &json!(3.0)));
         assert!(row.to_line().contains("VOID"), "{}", row.to_line());
     }
 
     #[test]
-    fn unmeasured_peer_gives_no_verdict() {
-        assert_eq!(row(3.0, Unit::Milliseconds).peer("runc", None, Some(0.12)).met(), None);
+    fn absent_peer_with_a_limit_is_named_and_leaves_the_goal_unproven() {
+        let unproven =
+            row(3.0, Unit::Milliseconds).floor("floor", Ok(summary(6.0)), 0.75).peer("runc", missing(), 0.12);
+
+        assert_eq!(unproven.verdict(), Verdict::NotMeasured);
+        assert!(unproven.to_line().contains("runc not measured: runc: not installed (goal <= 0.12x)"));
+        assert_eq!(unproven.to_json()["others"][1]["not_measured"], json!("runc: not installed"));
+        assert_eq!(row(3.0, Unit::Milliseconds).peer("runc", missing(), None).verdict(), Verdict::Shown);
+    }
+
+    #[test]
+    fn absent_peer_does_not_hide_a_missed_limit() {
+        let missed = row(3.0, Unit::Milliseconds).peer("runc", missing(), 0.12).floor("floor", Ok(summary(1.0)), 1.5);
+
+        assert_eq!(missed.verdict(), Verdict::Missed);
+    }
+
+    #[test]
+    fn goal_without_our_own_figure_is_not_measured() {
+        let row = Row::unmeasured("G0", "something", "there is no tree");
+
+        assert_eq!(row.verdict(), Verdict::NotMeasured);
+        assert!(row.to_line().contains("not measured: there is no tree"), "{}", row.to_line());
     }
 
     #[test]
     fn tail_goals_compare_tails() {
-        let mut tail =
-            row(3.0, Unit::Milliseconds).floor("floor", Some(Summary { p50: 1.0, p99: 6.0, count: 3 }), Some(1.0));
+        let floor = Summary { p50: 1.0, p99: 6.0, count: 3 };
+        let mut tail = row(3.0, Unit::Milliseconds).floor("floor", Ok(floor), 1.0);
         tail.statistic = Statistic::Tail;
 
-        assert_eq!(tail.met(), Some(true));
+        assert_eq!(tail.verdict(), Verdict::Met);
         tail.statistic = Statistic::Median;
-        assert_eq!(tail.met(), Some(false));
+        assert_eq!(tail.verdict(), Verdict::Missed);
     }
 }

@@ -25,6 +25,12 @@ impl Samples {
         self.values.push(value);
     }
 
+    /// Each of them in another unit.
+    #[must_use]
+    pub fn map(&self, change: impl Fn(f64) -> f64) -> Self {
+        self.values.iter().copied().map(change).collect()
+    }
+
     /// `None` without samples.
     pub fn summary(&self) -> Option<Summary> {
         let mut sorted = self.values.clone();

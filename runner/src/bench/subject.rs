@@ -53,6 +53,11 @@ impl Subject {
         Self { sandboxes, serial: AtomicU64::new(0) }
     }
 
+    /// Where they come from.
+    pub fn sandboxes(&self) -> HostSandboxes {
+        self.sandboxes.clone()
+    }
+
     /// A throw-away sandbox under a new name.
     pub fn spec(&self) -> Spec {
         Spec::throw_away(format!("bench-{}-{}", std::process::id(), self.number()))

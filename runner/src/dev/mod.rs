@@ -11,4 +11,5 @@ mod server;
 mod transcript;
 
 pub use orchestrator::{CallOutcome, DevError, Link, LinkSettings, Orchestrator, Session};
+pub(crate) use server::{Connection, accept_one, listen};
 pub use transcript::{Finished, StreamText};

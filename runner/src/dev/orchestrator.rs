@@ -55,6 +55,9 @@ pub struct LinkSettings {
     pub lease_ttl: Duration,
     /// How often it says that it is alive.
     pub heartbeat_every: Duration,
+    /// Flow control windows of HTTP/2 that hold what is under way over a long distance; without, the transport's own.
+    /// Fixed when the orchestrator starts.
+    pub windows: bool,
 }
 
 impl Default for LinkSettings {
@@ -64,6 +67,7 @@ impl Default for LinkSettings {
             acknowledge: true,
             lease_ttl: Duration::from_secs(30),
             heartbeat_every: Duration::from_secs(10),
+            windows: true,
         }
     }
 }

@@ -20,8 +20,11 @@ use tonic::{Request, Response, Status, Streaming};
 use super::orchestrator::Shared;
 use crate::work::limits::FRAME_BYTES;
 
+const STREAM_WINDOW: u32 = 4 * 1024 * 1024;
+const CONNECTION_WINDOW: u32 = 8 * 1024 * 1024;
+
 /// A connection whose peer has shown a certificate of our authority.
-pub(super) struct Connection(TlsStream<TcpStream>);
+pub(crate) struct Connection(TlsStream<TcpStream>);
 
 impl Connected for Connection {
     type ConnectInfo = ();
@@ -60,9 +63,10 @@ pub(super) async fn serve(
     let service = RunnerLinkServiceServer::new(LinkService(Arc::clone(&shared)))
         .max_decoding_message_size(FRAME_BYTES)
         .max_encoding_message_size(4 * FRAME_BYTES);
+    let windows = shared.settings().windows;
     let served = tonic::transport::Server::builder()
-        .initial_stream_window_size(4 * 1024 * 1024)
-        .initial_connection_window_size(8 * 1024 * 1024)
+        .initial_stream_window_size(windows.then_some(STREAM_WINDOW))
+        .initial_connection_window_size(windows.then_some(CONNECTION_WINDOW))
         .serve_with_incoming_shutdown(service, ReceiverStream::new(connections), stop)
         .await;
     accepting.abort();
@@ -91,6 +95,12 @@ async fn accept(
     }
 }
 
+/// Accepts one connection and checks who is there.
+pub(crate) async fn accept_one(listener: &TcpListener, acceptor: TlsAcceptor) -> io::Result<Connection> {
+    let (stream, _) = listener.accept().await?;
+    handshake(acceptor, stream).await.map(Connection)
+}
+
 async fn handshake(acceptor: TlsAcceptor, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
     stream.set_nodelay(true)?;
     let accepted = tokio::time::timeout(std::time::Duration::from_secs(10), acceptor.accept(stream));
@@ -98,7 +108,7 @@ async fn handshake(acceptor: TlsAcceptor, stream: TcpStream) -> io::Result<TlsSt
 }
 
 /// A listener on a free port of the loopback address.
-pub(super) async fn listen() -> io::Result<(TcpListener, SocketAddr)> {
+pub(crate) async fn listen() -> io::Result<(TcpListener, SocketAddr)> {
     let listener = TcpListener::bind(std::net::SocketAddr::from(([127, 0, 0, 1], 0))).await?;
     let address = listener.local_addr()?;
     Ok((listener, address))

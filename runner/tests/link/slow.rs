@@ -12,6 +12,7 @@ const NOTHING: LinkSettings = LinkSettings {
     acknowledge: true,
     lease_ttl: Duration::from_secs(30),
     heartbeat_every: Duration::from_millis(50),
+    windows: true,
 };
 
 #[tokio::test]

@@ -1,55 +1,89 @@
-//! Calls in a living sandbox: the persistent shell, and output too large to keep in memory.
+//! Calls of the persistent shell, over the whole way and inside, and output too large to keep in memory.
 
 use std::time::Duration;
 
-use super::{Bench, FLOOD_BYTES, WARM_UP};
+use super::{Bench, FLOOD_BYTES, MESSAGE_BYTES, WARM_UP, settle};
 use crate::bench::BenchError;
 use crate::bench::row::{Row, Unit};
 use crate::bench::sample::Samples;
 use crate::bench::subject::bash;
+use crate::bench::whole;
 use crate::work::Sandbox;
 
 /// A call is short, so more of them cost nothing.
 const CALLS_PER_ROUND: usize = 5;
 
-/// G7 and G8, without the network.
+/// One command: its name among the peers, and its text.
+const LINES: [(&str, &str); 2] = [("echo", "echo hi"), ("true", "/bin/true")];
+
+#[derive(Default)]
+struct Times {
+    whole: Samples,
+    inside: Samples,
+    sdk: Samples,
+    floor: Samples,
+    shell: Samples,
+}
+
+/// G7 and G8.
 pub(super) async fn shell(bench: &mut Bench) -> Result<Vec<Row>, BenchError> {
+    let way = bench.whole().await?;
+    let session = way.session().await?;
+    let mut echo = bench.echo(None).await?;
     let sandbox = bench.subject.create(&bench.subject.spec()).await?;
-    let mut ours = [Samples::default(), Samples::default()];
-    let mut plain = [Samples::default(), Samples::default()];
-    let lines = [("echo", "echo hi"), ("true", "/bin/true")];
+    let mut times = [Times::default(), Times::default()];
     for round in 0..WARM_UP + bench.rounds * CALLS_PER_ROUND {
-        for (index, (name, line)) in lines.iter().enumerate() {
+        for (index, (name, line)) in LINES.iter().enumerate() {
+            let mut discarded = Times::default();
+            let times = if round < WARM_UP { &mut discarded } else { &mut times[index] };
+            settle().await;
+            let (took, _) = way.call(&session, whole::bash(line)).await?;
+            times.whole.push(took);
+            settle().await;
+            bench.peers.sdk(name, &mut times.sdk)?;
+            settle().await;
             let (_, took) = bench.subject.call(&sandbox, bash(line)).await?;
-            let theirs = bench.peers.shell(name)?;
-            if round >= WARM_UP {
-                ours[index].push(took);
-                theirs.into_iter().for_each(|theirs| plain[index].push(theirs));
+            times.inside.push(took);
+            settle().await;
+            let transport = echo.round(MESSAGE_BYTES, MESSAGE_BYTES).await?;
+            settle().await;
+            let (hop, shell) = (bench.peers.hop()?, bench.peers.shell(name)?);
+            shell.into_iter().for_each(|shell| times.shell.push(shell));
+            if let (Some(hop), Some(shell)) = (hop, shell) {
+                times.floor.push(transport + hop + shell);
             }
         }
     }
     sandbox.close(Duration::ZERO).await;
-    let row = |goal, what: &str, index: usize, limit| {
-        let row = Row {
-            ours: ours[index].summary(),
-            note: "request to result, no network; floor is a bash of the host on two pipes".to_owned(),
-            ..Row::new(goal, format!("bash `{what}`"), Unit::Milliseconds)
-        };
-        row.floor("bash", plain[index].summary(), limit)
+    way.end().await?;
+    let peers = &bench.peers;
+    let rows = |goal, index: usize, to_sdk: f64, to_floor: f64| {
+        let (line, times) = (LINES[index].1, &times[index]);
+        let ms = Unit::Milliseconds;
+        let whole = Row::new(goal, format!("bash `{line}`, whole way"), ms, times.whole.summary())
+            .peer("SDK in process", peers.measured("sdk", &times.sdk), to_sdk)
+            .floor("message + hop + shell", peers.measured("floor", &times.floor), to_floor)
+            .note("orchestrator to sandbox and back over mutual TLS");
+        let inside = Row::new(goal, format!("bash `{line}`, no network"), ms, times.inside.summary()).floor(
+            "bash of the host on two pipes",
+            peers.measured("bash", &times.shell),
+            None,
+        );
+        [whole, inside]
     };
-    // The goals for the whole way apply to the sum with the network; only G8 has one that can be used here.
-    Ok(vec![row("G7", lines[0].1, 0, None), row("G8", lines[1].1, 1, Some(1.3))])
+    Ok([rows("G7", 0, 2.0, 2.0), rows("G8", 1, 1.0, 1.3)].concat())
 }
 
 /// G13.
 pub(super) async fn flood(bench: &mut Bench) -> Result<Vec<Row>, BenchError> {
     let sandbox = bench.subject.create(&bench.subject.spec()).await?;
     let command = format!("head -c {FLOOD_BYTES} /dev/zero");
-    let (mut ours, mut plain, mut kept) = (Samples::default(), Samples::default(), 0);
-    let rate = |took: f64| f64::from(u32::try_from(FLOOD_BYTES).unwrap_or(u32::MAX)) / 1000.0 / took;
+    let (mut ours, mut plain, mut sdk, mut kept) = (Samples::default(), Samples::default(), Samples::default(), 0);
     for round in 0..WARM_UP + bench.rounds {
         let (bytes, took) = bench.subject.call_with_output(&sandbox, bash(&command)).await?;
         let theirs = bench.peers.run("flood")?;
+        let mut discarded = Samples::default();
+        bench.peers.sdk("flood", if round < WARM_UP { &mut discarded } else { &mut sdk })?;
         if round >= WARM_UP {
             kept = bytes;
             ours.push(rate(took));
@@ -57,10 +91,15 @@ pub(super) async fn flood(bench: &mut Bench) -> Result<Vec<Row>, BenchError> {
         }
     }
     sandbox.close(Duration::ZERO).await;
-    let row = Row {
-        ours: ours.summary(),
-        note: format!("{kept} bytes were kept within the default bounds and read back"),
-        ..Row::new("G13", format!("bash `{command}`, bounded and read back"), Unit::MegabytesPerSecond)
-    };
-    Ok(vec![row.floor("head | cat >/dev/null", plain.summary(), Some(0.5))])
+    let what = format!("bash `{command}`, bounded and read back");
+    let row = Row::new("G13", what, Unit::MegabytesPerSecond, ours.summary())
+        .peer("SDK in process", bench.peers.measured("sdk", &sdk.map(rate)), 3.0)
+        .floor("head | cat >/dev/null", bench.peers.measured("flood", &plain), 0.5)
+        .note(format!("{kept} bytes were kept within the default bounds and read back; the SDK keeps 102400"));
+    Ok(vec![row])
+}
+
+/// Megabytes in a second, when all of it took so many milliseconds.
+fn rate(took: f64) -> f64 {
+    f64::from(u32::try_from(FLOOD_BYTES).unwrap_or(u32::MAX)) / 1000.0 / took
 }

@@ -24,6 +24,8 @@ struct Times {
     gone: Samples,
     bwrap: Samples,
     runc: Samples,
+    crun: Samples,
+    spawn: Samples,
     floor: Samples,
 }
 
@@ -31,22 +33,25 @@ struct Times {
 pub(super) async fn cycle(bench: &mut Bench) -> Result<Vec<Row>, BenchError> {
     let paced = paced_cycles(bench).await?;
     let burst = bursts(bench).await?;
-    let ms = Unit::Milliseconds;
-    let cold = "create, true, gone";
-    let row = |what: String, samples: &Samples| Row { ours: samples.summary(), ..Row::new("G1", what, ms) };
+    let (ms, peers) = (Unit::Milliseconds, &bench.peers);
+    let pooled = "create, true, gone; paced, blank from the pool";
+    let mut row = Row::new("G1", pooled, ms, paced.gone.summary())
+        .peer("bwrap", peers.measured("bwrap", &paced.bwrap), 0.75)
+        .peer("runc", peers.measured("runc", &paced.runc), 0.12);
+    // It refuses machines with both versions of cgroups; where it works it counts.
+    if peers.has("crun") {
+        row = row.peer("crun", peers.measured("crun", &paced.crun), 0.3);
+    } else {
+        row.note = format!("crun is left out: {}", peers.inventory.missing.get("crun").map_or("", String::as_str));
+    }
     Ok(vec![
-        row(format!("{cold}; paced, blank from the pool"), &paced.gone)
-            .peer("bwrap", paced.bwrap.summary(), Some(0.75))
-            .floor("fresh", paced.floor.summary(), Some(1.5)),
-        row(format!("{cold}; paced, blank from the pool"), &paced.gone).peer("runc", paced.runc.summary(), Some(0.12)),
-        row(format!("{cold}; back to back, pool empty"), &burst.gone)
-            .peer("bwrap", burst.bwrap.summary(), Some(0.75))
-            .floor("fresh", burst.floor.summary(), Some(1.5)),
-        Row {
-            ours: paced.result.summary(),
-            ..Row::new("G3", "request to the end of the first true; paced, blank from the pool", ms)
-        }
-        .peer("bwrap", paced.bwrap.summary(), Some(0.25)),
+        row.floor("fresh", peers.measured("floor", &paced.floor), 1.5),
+        Row::new("G1", "create, true, gone; back to back, pool empty", ms, burst.gone.summary())
+            .peer("bwrap", peers.measured("bwrap", &burst.bwrap), 0.75)
+            .floor("fresh", peers.measured("floor", &burst.floor), 1.5),
+        Row::new("G3", "request to the end of the first true; paced, blank from the pool", ms, paced.result.summary())
+            .peer("bwrap", peers.measured("bwrap", &paced.bwrap), 0.25)
+            .peer("spawn on the host", peers.measured("spawn", &paced.spawn), 2.2),
     ])
 }
 
@@ -66,7 +71,9 @@ async fn paced_cycles(bench: &mut Bench) -> Result<Times, BenchError> {
         if let Some(floor) = bench.peers.floor("fresh")? {
             times.floor.push(floor.cycle);
         }
+        bench.peers.sample("spawn", &mut times.spawn)?;
         bench.peers.sample("runc", &mut times.runc)?;
+        bench.peers.sample("crun", &mut times.crun)?;
     }
     Ok(times)
 }
@@ -107,13 +114,10 @@ pub(super) async fn paced(bench: &mut Bench) -> Result<Vec<Row>, BenchError> {
             theirs.into_iter().for_each(|theirs| floor.push(theirs.ready));
         }
     }
-    let mut row = Row {
-        ours: ours.summary(),
-        statistic: Statistic::Tail,
-        note: "a sandbox every 80 ms, the floor in between".to_owned(),
-        ..Row::new("G4", "time to ready, paced; p99", Unit::Milliseconds)
-    };
-    row = row.floor("fresh", floor.summary(), Some(2.0));
+    let mut row = Row::new("G4", "time to ready, paced; p99", Unit::Milliseconds, ours.summary())
+        .floor("fresh", bench.peers.measured("floor", &floor), 2.0)
+        .note("a sandbox every 80 ms, the floor in between");
+    row.statistic = Statistic::Tail;
     Ok(vec![row])
 }
 
@@ -140,12 +144,11 @@ pub(super) async fn rate(bench: &mut Bench) -> Result<Vec<Row>, BenchError> {
             least.into_iter().for_each(|rate| floor.push(rate));
         }
     }
-    let row = Row {
-        ours: ours.summary(),
-        note: format!("{} sandboxes in each sample", 2 * RATE_BATCH),
-        ..Row::new("G5", "create, true, gone with two creators", Unit::PerSecond)
-    };
-    Ok(vec![row.peer("bwrap", bwrap.summary(), Some(1.0)).floor("fresh", floor.summary(), Some(0.7))])
+    let row = Row::new("G5", "create, true, gone with two creators", Unit::PerSecond, ours.summary())
+        .peer("bwrap", bench.peers.measured("bwrap", &bwrap), 1.0)
+        .floor("fresh", bench.peers.measured("floor", &floor), 0.7)
+        .note(format!("{} sandboxes in each sample", 2 * RATE_BATCH));
+    Ok(vec![row])
 }
 
 async fn two_creators(bench: &Bench) -> Result<f64, BenchError> {

@@ -32,18 +32,18 @@ pub(super) async fn measure(bench: &mut Bench) -> Result<Vec<Row>, BenchError> {
             std::hint::black_box(&ballast);
         }
     }
-    let ms = Unit::Milliseconds;
-    let mut crowd_row = Row {
-        ours: crowded.ours.summary(),
-        ..Row::new("G6", format!("time to ready among {CROWD} idle processes"), ms)
-    }
-    .floor("ours on the idle host", idle.ours.summary(), Some(LIMIT));
+    let (ms, peers) = (Unit::Milliseconds, &bench.peers);
+    let what = format!("time to ready among {CROWD} idle processes");
+    let mut crowd_row = Row::new("G6", what, ms, crowded.ours.summary()).floor(
+        "ours on the idle host",
+        peers.measured("", &idle.ours),
+        LIMIT,
+    );
     if let (Some(alone), Some(among)) = (idle.floor.summary(), crowded.floor.summary()) {
         crowd_row.note = format!("the floor itself: {:.2}x", among.p50 / alone.p50);
     }
-    let ballast_row =
-        Row { ours: large.ours.summary(), ..Row::new("G6", "time to ready with 1 GiB of memory in the runner", ms) }
-            .floor("ours with 64 MiB", small.ours.summary(), Some(LIMIT));
+    let ballast_row = Row::new("G6", "time to ready with 1 GiB of memory in the runner", ms, large.ours.summary())
+        .floor("ours with 64 MiB", peers.measured("", &small.ours), LIMIT);
     Ok(vec![crowd_row, ballast_row])
 }
 

@@ -3,19 +3,24 @@
 mod call;
 mod creation;
 mod crowd;
+mod distance;
 mod ending;
 mod file;
+mod resident;
 mod search;
 
 use std::future::Future;
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::time::Duration;
 
 use super::BenchError;
+use super::echo::Echo;
 use super::machine::Usage;
 use super::peer::Peers;
 use super::row::Row;
 use super::subject::Subject;
+use super::whole::Whole;
 
 /// Bytes that the large-output goal prints.
 pub const FLOOD_BYTES: usize = 10_000_000;
@@ -23,6 +28,15 @@ pub const FLOOD_BYTES: usize = 10_000_000;
 const WARM_UP: usize = 3;
 /// Long enough for the launcher to refill its pool, which it begins only after a while without requests.
 const REFILL: Duration = Duration::from_millis(100);
+
+/// A small message, as a call or its end is one.
+const MESSAGE_BYTES: usize = 64;
+/// Long enough for what follows a call (acknowledgements, the next slot) to be over before somebody else has his turn.
+const SETTLE: Duration = Duration::from_millis(2);
+
+async fn settle() {
+    tokio::time::sleep(SETTLE).await;
+}
 
 /// What every goal works with.
 pub struct Bench {
@@ -36,6 +50,29 @@ pub struct Bench {
     pub tree: Option<(String, usize)>,
     /// Regular expression of the search.
     pub pattern: String,
+    /// Ours alone, and where a daemon that is started finds its certificates.
+    pub certificates: PathBuf,
+}
+
+impl Bench {
+    /// A directory of our own for one part of the benchmark.
+    fn directory(&self, name: &str) -> Result<PathBuf, BenchError> {
+        let directory = self.certificates.join(name);
+        std::fs::create_dir_all(&directory)
+            .map_err(|source| BenchError::Machine { path: directory.display().to_string(), source })?;
+        Ok(directory)
+    }
+
+    /// The whole way, on the loopback.
+    async fn whole(&self) -> Result<Whole, BenchError> {
+        let directory = self.directory("whole")?;
+        Whole::start(self.subject.sandboxes(), &directory, true, async |address| Ok(address)).await
+    }
+
+    /// The floor of the link.
+    async fn echo(&self, each_way: Option<Duration>) -> Result<Echo, BenchError> {
+        Echo::open(&self.directory("floor")?, each_way).await
+    }
 }
 
 type Measuring<'a> = Pin<Box<dyn Future<Output = Result<Vec<Row>, BenchError>> + Send + 'a>>;
@@ -59,10 +96,21 @@ pub const GOALS: &[Goal] = &[
         what: "creation among 4,000 foreign processes, and with a large runner",
         measure: |b| Box::pin(crowd::measure(b)),
     },
-    Goal { ids: &["G7", "G8"], what: "bash calls in a living sandbox", measure: |b| Box::pin(call::shell(b)) },
-    Goal { ids: &["G9"], what: "read, write and edit", measure: |b| Box::pin(file::measure(b)) },
+    Goal {
+        ids: &["G7", "G8"],
+        what: "bash calls in a living sandbox, over the whole way",
+        measure: |b| Box::pin(call::shell(b)),
+    },
+    Goal { ids: &["G9"], what: "read, write and edit inside", measure: |b| Box::pin(file::inside(b)) },
+    Goal { ids: &["G10"], what: "read, write and edit over the whole way", measure: |b| Box::pin(file::whole(b)) },
     Goal { ids: &["G11", "G12"], what: "glob and grep", measure: |b| Box::pin(search::measure(b)) },
     Goal { ids: &["G13"], what: "large output", measure: |b| Box::pin(call::flood(b)) },
+    Goal { ids: &["G14"], what: "large results over a long distance", measure: |b| Box::pin(distance::measure(b)) },
+    Goal {
+        ids: &["G17", "G18", "G19"],
+        what: "memory and start of a daemon, memory of its idle sandboxes",
+        measure: |b| Box::pin(resident::measure(b)),
+    },
     Goal { ids: &["G20"], what: "killing a sandbox with 200 processes", measure: |b| Box::pin(ending::measure(b)) },
 ];
 

@@ -1,0 +1,162 @@
+//! A daemon as a process of its own: how soon it is there, and what it and its idle sandboxes take.
+
+use std::time::{Duration, Instant};
+
+use super::Bench;
+use crate::bench::BenchError;
+use crate::bench::machine::free_kib;
+use crate::bench::row::{Row, Unit};
+use crate::bench::sample::{Samples, Summary};
+use crate::bench::subject::milliseconds;
+use crate::bench::whole::{bash, check, complaints, link_settings, open};
+use crate::dev::{Orchestrator, Session};
+
+/// Idle sandboxes beside each other.
+const HELD: usize = 200;
+/// What the kernel frees, it frees later.
+const SETTLE: Duration = Duration::from_secs(3);
+/// Times that all of them are made and ended.
+const FILLINGS: usize = 3;
+/// A start takes a good part of a second, and an import of the SDK one or two.
+const STARTS: usize = 10;
+/// Memory of the daemon for one sandbox, in KiB.
+const SHARE_KIB: f64 = 64.0;
+
+/// G17, G18 and G19.
+pub(super) async fn measure(bench: &mut Bench) -> Result<Vec<Row>, BenchError> {
+    let orchestrator = Orchestrator::start(link_settings(true)).await?;
+    orchestrator.write_client_files(&bench.certificates, "bench")?;
+    let start = starts(bench, &orchestrator).await?;
+    bench.peers.start_daemon(orchestrator.address().port())?;
+    let filled = match orchestrator.runner().await {
+        Ok(_) => fillings(bench, &orchestrator).await,
+        Err(error) => Err(error.into()),
+    };
+    bench.peers.stop_daemon()?;
+    complaints(&orchestrator)?;
+    let filled = filled.unwrap_or_else(|error| {
+        // The start is known all the same.
+        let unmeasured = |goal| Row::unmeasured(goal, "memory of a daemon and its sandboxes", &error.to_string());
+        vec![unmeasured("G17"), unmeasured("G18")]
+    });
+    Ok([start, filled].concat())
+}
+
+async fn starts(bench: &mut Bench, orchestrator: &Orchestrator) -> Result<Vec<Row>, BenchError> {
+    let (mut ours, mut imports) = (Samples::default(), Samples::default());
+    for round in 0..=STARTS.min(bench.rounds) {
+        let start = Instant::now();
+        bench.peers.start_daemon(orchestrator.address().port())?;
+        orchestrator.runner().await?;
+        let took = milliseconds(start);
+        bench.peers.stop_daemon()?;
+        let import = bench.peers.run("sdk-import")?;
+        if round > 0 {
+            ours.push(took);
+            import.into_iter().for_each(|import| imports.push(import));
+        }
+    }
+    let row = Row::new("G19", "daemon started to ready for work", Unit::Milliseconds, ours.summary())
+        .peer("SDK imported", bench.peers.measured("sdk-import", &imports), 0.1)
+        .note("with a launcher of its own and the isolation measured by attack before the first word to anybody");
+    Ok(vec![row])
+}
+
+#[derive(Default)]
+struct Memories {
+    sandbox: Samples,
+    floor: Samples,
+    worker: Samples,
+    worker_private: Samples,
+    idle: Samples,
+    full: Samples,
+    share: Samples,
+}
+
+async fn fillings(bench: &mut Bench, orchestrator: &Orchestrator) -> Result<Vec<Row>, BenchError> {
+    let mut memories = Memories::default();
+    // Once to warm up: caches of the kernel and pools of everybody grow the first time.
+    for round in 0..=FILLINGS {
+        let mut discarded = Memories::default();
+        let memories = if round == 0 { &mut discarded } else { &mut memories };
+        tokio::time::sleep(SETTLE).await;
+        filling(bench, orchestrator, round, memories).await?;
+        tokio::time::sleep(SETTLE).await;
+        if bench.peers.has("floor") {
+            let before = free_kib()?;
+            let held = bench.peers.hold(HELD);
+            tokio::time::sleep(SETTLE).await;
+            let after = free_kib()?;
+            bench.peers.hold(0)?;
+            held?;
+            memories.floor.push(each(before, after));
+        }
+        if let Some(worker) = bench.peers.sdk_memory()? {
+            memories.worker.push(worker.resident);
+            memories.worker_private.push(worker.private);
+        }
+    }
+    let (peers, kib) = (&bench.peers, Unit::Kibibytes);
+    let worker = |samples| peers.measured("sdk", samples);
+    let row = |goal: &str, what: String, samples: &Samples| Row::new(goal, what, kib, samples.summary());
+    let share = Summary { p50: SHARE_KIB, p99: SHARE_KIB, count: 1 };
+    Ok(vec![
+        row("G17", "memory of an idle sandbox with its shell, kernel included".to_owned(), &memories.sandbox)
+            .peer("SDK worker, private", worker(&memories.worker_private), 0.02)
+            .floor("hold", peers.measured("floor", &memories.floor), 1.3)
+            .note(format!("free memory lost to {HELD} of them; with what daemon and orchestrator took for them")),
+        row("G18", "resident memory of the idle daemon".to_owned(), &memories.idle).peer(
+            "SDK worker",
+            worker(&memories.worker),
+            0.4,
+        ),
+        row("G18", format!("resident memory of the daemon with {HELD} sandboxes"), &memories.full).peer(
+            "SDK worker",
+            worker(&memories.worker),
+            0.8,
+        ),
+        row("G18", "resident memory of the daemon for each sandbox".to_owned(), &memories.share).floor(
+            "the goal itself",
+            Ok(share),
+            1.0,
+        ),
+    ])
+}
+
+/// All of them made, looked at, and ended.
+async fn filling(
+    bench: &mut Bench,
+    orchestrator: &Orchestrator,
+    round: usize,
+    memories: &mut Memories,
+) -> Result<(), BenchError> {
+    let idle = bench.peers.daemon_memory()?;
+    let before = free_kib()?;
+    let mut sessions = Vec::new();
+    for number in 0..HELD {
+        let session = open(orchestrator, &format!("held-{round}-{number}")).await?;
+        // A shell is started by the first command.
+        check(&session.run(&format!("held-{round}-{number}"), bash(":")).await?)?;
+        sessions.push(session);
+    }
+    tokio::time::sleep(SETTLE).await;
+    let after = free_kib()?;
+    let full = bench.peers.daemon_memory()?;
+    for session in &sessions {
+        Session::close(session, Duration::ZERO).await?;
+    }
+    memories.sandbox.push(each(before, after));
+    memories.idle.push(idle.resident);
+    memories.full.push(full.resident);
+    memories.share.push((full.resident - idle.resident) / count(HELD));
+    Ok(())
+}
+
+#[allow(clippy::cast_precision_loss, reason = "sizes of memory in KiB are far below 2^52")]
+fn each(before: u64, after: u64) -> f64 {
+    (before as f64 - after as f64) / count(HELD)
+}
+
+fn count(number: usize) -> f64 {
+    f64::from(u32::try_from(number).unwrap_or(u32::MAX))
+}
