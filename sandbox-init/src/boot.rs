@@ -60,7 +60,7 @@ pub struct Boot {
     /// Ids of the sandbox: 65536, 4096 or 1.
     #[prost(uint32, tag = "8")]
     pub id_count: u32,
-    /// Size of `/tmp` and of `/dev/shm`, bytes.
+    /// Size of `/tmp`, bytes; `/dev/shm` has a quarter of it.
     #[prost(uint64, tag = "9")]
     pub temporary_bytes: u64,
     /// Bytes all spool files together may take.

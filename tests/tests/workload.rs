@@ -64,3 +64,22 @@ fn processes_left_by_many_commands_do_not_keep_the_next_from_starting() {
     }
     session.assert_works();
 }
+
+/// Files in memory cannot be killed: if they could take all of the sandbox's memory, its processes would go one by one.
+#[test]
+fn filled_filesystems_are_errors_of_the_command_that_fills_them() {
+    needs_root!();
+    let limits = Limits { memory_bytes: 256 << 20, disk_bytes: 128 << 20, ..Limits::default() };
+    let mut session = Session::start_with(with_limits(limits));
+    for directory in ["/workspace", "/tmp", "/dev/shm"] {
+        let filled = session.keeper.bash(&format!("head -c 4G /dev/zero > {directory}/fill"));
+        assert_eq!(filled.code(), Some(1), "{directory}: {filled:?}");
+        assert!(filled.text().contains("No space left on device"), "{directory}: {}", filled.text());
+    }
+    // Segments outlive whoever made them, so they count like files.
+    let segments = session.keeper.bash("for i in $(seq 1000); do ipcmk -M 4194304 >/dev/null 2>&1 || exit 7; done");
+    assert_eq!(segments.code(), Some(7), "System V segments without end: {segments:?}");
+    let removed = session.keeper.bash("rm /workspace/fill");
+    assert_eq!(removed.code(), Some(0), "{removed:?}");
+    session.assert_works();
+}

@@ -13,7 +13,7 @@ use super::cgroup::{CgroupError, Tree};
 use super::files::directory_of;
 use super::host::{HostRoot, place};
 use super::ids::Slot;
-use super::policy_file::Policy;
+use super::policy_file::{Limits, Policy};
 use super::rootfs::{Builder, Plan, RootfsError, Upper};
 use super::spawn::Blank;
 use super::validate::Checked;
@@ -67,6 +67,18 @@ pub struct Context<'a> {
 /// Share of the disk limit that spool files may take on top of it.
 const SPOOL_SHARE: u64 = 4;
 
+/// Bytes of a root filesystem in memory: half of the memory limit at most. With /tmp, a quarter, and /dev/shm, a sixteenth,
+/// the rest is left for processes: files in memory cannot be killed, so if they took all of it, a full disk would end every
+/// process of the sandbox, one after the other, instead of being an error of the command that fills it.
+fn memory_backed(limits: &Limits) -> u64 {
+    limits.disk_bytes.min(limits.memory_bytes / 2)
+}
+
+/// Bytes of /tmp; /dev/shm has a quarter of it.
+fn temporary(limits: &Limits) -> u64 {
+    limits.disk_bytes.min(limits.memory_bytes / 4)
+}
+
 /// Sends the boot packet. Returns the layers that the launcher itself made.
 ///
 /// # Errors
@@ -82,7 +94,7 @@ pub fn boot(
         context.tree.limit(&blank.name, &request.limits)?;
     }
     let upper = if request.ephemeral {
-        Upper::Memory { bytes: request.limits.disk_bytes }
+        Upper::Memory { bytes: memory_backed(&request.limits) }
     } else {
         Upper::Directory { path: directory_of(&blank.name) }
     };
@@ -146,8 +158,7 @@ fn message(context: &Context<'_>, slot: &Slot, request: &Checked) -> Boot {
         root: request.profile.root || slot.count == 1,
         strict: request.profile.seccomp == super::policy_file::SeccompProfile::Strict,
         id_count: slot.count,
-        // Charged to memory: half of it at most, so that a full /tmp is ENOSPC and not a kill.
-        temporary_bytes: request.limits.disk_bytes.min(request.limits.memory_bytes / 2),
+        temporary_bytes: temporary(&request.limits),
         spool_budget_bytes: request.limits.disk_bytes / SPOOL_SHARE,
         without: context.policy.danger.without.clone(),
         processors,
@@ -195,6 +206,7 @@ fn layers(context: &Context<'_>, request: &Checked, idmapped: bool, limited: boo
     let pids = format!("{} processes", limits.pids);
     let cpu = format!("{} thousandths of a processor", limits.cpu_millis);
     let disk = format!("{} bytes", limits.disk_bytes);
+    let disk_in_memory = format!("{} bytes, tmpfs charged to memory", memory_backed(limits));
     vec![
         layer("cgroup_memory", memory.clone(), enforced("memory", memory), errno),
         layer("cgroup_pids", pids.clone(), enforced("pids", pids), errno),
@@ -207,8 +219,8 @@ fn layers(context: &Context<'_>, request: &Checked, idmapped: bool, limited: boo
         ),
         layer(
             "disk_limit",
-            disk.clone(),
-            if request.ephemeral { format!("{disk}, tmpfs charged to memory") } else { String::new() },
+            disk,
+            if request.ephemeral { disk_in_memory } else { String::new() },
             if request.ephemeral { 0 } else { libc::ENOTSUP },
         ),
         layer(

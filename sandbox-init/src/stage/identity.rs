@@ -86,6 +86,29 @@ pub fn prepare_network(proc: &OwnedFd) -> Result<(), StageError> {
     }
 }
 
+/// The bound of System V shared memory in this ipc namespace, open before `/proc/sys` is covered.
+#[derive(Debug)]
+pub struct SharedMemory(Option<std::fs::File>);
+
+impl SharedMemory {
+    /// Opens it. A kernel below 5.19 gives it to nobody in a user namespace; the memory limit is then the only one.
+    #[must_use]
+    pub fn open(proc: &OwnedFd) -> Self {
+        Self(openat(proc, "sys/kernel/shmall", OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty()).ok().map(Into::into))
+    }
+
+    /// Sets it. A segment stays when the last process that knows it is killed, so segments may not take all of the memory
+    /// limit, as no files in memory may.
+    pub fn bound(self, bytes: u64) {
+        if let Some(mut file) = self.0 {
+            let _ = file.write_all((bytes / PAGE_BYTES).max(1).to_string().as_bytes());
+        }
+    }
+}
+
+/// `shmall` counts pages; those of the two architectures have this size or a multiple, which errs on the small side.
+const PAGE_BYTES: u64 = 4096;
+
 fn write_below(proc: &OwnedFd, path: &str, text: &str) -> Result<(), StageError> {
     let name = format!("write /proc/{path}");
     let opened = openat(proc, path, OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty()).map_err(step(&name))?;

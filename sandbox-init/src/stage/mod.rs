@@ -112,6 +112,7 @@ fn close(boot_socket: &OwnedFd) -> Result<(Context, Vec<Layer>), StageError> {
     let nested = identity::nested_user_namespace(&proc, ids)?;
     let spawner = spawn::park(&nested).map_err(spawn_step)?;
     drop(nested);
+    let shared_memory = identity::SharedMemory::open(&proc);
     let prebuilt = mount::prebuild(proc, ids - 1)?;
     let packet = receive(boot_socket, BOOT_BYTES)
         .map_err(step("receive the boot packet"))?
@@ -121,6 +122,7 @@ fn close(boot_socket: &OwnedFd) -> Result<(Context, Vec<Layer>), StageError> {
     let mut handed = Handed::new(&boot.roles, packet.descriptors);
     let without = |layer: &str| boot.without.iter().any(|name| name == layer);
 
+    shared_memory.bound(boot.temporary_bytes / 4);
     let mounts = std::mem::take(&mut handed.mounts);
     let calls = mount::assemble(mount::Assembly {
         root: handed.take(Role::Root)?,

@@ -71,7 +71,7 @@ pub struct Assembly {
     pub spool: OwnedFd,
     /// Targets and detached mounts.
     pub extra: Vec<(String, OwnedFd)>,
-    /// Size of `/tmp` and `/dev/shm`.
+    /// Size of `/tmp`; `/dev/shm` has a quarter of it.
     pub temporary_bytes: u64,
     /// The workload's id.
     pub workload: u32,
@@ -148,8 +148,8 @@ pub fn assemble(mut assembly: Assembly) -> Result<OwnedFd, StageError> {
     }
     attach_at(root, "/proc", &prebuilt.proc)?;
     attach_at(root, "/dev", &prebuilt.devices)?;
-    attach_at(root, "/dev/shm", &temporary(&assembly, 0o1777, attribute::NO_EXECUTE)?)?;
-    attach_at(root, "/tmp", &temporary(&assembly, 0o1777, 0)?)?;
+    attach_at(root, "/dev/shm", &temporary(assembly.temporary_bytes / 4, attribute::NO_EXECUTE)?)?;
+    attach_at(root, "/tmp", &temporary(assembly.temporary_bytes, 0)?)?;
     attach_at(root, OWN_DIRECTORY, &prebuilt.own)?;
     attach_at(root, &format!("{OWN_DIRECTORY}/output"), &assembly.spool)?;
     working_directory(root, &assembly)?;
@@ -165,12 +165,12 @@ fn size_option(bytes: u64) -> CString {
     CString::new(bytes.max(4096).to_string()).unwrap_or_default()
 }
 
-fn temporary(assembly: &Assembly, mode: u32, attributes: u64) -> Result<OwnedFd, StageError> {
+fn temporary(bytes: u64, attributes: u64) -> Result<OwnedFd, StageError> {
     let make = || {
         let context = FilesystemContext::open(c"tmpfs")?;
-        context.set_string(c"size", &size_option(assembly.temporary_bytes))?;
-        context.set_string(c"nr_inodes", &size_option((assembly.temporary_bytes / 8192).clamp(1024, 1_000_000)))?;
-        context.set_string(c"mode", &CString::new(format!("{mode:o}")).unwrap_or_default())?;
+        context.set_string(c"size", &size_option(bytes))?;
+        context.set_string(c"nr_inodes", &size_option((bytes / 8192).clamp(1024, 1_000_000)))?;
+        context.set_string(c"mode", c"1777")?;
         context.create(PRIVATE | attributes)
     };
     make().map_err(step("make a temporary filesystem"))
