@@ -83,3 +83,17 @@ fn filled_filesystems_are_errors_of_the_command_that_fills_them() {
     assert_eq!(removed.code(), Some(0), "{removed:?}");
     session.assert_works();
 }
+
+#[test]
+fn stopped_processes_of_the_workload_do_not_hold_the_next_call() {
+    needs_root!();
+    let mut session = Session::start();
+    // A first tool call leaves a process waiting for the next.
+    let first = session.keeper.tool("write", &json!({"file_path": "/workspace/first", "content": "x"}));
+    assert!(matches!(first.answer(), Some((_, false))), "{first:?}");
+
+    let stopped = session.keeper.bash("kill -STOP -1");
+
+    assert_eq!(stopped.code(), Some(0), "{stopped:?}");
+    session.assert_works();
+}

@@ -137,6 +137,9 @@ impl Spawner for SpawnerClient {
             })
         };
         sent.map_err(SpawnError::Fork)?;
+        // The workload may have stopped the spare, which is one of its own, with everything else (`kill -STOP -1`): the call
+        // would wait for its time to be over.
+        let _ = pidfd_signal(spare.pidfd.as_fd(), libc::SIGCONT);
         Ok(Spawned { pid: spare.pid, pidfd: spare.pidfd })
     }
 
