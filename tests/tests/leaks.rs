@@ -144,6 +144,77 @@ fn nothing_is_left_when_the_workload_is_killed() {
     assert_clean_after_killing("workload", |_, pids| Some(pids.workload));
 }
 
+/// A group of the memory controller, or of the unified tree, in which the command and everything it starts run out of memory
+/// as on a host that has too little.
+struct ShortOfMemory {
+    directory: std::path::PathBuf,
+}
+
+impl ShortOfMemory {
+    fn new(bytes: u64) -> Option<Self> {
+        let name = format!("sbr-short-{}", std::process::id());
+        let make = |root: &str, file: &str| {
+            let directory = Path::new(root).join(&name);
+            std::fs::create_dir(&directory).ok()?;
+            let group = Self { directory };
+            std::fs::write(group.directory.join(file), bytes.to_string()).ok()?;
+            Some(group)
+        };
+        make("/sys/fs/cgroup/memory", "memory.limit_in_bytes").or_else(|| make("/sys/fs/cgroup", "memory.max"))
+    }
+
+    fn limit(&self, bytes: u64) {
+        for file in ["memory.limit_in_bytes", "memory.max"] {
+            let path = self.directory.join(file);
+            if path.exists() {
+                std::fs::write(path, bytes.to_string()).expect("the limit of an own group");
+            }
+        }
+    }
+}
+
+impl Drop for ShortOfMemory {
+    fn drop(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        while std::fs::remove_dir(&self.directory).is_err() {
+            // A group of a sandbox that stays in it keeps it from going.
+            if Instant::now() > deadline {
+                assert!(std::thread::panicking(), "something is left in {}", self.directory.display());
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(25));
+        }
+    }
+}
+
+/// The host itself is out of memory: the kernel takes processes of ours in the order of their scores, until there is enough.
+#[test]
+fn nothing_is_left_when_the_host_runs_out_of_memory() {
+    needs_root!();
+    let _host = host::exclusive();
+    let rootfs = Rootfs::with_prober();
+    let exec = Exec::in_rootfs(Caller::Root, rootfs.path());
+    let baseline = Baseline::after_one(&exec);
+    let Some(group) = ShortOfMemory::new(512 << 20) else {
+        sandbox_runner_tests::skip!("no group with a memory limit can be made here")
+    };
+    // More than the host has, and well below the sandbox's own limit.
+    let inner = exec.command([PROBER, "memory", "1500"]);
+    let mut command = std::process::Command::new("sh");
+    command.arg("-c").arg("echo $$ > \"$1\" && shift && exec \"$@\"").arg("sh");
+    command.arg(group.directory.join("cgroup.procs")).arg(inner.get_program()).args(inner.get_args());
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = Sleeping(command.spawn().expect("sh starts"));
+
+    let status = child.wait().expect("the command ends");
+
+    assert!(!status.success(), "nobody was killed");
+    // Nothing of the removal may depend on memory that is not there.
+    group.limit(1 << 30);
+    drop(group);
+    baseline.assert_restored(&[exec.state_directory()]);
+}
+
 #[test]
 fn nothing_is_left_after_an_interrupt() {
     needs_root!();
