@@ -61,8 +61,13 @@ impl ExecutableImage {
             .map_err(step("memfd_create"))?;
         let mut file = File::from(descriptor);
         file.write_all(EMBEDDED).map_err(|source| ImageError::Memory { step: "write", source })?;
-        fchmod(&file, Mode::from_raw_mode(0o500)).map_err(step("fchmod"))?;
-        fcntl_add_seals(&file, SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE)
+        // Process 1 executes it as root of a namespace that owns nothing here: the bits for others count.
+        fchmod(&file, Mode::from_raw_mode(0o555)).map_err(step("fchmod"))?;
+        let seals = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
+        // With the mode as well: where there is a single id, the workload owns this file and finds it behind the `exe` of a file
+        // tool. Without its execute bits no further sandbox could be made. Kernels before 6.3 cannot seal them.
+        fcntl_add_seals(&file, seals | SealFlags::EXEC)
+            .or_else(|errno| if errno == rustix::io::Errno::INVAL { fcntl_add_seals(&file, seals) } else { Err(errno) })
             .map_err(step("sealing"))?;
         Ok(Self::Memory(file.into()))
     }
@@ -127,6 +132,7 @@ mod tests {
         let ExecutableImage::Memory(descriptor) = &image else { panic!("not in memory") };
         assert_eq!(rustix::io::pwrite(descriptor, b"x", 0), Err(rustix::io::Errno::PERM));
         assert_eq!(rustix::fs::ftruncate(descriptor, 1), Err(rustix::io::Errno::PERM));
+        assert_eq!(fchmod(descriptor, Mode::from_raw_mode(0o444)), Err(rustix::io::Errno::PERM));
     }
 
     #[test]
