@@ -7,6 +7,8 @@ use runner::connector::dial::{DialError, Target, dial};
 use runner::connector::tls::{Reload, TlsError, TlsFiles, TlsSource};
 use runner::dev::pki::{Authority, Issued, Validity};
 use runner::dev::{LinkSettings, Orchestrator};
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 
 use crate::world::{Options, World, within};
 
@@ -55,6 +57,41 @@ async fn orchestrator_of_another_authority_is_refused() {
     let other = Authority::new("theirs").unwrap();
     let error = dial_error(|ours| ours.server("localhost", Validity::Now).unwrap(), Some(&other)).await;
     assert!(error.contains("UnknownIssuer"), "{error}");
+}
+
+/// A peer with the right certificate that speaks nothing newer than TLS 1.2, or another protocol than HTTP/2 inside.
+#[tokio::test]
+async fn orchestrator_that_speaks_only_an_older_tls_or_another_protocol_is_refused() {
+    let authority = Authority::new("ours").unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let client = authority.client("runner-1", Validity::Now).unwrap();
+    let files = authority.write_client_files(directory.path(), &client).unwrap();
+    let server = authority.server("localhost", Validity::Now).unwrap();
+    let older = {
+        let config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()));
+        let config = config.with_protocol_versions(&[&rustls::version::TLS12]).unwrap().with_no_client_auth();
+        let chain =
+            CertificateDer::pem_slice_iter(server.certificate_pem.as_bytes()).collect::<Result<_, _>>().unwrap();
+        config.with_single_cert(chain, PrivateKeyDer::from_pem_slice(server.key_pem.as_bytes()).unwrap()).unwrap()
+    };
+    let mut other = authority.server_config(&server).unwrap();
+    other.alpn_protocols = vec![b"http/1.1".to_vec()];
+    for (config, expected) in [(older, "ProtocolVersion"), (other, "NoApplicationProtocol")] {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+        tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            // The handshake fails on both sides.
+            let _ = acceptor.accept(stream).await;
+        });
+        let source = TlsSource::load(files.clone(), SystemTime::now()).unwrap();
+        let target = Target { host: "127.0.0.1".into(), port, server_name: Some("localhost".into()), proxy: None };
+
+        let error = within("dial", dial(&target, Arc::clone(&source.current().config))).await.unwrap_err().to_string();
+
+        assert!(error.contains("TLS with localhost failed") && error.contains(expected), "{error}");
+    }
 }
 
 #[tokio::test]
