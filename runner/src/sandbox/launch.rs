@@ -2,10 +2,14 @@
 //!
 //! One task reads; requests are sent by whoever makes them. The launcher is trusted more than a sandbox, but its frames
 //! are checked all the same: a launcher that answers nonsense is treated as gone. It never sees a path from us.
+//!
+//! A launcher that is a service of its own may be restarted or replaced while sandboxes live. Then the connection is made
+//! again, what the launcher still holds lives on, what it no longer holds has ended, and what it holds without anybody here
+//! knowing it is killed. An embedded launcher takes its sandboxes along, so without its connection everything is over.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -13,7 +17,7 @@ use std::time::Duration;
 use prost::Message;
 use proto::launch::v1 as wire;
 use tokio::sync::{oneshot, watch};
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use super::packet::{Descriptors, PacketError, PacketSocket};
 use super::spec::{Limits, Rootfs, Spec};
@@ -23,6 +27,10 @@ pub const LARGEST_PACKET: usize = 64 * 1024;
 const PROTOCOL_MAJOR: u32 = 1;
 /// Creation may unpack and mount; everything else answers at once. A launcher this late is not coming back.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a request waits for a launcher that is being restarted.
+const AWAY_PATIENCE: Duration = Duration::from_secs(10);
+/// Time between attempts to find a launcher again.
+const RETRY_AFTER: Duration = Duration::from_millis(50);
 /// Requests without an answer yet. More than this means the launcher is stuck, and more requests would not help.
 const MOST_OUTSTANDING: usize = 1024;
 
@@ -47,6 +55,9 @@ pub enum LaunchError {
         /// Why.
         reason: String,
     },
+    /// The connection broke before the answer came; the launcher may be back already.
+    #[error("the launcher was restarted before it answered")]
+    Interrupted,
     /// No answer in time.
     #[error("the launcher has not answered {request} within {} seconds", ANSWER_TIMEOUT.as_secs())]
     Silent {
@@ -244,18 +255,39 @@ impl Drop for Connection {
 
 #[derive(Debug)]
 struct Shared {
-    socket: PacketSocket,
     next_id: AtomicU64,
     table: Mutex<Table>,
+    /// Ticks when the link changes.
+    changed: watch::Sender<()>,
 }
 
 type Answer = (wire::reply::Body, Vec<OwnedFd>);
 
-#[derive(Debug, Default)]
+/// The way to the launcher at this moment.
+#[derive(Debug)]
+enum Link {
+    Up(Arc<PacketSocket>),
+    /// It is being looked for; why it went.
+    Away(String),
+    /// It will not come back.
+    Gone(String),
+}
+
+#[derive(Debug)]
 struct Table {
+    link: Link,
     outstanding: HashMap<u64, oneshot::Sender<Answer>>,
+    /// Sandboxes that somebody here counts on.
     endings: HashMap<String, watch::Sender<Option<Ended>>>,
-    gone: Option<String>,
+    /// Those of them that are not made yet.
+    creating: HashSet<String>,
+}
+
+/// A request that has its place in the table.
+struct Entered {
+    request_id: u64,
+    socket: Arc<PacketSocket>,
+    answer: oneshot::Receiver<Answer>,
 }
 
 impl Launcher {
@@ -265,16 +297,16 @@ impl Launcher {
     /// [`LaunchError::Gone`] when the descriptor cannot be polled.
     pub fn from_connection(connection: OwnedFd) -> Result<Self, LaunchError> {
         let socket = PacketSocket::new(connection, LARGEST_PACKET, Descriptors::Accepted).map_err(gone)?;
-        Ok(Self::with_socket(socket))
+        Ok(Self::with_socket(socket, None))
     }
 
-    /// Connects to a launcher that listens at `path` and greets it.
+    /// Connects to a launcher that listens at `path` and greets it. Its successors are found at the same path.
     ///
     /// # Errors
     /// [`LaunchError::Gone`] when nobody listens, [`LaunchError::Refused`] when it does not serve this uid.
     pub async fn connect(path: &Path) -> Result<(Self, HostReport), LaunchError> {
         let socket = PacketSocket::connect(path, LARGEST_PACKET, Descriptors::Accepted).map_err(gone)?;
-        let launcher = Self::with_socket(socket);
+        let launcher = Self::with_socket(socket, Some(path.to_path_buf()));
         let hello = wire::request::Body::Hello(wire::Hello { major: PROTOCOL_MAJOR });
         match launcher.request("Hello", hello).await? {
             (wire::reply::Body::Welcome(welcome), _) if welcome.major == PROTOCOL_MAJOR => {
@@ -284,10 +316,18 @@ impl Launcher {
         }
     }
 
-    fn with_socket(socket: PacketSocket) -> Self {
+    fn with_socket(socket: PacketSocket, path: Option<PathBuf>) -> Self {
+        let socket = Arc::new(socket);
+        let table = Table {
+            link: Link::Up(Arc::clone(&socket)),
+            outstanding: HashMap::new(),
+            endings: HashMap::new(),
+            creating: HashSet::new(),
+        };
         // 1 is the greeting that an embedded launcher has already answered.
-        let shared = Arc::new(Shared { socket, next_id: AtomicU64::new(2), table: Mutex::default() });
-        let reader = tokio::spawn(read_loop(Arc::clone(&shared))).abort_handle();
+        let shared =
+            Arc::new(Shared { next_id: AtomicU64::new(2), table: Mutex::new(table), changed: watch::channel(()).0 });
+        let reader = tokio::spawn(keep(Arc::clone(&shared), socket, path)).abort_handle();
         Self { connection: Arc::new(Connection { shared, reader }) }
     }
 
@@ -299,7 +339,11 @@ impl Launcher {
         const KIND: &str = "CreateSandbox";
         // Registered first: the ending may arrive right behind the answer.
         let (sender, ended) = watch::channel(None);
-        self.table().endings.insert(spec.sandbox_id.clone(), sender);
+        {
+            let mut table = self.table();
+            table.endings.insert(spec.sandbox_id.clone(), sender);
+            table.creating.insert(spec.sandbox_id.clone());
+        }
         let answer = self.request(KIND, wire::request::Body::CreateSandbox(create_to_wire(spec))).await;
         match answer {
             Ok((wire::reply::Body::SandboxCreated(created), mut descriptors))
@@ -317,7 +361,10 @@ impl Launcher {
                 })
             }
             other => {
-                self.table().endings.remove(&spec.sandbox_id);
+                let mut table = self.table();
+                table.endings.remove(&spec.sandbox_id);
+                table.creating.remove(&spec.sandbox_id);
+                drop(table);
                 Err(other.err().unwrap_or(LaunchError::WrongAnswer { request: KIND }))
             }
         }
@@ -328,11 +375,20 @@ impl Launcher {
     /// # Errors
     /// [`LaunchError`].
     pub async fn kill(&self, sandbox_id: &str) -> Result<(), LaunchError> {
-        let request = wire::KillSandbox { sandbox_id: sandbox_id.to_owned() };
-        match self.request_done("KillSandbox", wire::request::Body::KillSandbox(request)).await {
-            Err(LaunchError::Refused { code, .. }) if code == "SANDBOX_UNKNOWN" => Ok(()),
-            other => other,
+        let killed = loop {
+            let request = wire::KillSandbox { sandbox_id: sandbox_id.to_owned() };
+            match self.request_done("KillSandbox", wire::request::Body::KillSandbox(request)).await {
+                Err(LaunchError::Refused { code, .. }) if code == "SANDBOX_UNKNOWN" => break Ok(()),
+                // It went before it answered; its successor is asked again.
+                Err(LaunchError::Interrupted) => tokio::task::yield_now().await,
+                other => break other,
+            }
+        };
+        if killed.is_err() {
+            // Nobody counts on it any more, so the next launcher is told to kill it.
+            self.table().endings.remove(sandbox_id);
         }
+        killed
     }
 
     /// Stops (`true`) or continues the work of a sandbox.
@@ -382,7 +438,8 @@ impl Launcher {
     /// Waits for the ending of a sandbox that another runner made and this one takes over.
     pub fn watch_ending(&self, sandbox_id: &str) -> watch::Receiver<Option<Ended>> {
         let mut table = self.table();
-        if let Some(reason) = table.gone.clone() {
+        if let Link::Gone(reason) = &table.link {
+            let reason = reason.clone();
             return watch::channel(Some(Ended { wait_status: None, oom_kills: 0, reason })).1;
         }
         table.endings.entry(sandbox_id.to_owned()).or_insert_with(|| watch::channel(None).0).subscribe()
@@ -396,24 +453,11 @@ impl Launcher {
     }
 
     async fn request(&self, kind: &'static str, body: wire::request::Body) -> Result<Answer, LaunchError> {
-        let shared = &self.connection.shared;
-        let request_id = shared.next_id.fetch_add(1, Ordering::Relaxed);
-        let (sender, answer) = oneshot::channel();
-        {
-            let mut table = self.table();
-            if let Some(reason) = table.gone.clone() {
-                return Err(LaunchError::Gone { reason });
-            }
-            table.outstanding.retain(|_, waiting| !waiting.is_closed());
-            if table.outstanding.len() >= MOST_OUTSTANDING {
-                return Err(LaunchError::Busy);
-            }
-            table.outstanding.insert(request_id, sender);
-        }
+        let Entered { request_id, socket, answer } = self.enter().await?;
         let packet = wire::Request { request_id, body: Some(body) }.encode_to_vec();
         let exchange = async {
-            shared.socket.send(&packet).await.map_err(gone)?;
-            answer.await.map_err(|_| LaunchError::Gone { reason: self.gone_reason() })
+            socket.send(&packet).await.map_err(|error| self.lost_on_the_way(&error))?;
+            answer.await.map_err(|error| self.lost_on_the_way(&error))
         };
         match tokio::time::timeout(ANSWER_TIMEOUT, exchange).await {
             Err(_) => Err(LaunchError::Silent { request: kind }),
@@ -428,8 +472,34 @@ impl Launcher {
         }
     }
 
-    fn gone_reason(&self) -> String {
-        self.table().gone.clone().unwrap_or_else(|| "the connection was closed".into())
+    /// Takes a place for a request as soon as there is a launcher to send it to.
+    async fn enter(&self) -> Result<Entered, LaunchError> {
+        let shared = &self.connection.shared;
+        let mut changed = shared.changed.subscribe();
+        let entered = async {
+            loop {
+                if let Some(entered) = shared.try_enter()? {
+                    return Ok(entered);
+                }
+                // The sender lives in `shared`, so waiting cannot fail.
+                let _ = changed.changed().await;
+            }
+        };
+        match tokio::time::timeout(AWAY_PATIENCE, entered).await {
+            Ok(entered) => entered,
+            Err(_) => Err(LaunchError::Gone { reason: self.table().link.problem() }),
+        }
+    }
+
+    /// The connection broke under a request.
+    fn lost_on_the_way(&self, error: &dyn std::fmt::Display) -> LaunchError {
+        match &self.table().link {
+            Link::Gone(reason) => LaunchError::Gone { reason: reason.clone() },
+            Link::Up(_) | Link::Away(_) => {
+                debug!(%error, "a request was lost with its connection");
+                LaunchError::Interrupted
+            }
+        }
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -443,18 +513,51 @@ impl Shared {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn deliver(&self, reply: wire::Reply, descriptors: Vec<OwnedFd>) -> Result<(), String> {
+    /// `None` while the launcher is away.
+    fn try_enter(&self) -> Result<Option<Entered>, LaunchError> {
+        let mut table = self.table();
+        let socket = match &table.link {
+            Link::Up(socket) => Arc::clone(socket),
+            Link::Away(_) => return Ok(None),
+            Link::Gone(reason) => return Err(LaunchError::Gone { reason: reason.clone() }),
+        };
+        table.outstanding.retain(|_, waiting| !waiting.is_closed());
+        if table.outstanding.len() >= MOST_OUTSTANDING {
+            return Err(LaunchError::Busy);
+        }
+        let request_id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let (sender, answer) = oneshot::channel();
+        table.outstanding.insert(request_id, sender);
+        Ok(Some(Entered { request_id, socket, answer }))
+    }
+
+    /// Gives an answer to whoever waits for it. Returns the sandbox that was made for somebody who has given up.
+    fn deliver(&self, reply: wire::Reply, descriptors: Vec<OwnedFd>) -> Result<Option<String>, String> {
         let body = reply.body.ok_or("a reply without a body arrived")?;
         if let wire::reply::Body::SandboxEnded(ended) = body {
             self.end_sandbox(ended);
-            return Ok(());
+            return Ok(None);
         }
-        match self.table().outstanding.remove(&reply.request_id) {
-            // The asker may have given up meanwhile; the descriptors are closed with the answer then.
-            Some(waiting) => drop(waiting.send((body, descriptors))),
-            None => return Err(format!("a reply to request {} arrived, which nobody made", reply.request_id)),
+        let mut table = self.table();
+        let made = match &body {
+            wire::reply::Body::SandboxCreated(created) => Some(created.sandbox_id.clone()),
+            _ => None,
+        };
+        let Some(waiting) = table.outstanding.remove(&reply.request_id) else {
+            if reply.request_id >= self.next_id.load(Ordering::Relaxed) {
+                return Err(format!("a reply to request {} arrived, which nobody made", reply.request_id));
+            }
+            return Ok(made);
+        };
+        if let Some(sandbox_id) = &made {
+            table.creating.remove(sandbox_id);
         }
-        Ok(())
+        // The asker may have given up meanwhile; the descriptors are closed with the answer then.
+        let unwanted = waiting.send((body, descriptors)).err().and(made);
+        if let Some(sandbox_id) = &unwanted {
+            table.endings.remove(sandbox_id);
+        }
+        Ok(unwanted)
     }
 
     fn end_sandbox(&self, ended: wire::SandboxEnded) {
@@ -473,31 +576,144 @@ impl Shared {
     /// Everybody who waits learns that nothing will come any more.
     fn close(&self, reason: &str) {
         let mut table = self.table();
-        table.gone = Some(reason.to_owned());
+        table.link = Link::Gone(reason.to_owned());
         table.outstanding.clear();
         for (_, watching) in table.endings.drain() {
             let reason = format!("the launcher is gone: {reason}");
             watching.send_replace(Some(Ended { wait_status: None, oom_kills: 0, reason }));
         }
+        drop(table);
+        self.changed.send_replace(());
+    }
+
+    /// Requests that are under way are lost, sandboxes are not.
+    fn away(&self, reason: &str) {
+        let mut table = self.table();
+        table.link = Link::Away(reason.to_owned());
+        table.outstanding.clear();
+        for sandbox_id in std::mem::take(&mut table.creating) {
+            table.endings.remove(&sandbox_id);
+        }
+    }
+
+    /// The launcher is back with these sandboxes. Returns those that nobody here knows.
+    fn back(&self, socket: &Arc<PacketSocket>, held: HashSet<String>) -> Vec<String> {
+        let mut table = self.table();
+        table.endings.retain(|sandbox_id, watching| {
+            let lives = held.contains(sandbox_id);
+            if !lives {
+                let reason = "it was gone when the launcher came back".to_owned();
+                watching.send_replace(Some(Ended { wait_status: None, oom_kills: 0, reason }));
+            }
+            lives
+        });
+        let unknown = held.into_iter().filter(|sandbox_id| !table.endings.contains_key(sandbox_id)).collect();
+        table.link = Link::Up(Arc::clone(socket));
+        drop(table);
+        self.changed.send_replace(());
+        unknown
+    }
+
+    /// Has a sandbox killed that nobody counts on. The answer is of no interest.
+    async fn discard(&self, socket: &PacketSocket, sandbox_id: String) {
+        warn!(sandbox_id, "ending a sandbox that nobody waits for");
+        let request_id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let body = wire::request::Body::KillSandbox(wire::KillSandbox { sandbox_id });
+        let packet = wire::Request { request_id, body: Some(body) }.encode_to_vec();
+        if let Err(error) = socket.send(&packet).await {
+            debug!(%error, "a sandbox could not be discarded, its launcher is gone");
+        }
     }
 }
 
-async fn read_loop(shared: Arc<Shared>) {
-    let mut buffer = shared.socket.buffer();
-    let reason = loop {
-        let packet = match shared.socket.receive(&mut buffer).await {
+impl Link {
+    fn problem(&self) -> String {
+        match self {
+            Self::Up(_) => "the connection was closed".to_owned(),
+            Self::Away(reason) | Self::Gone(reason) => reason.clone(),
+        }
+    }
+}
+
+/// Reads as long as there is a launcher, and looks for its successor when it has a path.
+async fn keep(shared: Arc<Shared>, mut socket: Arc<PacketSocket>, path: Option<PathBuf>) {
+    loop {
+        let reason = read_loop(&shared, &socket).await;
+        let Some(path) = &path else { return shared.close(&reason) };
+        warn!(reason, "the launcher is away, its sandboxes live on");
+        shared.away(&reason);
+        socket = loop {
+            tokio::time::sleep(RETRY_AFTER).await;
+            match tokio::time::timeout(AWAY_PATIENCE, rejoin(&shared, path)).await {
+                Ok(Ok(socket)) => break socket,
+                Ok(Err(problem)) => debug!(problem, "the launcher is not back yet"),
+                Err(_) => debug!("the launcher does not answer yet"),
+            }
+        };
+        info!("the launcher is back");
+    }
+}
+
+/// Greets a new launcher and compares what it holds with what we count on.
+async fn rejoin(shared: &Shared, path: &Path) -> Result<Arc<PacketSocket>, String> {
+    let socket = PacketSocket::connect(path, LARGEST_PACKET, Descriptors::Accepted).map_err(|e| e.to_string())?;
+    let hello = wire::request::Body::Hello(wire::Hello { major: PROTOCOL_MAJOR });
+    match ask(shared, &socket, hello).await? {
+        wire::reply::Body::Welcome(welcome) if welcome.major == PROTOCOL_MAJOR => {}
+        _ => return Err("its first answer is not a welcome".to_owned()),
+    }
+    let list = wire::request::Body::ListSandboxes(wire::ListSandboxes {});
+    let wire::reply::Body::SandboxList(list) = ask(shared, &socket, list).await? else {
+        return Err("it does not say which sandboxes it holds".to_owned());
+    };
+    let socket = Arc::new(socket);
+    let held = list.sandboxes.into_iter().map(|entry| entry.sandbox_id).collect();
+    for sandbox_id in shared.back(&socket, held) {
+        shared.discard(&socket, sandbox_id).await;
+    }
+    Ok(socket)
+}
+
+/// One exchange on a connection that nobody else uses yet.
+async fn ask(
+    shared: &Shared,
+    socket: &PacketSocket,
+    body: wire::request::Body,
+) -> Result<wire::reply::Body, String> {
+    let request_id = shared.next_id.fetch_add(1, Ordering::Relaxed);
+    let packet = wire::Request { request_id, body: Some(body) }.encode_to_vec();
+    socket.send(&packet).await.map_err(|error| error.to_string())?;
+    let mut buffer = socket.buffer();
+    loop {
+        let packet = socket.receive(&mut buffer).await.map_err(|error| error.to_string())?;
+        let reply = wire::Reply::decode(packet.bytes).map_err(|error| error.to_string())?;
+        match reply.body {
+            Some(wire::reply::Body::SandboxEnded(ended)) => shared.end_sandbox(ended),
+            Some(body) if reply.request_id == request_id => return Ok(body),
+            _ => return Err("it answered something else".to_owned()),
+        }
+    }
+}
+
+async fn read_loop(shared: &Shared, socket: &PacketSocket) -> String {
+    let mut buffer = socket.buffer();
+    loop {
+        let packet = match socket.receive(&mut buffer).await {
             Ok(packet) => packet,
-            Err(error) => break error.to_string(),
+            Err(error) => return error.to_string(),
         };
         let delivered = wire::Reply::decode(packet.bytes)
             .map_err(|error| format!("a reply could not be decoded: {error}"))
             .and_then(|reply| shared.deliver(reply, packet.descriptors));
-        if let Err(reason) = delivered {
-            warn!(reason, "connection to the launcher was given up");
-            break reason;
+        match delivered {
+            Ok(None) => {}
+            Ok(Some(sandbox_id)) => shared.discard(socket, sandbox_id).await,
+            Err(reason) => {
+                warn!(reason, "connection to the launcher was given up");
+                return reason;
+            }
         }
-    };
-    shared.close(&reason);
+    }
 }
 
 /// The greeting as a packet, for the one exchange that happens before the async runtime exists.

@@ -143,3 +143,132 @@ fn request_for_a_sandbox_names_no_path_and_no_network() {
     assert_eq!(request.rootfs, Some(wire::create_sandbox::Rootfs::Directory("debian".into())));
     assert!(request.ephemeral);
 }
+
+/// A launcher that listens, and whose connections follow one script each. Says which requests came.
+fn service(
+    path: &Path,
+    scripts: Vec<fn(wire::Request) -> Option<Vec<wire::Reply>>>,
+) -> std::sync::mpsc::Receiver<wire::request::Body> {
+    use rustix::net::{SocketAddrUnix, accept, bind, listen, socket};
+    let (sender, requests) = std::sync::mpsc::channel();
+    let listener = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).expect("socket");
+    bind(&listener, &SocketAddrUnix::new(path).expect("a short path")).expect("bind");
+    listen(&listener, 4).expect("listen");
+    std::thread::spawn(move || {
+        let mut buffer = vec![0; LARGEST_PACKET];
+        for script in scripts {
+            let Ok(connection) = accept(&listener) else { return };
+            while let Ok(length @ 1..) = rustix::io::read(&connection, &mut buffer) {
+                let request = wire::Request::decode(&buffer[..length]).expect("the runner speaks the protocol");
+                let _ = sender.send(request.body.clone().expect("a body"));
+                let Some(replies) = script(request) else { break };
+                for reply in replies {
+                    let _ = rustix::io::write(connection.as_fd(), &reply.encode_to_vec());
+                }
+            }
+        }
+    });
+    requests
+}
+
+/// Greets, makes what it is asked for, and closes the connection when it is asked for a list or for `stubborn`.
+fn first_launcher(request: wire::Request) -> Option<Vec<wire::Reply>> {
+    match &request.body {
+        Some(wire::request::Body::Hello(_)) => Some(vec![welcome(request.request_id)]),
+        Some(wire::request::Body::CreateSandbox(create)) if create.sandbox_id != "stubborn" => {
+            Some(vec![created(&request, "a.sock")])
+        }
+        _ => None,
+    }
+}
+
+/// Holds `kept` and `stranger`.
+fn second_launcher(request: wire::Request) -> Option<Vec<wire::Reply>> {
+    let entry = |id: &str| wire::SandboxEntry {
+        sandbox_id: id.into(),
+        socket_name: format!("{id}.sock"),
+        adopted: true,
+        ..Default::default()
+    };
+    let body = match &request.body {
+        Some(wire::request::Body::Hello(_)) => return Some(vec![welcome(request.request_id)]),
+        Some(wire::request::Body::ListSandboxes(_)) => {
+            Body::SandboxList(wire::SandboxList { sandboxes: vec![entry("kept"), entry("stranger")] })
+        }
+        _ => Body::Done(wire::Done {}),
+    };
+    Some(vec![reply(request.request_id, body)])
+}
+
+fn welcome(request_id: u64) -> wire::Reply {
+    reply(request_id, Body::Welcome(wire::Welcome { major: 1, ..Default::default() }))
+}
+
+#[tokio::test]
+async fn launcher_that_comes_back_keeps_what_it_holds_ends_what_it_lost_and_kills_what_nobody_knows() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("launcher.sock");
+    let requests = service(&path, vec![first_launcher, second_launcher]);
+    let (launcher, _) = Launcher::connect(&path).await.expect("connected");
+    let kept = launcher.create(&Spec::throw_away("kept")).await.expect("created");
+    let mut lost = launcher.create(&Spec::throw_away("lost")).await.expect("created");
+
+    let interrupted = launcher.list().await;
+
+    assert!(matches!(interrupted, Err(LaunchError::Interrupted)), "{interrupted:?}");
+    let list = launcher.list().await.expect("the next launcher answers");
+    assert_eq!(list.len(), 2);
+    let ended = lost.ended.wait_for(Option::is_some).await.expect("reported").clone().expect("ended");
+    assert!(ended.reason.contains("gone when the launcher came back"), "{}", ended.reason);
+    assert!(kept.ended.borrow().is_none());
+    let killed: Vec<_> = requests
+        .try_iter()
+        .filter_map(|body| match body {
+            wire::request::Body::KillSandbox(kill) => Some(kill.sandbox_id),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(killed, ["stranger"]);
+}
+
+#[tokio::test]
+async fn sandbox_that_was_being_made_when_the_launcher_went_is_refused_once_and_not_counted_on() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("launcher.sock");
+    let _requests = service(&path, vec![first_launcher, second_launcher]);
+    let (launcher, _) = Launcher::connect(&path).await.expect("connected");
+
+    let error = launcher.create(&Spec::throw_away("stubborn")).await.expect_err("interrupted");
+
+    assert!(matches!(error, LaunchError::Interrupted), "{error}");
+    assert!(launcher.kill("stubborn").await.is_ok());
+}
+
+#[tokio::test]
+async fn late_answer_to_somebody_who_gave_up_is_no_breach_and_its_sandbox_is_killed() {
+    let mut late = None;
+    let (sender, killed) = std::sync::mpsc::channel();
+    let launcher = launcher(move |request| match &request.body {
+        Some(wire::request::Body::CreateSandbox(_)) => {
+            late = Some(created(&request, "a.sock"));
+            Vec::new()
+        }
+        Some(wire::request::Body::KillSandbox(kill)) => {
+            let _ = sender.send(kill.sandbox_id.clone());
+            vec![reply(request.request_id, Body::Done(wire::Done {}))]
+        }
+        _ => late
+            .take()
+            .into_iter()
+            .chain([reply(request.request_id, Body::SandboxList(wire::SandboxList::default()))])
+            .collect(),
+    });
+    let spec = Spec::throw_away("a");
+    let gave_up = tokio::time::timeout(Duration::from_millis(50), launcher.create(&spec)).await;
+    assert!(gave_up.is_err());
+
+    assert_eq!(launcher.list().await.expect("the connection goes on"), []);
+
+    let killed = tokio::task::spawn_blocking(move || killed.recv_timeout(Duration::from_secs(20))).await.expect("joined");
+    assert_eq!(killed.as_deref(), Ok("a"));
+}
