@@ -622,6 +622,26 @@ fn sandbox_outlives_a_killed_launcher_and_is_adopted_by_the_next() {
 }
 
 #[test]
+fn sandbox_whose_runner_left_before_the_answer_is_not_kept() {
+    needs_root!();
+    let mut bench = Bench::start();
+    let leaving = bench.connect();
+    let request = Request { request_id: 1, body: Some(request::Body::CreateSandbox(plain_sandbox("nobodys"))) };
+    leaving.send(&request.encode_to_vec()).expect("sent");
+
+    drop(leaving);
+
+    // Requests are served in their order: when the second sandbox is there, the first one was decided about.
+    let connection = bench.connect();
+    create(&connection, plain_sandbox("second"));
+    let left: Vec<_> = list(&connection).into_iter().map(|entry| entry.sandbox_id).collect();
+    assert_eq!(left, ["second"]);
+    kill(&connection, "second");
+    drop(connection);
+    bench.assert_serves();
+}
+
+#[test]
 fn slots_of_sandboxes_that_died_without_a_launcher_are_free_again() {
     needs_root!();
     let rootfs = Rootfs::with_prober();

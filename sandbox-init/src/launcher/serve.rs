@@ -318,6 +318,8 @@ impl<'a> Launcher<'a> {
 
     fn close(&mut self, number: u32) {
         self.connections.remove(&number);
+        // Nobody would ever hear of the sandboxes it has asked for.
+        self.waiting.retain(|waiting| waiting.connection != number);
         if let Some(listener) = self.parts.listener.as_ref().filter(|_| self.listener_rests) {
             let interest = EpollEvent::new(EpollFlags::EPOLLIN, Event::Listener.token());
             self.listener_rests = self.epoll.add(listener, interest).is_err();
@@ -442,13 +444,16 @@ impl<'a> Launcher<'a> {
         self.answer_with(number, request_id, body, &[]);
     }
 
-    fn answer_with(&mut self, number: u32, request_id: u64, body: Answer, descriptors: &[i32]) {
-        let Some(connection) = self.connections.get(&number) else { return };
+    /// Whether there was somebody who took it.
+    fn answer_with(&mut self, number: u32, request_id: u64, body: Answer, descriptors: &[i32]) -> bool {
+        let Some(connection) = self.connections.get(&number) else { return false };
         let reply = wire::Reply { request_id, body: Some(body) };
         // A runner that does not read its answers is closed: the launcher keeps no queue for it.
-        if send(&connection.socket, &reply.encode_to_vec(), descriptors).is_err() {
+        let taken = send(&connection.socket, &reply.encode_to_vec(), descriptors).is_ok();
+        if !taken {
             self.close(number);
         }
+        taken
     }
 
     fn tell_all(&mut self, body: &Answer) {
@@ -573,7 +578,10 @@ impl<'a> Launcher<'a> {
         };
         let pidfd = process.pidfd.as_raw_fd();
         self.store();
-        self.answer_with(waiting.connection, waiting.request_id, Answer::SandboxCreated(created), &[pidfd]);
+        if !self.answer_with(waiting.connection, waiting.request_id, Answer::SandboxCreated(created), &[pidfd]) {
+            // Its runner has gone meanwhile, and a successor may have looked at the list before this one was on it.
+            self.kill(number, None);
+        }
         self.last_request = Instant::now();
     }
 
