@@ -176,7 +176,7 @@ fn spec_of(request: SandboxRequest) -> Result<Spec, ToolFailure> {
             pids: request.limits.pids,
             disk_bytes: request.limits.disk_bytes,
         },
-        orphan_timeout: Some(request.orphan_timeout).filter(|time| !time.is_zero()),
+        orphan_timeout: request.orphan_timeout.filter(|time| !time.is_zero()),
         environment: request.variables.into_iter().map(variable).collect(),
         ..Spec::throw_away(request.sandbox_id.as_str())
     })

@@ -9,7 +9,6 @@ mod view;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::Duration;
 
 use futures_util::FutureExt;
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -30,8 +29,6 @@ pub use view::{View, ViewCall, ViewSession};
 
 /// Sandboxes that are made at the same time.
 const PARALLEL_CREATES: usize = 4;
-/// How long a sandbox lives without a runner when nobody says otherwise.
-const ORPHAN_TIMEOUT: Duration = Duration::from_secs(8100);
 
 /// What the session loop is made of.
 pub struct Sessions {
@@ -157,7 +154,7 @@ impl Loop {
         mut views: mpsc::Receiver<oneshot::Sender<View>>,
         mut done: mpsc::Receiver<Done>,
     ) {
-        let mut tick = tokio::time::interval(Duration::from_secs(1));
+        let mut tick = tokio::time::interval(std::time::Duration::from_secs(1));
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut work_open = true;
         let board = Arc::clone(&self.board);
@@ -460,7 +457,7 @@ impl Loop {
             network: open.network,
             variables: open.variables,
             min_tier: open.min_tier,
-            orphan_timeout: open.orphan_timeout.unwrap_or(ORPHAN_TIMEOUT),
+            orphan_timeout: open.orphan_timeout,
         };
         let (done, creates, sandboxes) = (self.done.clone(), Arc::clone(&self.creates), Arc::clone(&self.sandboxes));
         tokio::spawn(async move {

@@ -27,8 +27,8 @@ pub struct SandboxRequest {
     pub variables: Vec<(String, String)>,
     /// Lowest acceptable isolation tier by name; empty means the operator's floor.
     pub min_tier: String,
-    /// How long it may live without a runner.
-    pub orphan_timeout: Duration,
+    /// How long it may live without a runner; as long as the launcher's policy says when nobody asks for less.
+    pub orphan_timeout: Option<Duration>,
 }
 
 /// Values of variables may be secrets.
