@@ -65,6 +65,10 @@ pub struct OrchestratorSection {
     pub server_name: Option<String>,
     /// `http://host:port` of a proxy for CONNECT.
     pub proxy: Option<String>,
+    /// Longest wait before the first attempt to connect again, in milliseconds; doubled with each failure.
+    pub reconnect_first_ms: Option<u64>,
+    /// Longest wait before any attempt to connect again, in milliseconds.
+    pub reconnect_most_ms: Option<u64>,
 }
 
 /// `[runner]`
@@ -114,6 +118,8 @@ pub struct LogSection {
     pub level: Option<LogLevel>,
 }
 
+const NUMBER: &str = "a whole number that is not negative";
+
 impl ConfigFile {
     /// Reads the text of `file`.
     ///
@@ -160,6 +166,8 @@ impl OrchestratorSection {
             key_file: section.take("key_file", "an absolute path"),
             server_name: section.take("server_name", "a host name"),
             proxy: section.take("proxy", "a text such as \"http://proxy.example:3128\""),
+            reconnect_first_ms: section.take("reconnect_first_ms", NUMBER),
+            reconnect_most_ms: section.take("reconnect_most_ms", NUMBER),
         }
     }
 }
@@ -179,7 +187,6 @@ impl RunnerSection {
 
 impl LimitsSection {
     fn read(section: &mut Reader<'_>) -> Self {
-        const NUMBER: &str = "a whole number that is not negative";
         Self {
             max_sessions: section.take("max_sessions", NUMBER),
             sandbox_memory_bytes: section.take("sandbox_memory_bytes", NUMBER),
@@ -348,6 +355,8 @@ mod tests {
             key_file = "/k"
             server_name = "o"
             proxy = "http://p:1"
+            reconnect_first_ms = 20
+            reconnect_most_ms = 30
             [runner]
             id = "r"
             labels = { zone = "a" }
@@ -371,7 +380,9 @@ mod tests {
 
         let read = ConfigFile::parse(Path::new("c.toml"), text).expect("good");
 
-        assert_eq!(read.orchestrator.and_then(|section| section.proxy).as_deref(), Some("http://p:1"));
+        let orchestrator = read.orchestrator.expect("a section");
+        assert_eq!(orchestrator.proxy.as_deref(), Some("http://p:1"));
+        assert_eq!((orchestrator.reconnect_first_ms, orchestrator.reconnect_most_ms), (Some(20), Some(30)));
         assert_eq!(read.runner.labels["zone"], "a");
         assert_eq!(read.runner.launcher_socket.as_deref(), Some(Path::new("/r/l")));
         assert_eq!(read.limits.host_reserve_pids, Some(8));

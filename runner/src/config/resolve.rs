@@ -53,6 +53,10 @@ pub struct Orchestrator {
     pub server_name: String,
     /// `http://host:port` of a proxy.
     pub proxy: Option<String>,
+    /// Longest wait before the first attempt to connect again, in milliseconds.
+    pub reconnect_first_ms: u64,
+    /// Longest wait before any attempt to connect again, in milliseconds.
+    pub reconnect_most_ms: u64,
 }
 
 /// What one sandbox gets when it asks for nothing.
@@ -156,6 +160,17 @@ impl Check<'_> {
         let ca_file = self.required_path("orchestrator.ca_file", section.ca_file.as_deref());
         let certificate_file = self.required_path("orchestrator.certificate_file", section.certificate_file.as_deref());
         let key_file = self.required_path("orchestrator.key_file", section.key_file.as_deref());
+        let first = section.reconnect_first_ms.unwrap_or(500);
+        let most = section.reconnect_most_ms.unwrap_or(first.max(30_000));
+        for (key, value) in [("orchestrator.reconnect_first_ms", first), ("orchestrator.reconnect_most_ms", most)] {
+            if !(1..=3_600_000).contains(&value) {
+                self.report(key, format!("{value} is no useful time"), "write 1 to 3600000");
+            }
+        }
+        if most < first {
+            let what = format!("{most} is less than orchestrator.reconnect_first_ms, which is {first}");
+            self.report("orchestrator.reconnect_most_ms", what, "write the larger of the two here");
+        }
         let server_name = section.server_name.clone().or(host)?;
         Some(Orchestrator {
             endpoint,
@@ -164,6 +179,8 @@ impl Check<'_> {
             key_file: key_file?,
             server_name,
             proxy,
+            reconnect_first_ms: first,
+            reconnect_most_ms: most,
         })
     }
 
@@ -332,6 +349,21 @@ mod tests {
             assert!(problems.iter().any(|problem| problem.contains(text)), "{text} not in {problems:#?}");
         }
         assert_eq!(problems.len(), expected.len(), "{problems:#?}");
+    }
+
+    #[test]
+    fn times_to_connect_again_are_checked_against_each_other() {
+        let files = "ca_file = \"/c\"\ncertificate_file = \"/d\"\nkey_file = \"/k\"\n";
+        let with = |more: &str| resolved(&format!("[orchestrator]\nendpoint = \"https://o\"\n{files}{more}"));
+
+        let orchestrator = with("").expect("good").orchestrator.expect("a section");
+        assert_eq!((orchestrator.reconnect_first_ms, orchestrator.reconnect_most_ms), (500, 30_000));
+
+        let problems = with("reconnect_first_ms = 0\nreconnect_most_ms = 9999999\n").expect_err("problems");
+        assert!(problems.iter().any(|p| p.contains("orchestrator.reconnect_first_ms: 0 is no useful time; write 1")));
+        assert!(problems.iter().any(|p| p.contains("orchestrator.reconnect_most_ms: 9999999 is no useful time")));
+        let problems = with("reconnect_first_ms = 20\nreconnect_most_ms = 10\n").expect_err("problems");
+        assert!(problems[0].contains("10 is less than orchestrator.reconnect_first_ms"), "{problems:?}");
     }
 
     #[test]

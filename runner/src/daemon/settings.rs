@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::config::resolve::{Config, Orchestrator};
 use crate::connector::backoff::Backoff;
@@ -89,7 +90,10 @@ pub fn link(config: &Config, receipt: Receipt, ephemeral: bool) -> Result<Option
         },
         receipt,
         ephemeral,
-        backoff: Backoff::default(),
+        backoff: Backoff::new(
+            Duration::from_millis(orchestrator.reconnect_first_ms),
+            Duration::from_millis(orchestrator.reconnect_most_ms),
+        ),
         clock: boottime_ns,
     }))
 }
@@ -190,6 +194,8 @@ mod tests {
             key_file: "key".into(),
             server_name: "o.example".into(),
             proxy: proxy.map(Into::into),
+            reconnect_first_ms: 500,
+            reconnect_most_ms: 30_000,
         }
     }
 
