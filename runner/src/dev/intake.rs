@@ -60,9 +60,10 @@ fn welcome(shared: &Shared, hello: &pb::Hello, pages: &[pb::ResumePage], sender:
     let mut guard = shared.state();
     let state = &mut *guard;
     let instance = |hello: &pb::Hello| hello.runner.as_ref().map(|runner| runner.instance_id.clone());
-    // Another process without a journal counts from the beginning.
+    // Another process without a journal counts from the beginning, and knows nothing of what the one before it held.
     if hello.ephemeral && state.hello.as_ref().is_some_and(|before| instance(before) != instance(hello)) {
         state.event_through = 0;
+        settle_lost(shared, state);
     }
     state.links += 1;
     let number = state.links;
@@ -90,6 +91,64 @@ fn welcome(shared: &Shared, hello: &pb::Hello, pages: &[pb::ResumePage], sender:
     state.resumed = true;
     repeat(state, &held);
     number
+}
+
+/// Gives everything that an earlier process of the runner held its last word, because nobody else can. What may have
+/// reached that process may have run; what never left this side did not.
+fn settle_lost(shared: &Shared, state: &mut State) {
+    let failure = |code: &str, message: String, remediation: &str| pb::ToolFailure {
+        code: code.to_owned(),
+        blame: pb::Blame::Host.into(),
+        retryable: false,
+        message,
+        remediation: remediation.to_owned(),
+        retry_after: None,
+    };
+    for (session_id, record) in &mut state.sessions {
+        if record.opened.is_some() && record.ended.is_none() {
+            let message = format!("session {session_id} was lost: its runner was restarted and keeps nothing on disk");
+            record.ended = Some(pb::SessionEnded {
+                event_seq: 0,
+                session_id: session_id.clone(),
+                epoch: record.request.epoch,
+                reason: pb::SessionEndReason::SandboxLost.into(),
+                failure: Some(failure("SANDBOX_LOST", message, "open the session again with a higher epoch")),
+            });
+        }
+    }
+    let mut over = Vec::new();
+    for (call_id, call) in state.calls.iter_mut().filter(|(_, call)| !call.complete && call.refused.is_none()) {
+        let session_id = &call.request.session_id;
+        if state.sessions.get(session_id).is_none_or(|record| record.ended.is_none()) {
+            continue;
+        }
+        let end = call.end.get_or_insert_with(|| {
+            let kind = if call.sent {
+                let message = "the call may have run, but its runner was restarted before it told how it ended";
+                let fix = "look at what the call was meant to change before running it again";
+                let failure = Some(failure("OUTCOME_UNKNOWN", message.to_owned(), fix));
+                pb::outcome::Kind::Indeterminate(pb::Indeterminate { failure })
+            } else {
+                let message = "the call did not run: it was not sent before its session was lost";
+                let fix = "send the call again, under a new id, to an open session";
+                let failure = Some(failure("SESSION_LOST", message.to_owned(), fix));
+                pb::outcome::Kind::NeverStarted(pb::NeverStarted { failure, code: 125 })
+            };
+            pb::CallFinished {
+                call_id: call_id.clone(),
+                session_id: session_id.clone(),
+                epoch: call.request.epoch,
+                outcome: Some(pb::Outcome { kind: Some(kind) }),
+                ..Default::default()
+            }
+        });
+        call.transcript.give_up(end);
+        call.complete = true;
+        over.push(call_id.clone());
+    }
+    for call_id in over {
+        let _ = shared.seen.send(Link::Finished(call_id));
+    }
 }
 
 fn decide(state: &State, session: &pb::SessionState) -> pb::ResumeDecision {

@@ -168,6 +168,8 @@ pub(super) struct SessionRecord {
 #[derive(Debug)]
 pub(super) struct CallRecord {
     pub(super) request: pb::Call,
+    /// It was put on a link, so the runner may have it.
+    pub(super) sent: bool,
     pub(super) accepted: bool,
     pub(super) started: Option<u64>,
     pub(super) transcript: Transcript,
@@ -225,6 +227,11 @@ impl Shared {
 impl State {
     /// Sends a frame on the present link, if there is one. A link whose queue is full is given up.
     pub(super) fn send(&mut self, body: Body) {
+        if let (Body::Call(request), Some(LinkOut { live: true, .. })) = (&body, &self.link)
+            && let Some(call) = self.calls.get_mut(&request.call_id)
+        {
+            call.sent = true;
+        }
         if self.link.as_ref().is_some_and(|link| link.live) {
             self.send_now(body);
         }
@@ -454,6 +461,18 @@ impl Orchestrator {
         (state.heartbeats, state.last_heartbeat.clone())
     }
 
+    /// For each session, how many calls the runner has accepted and, as far as it has told, neither started nor ended.
+    #[must_use]
+    pub fn waiting(&self) -> BTreeMap<String, usize> {
+        let state = self.shared.state();
+        let waits = |call: &&CallRecord| call.accepted && call.started.is_none() && call.end.is_none();
+        let mut counts = BTreeMap::new();
+        for call in state.calls.values().filter(waits) {
+            *counts.entry(call.request.session_id.clone()).or_default() += 1;
+        }
+        counts
+    }
+
     /// How many calls are queued, running (some output seen or not), and finished without acknowledgement, as far as
     /// the orchestrator can tell at this moment.
     #[must_use]
@@ -500,6 +519,7 @@ impl Session {
         let mut state = self.shared.state();
         let record = CallRecord {
             request: request.clone(),
+            sent: false,
             accepted: false,
             started: None,
             transcript: Transcript::default(),

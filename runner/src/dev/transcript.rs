@@ -98,6 +98,18 @@ impl Transcript {
         Ok(true)
     }
 
+    /// Nothing more will come: what is missing is a hole.
+    pub(super) fn give_up(&mut self, finished: &pb::CallFinished) {
+        for summary in finished.streams.iter().filter(|summary| !summary.inline_complete) {
+            let stream = self.streams.entry(summary.stream).or_default();
+            if stream.through < summary.total_bytes {
+                stream.holes.push((stream.through, summary.total_bytes - stream.through));
+                stream.through = summary.total_bytes;
+            }
+            stream.ended = true;
+        }
+    }
+
     /// What is stored, for acknowledgement.
     pub(super) fn acks(&self) -> Vec<pb::StreamAck> {
         self.streams.iter().map(|(stream, text)| pb::StreamAck { stream: *stream, through: text.through }).collect()
@@ -139,6 +151,17 @@ mod tests {
         transcript.take(&chunk(5, b"f", 3, true)).unwrap();
         assert_eq!(transcript.streams[&1].holes, [(2, 3)]);
         assert_eq!(transcript.check(&finished(b"abcdef", [0; 32])), Ok(true));
+    }
+
+    #[test]
+    fn output_that_is_given_up_becomes_a_hole_up_to_its_announced_end() {
+        let mut transcript = Transcript::default();
+        transcript.take(&chunk(0, b"ab", 0, false)).unwrap();
+        let end = finished(b"abcdef", [0; 32]);
+        assert_eq!(transcript.check(&end), Ok(false));
+        transcript.give_up(&end);
+        assert_eq!(transcript.streams[&1].holes, [(2, 4)]);
+        assert_eq!(transcript.check(&end), Ok(true));
     }
 
     #[test]
