@@ -90,6 +90,12 @@ without = []
         self.directory.path().join("run/launcher.sock")
     }
 
+    /// The directory that holds everything of this setup.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
     /// State and run directories.
     #[must_use]
     pub fn directories(&self) -> [PathBuf; 2] {

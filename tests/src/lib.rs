@@ -1,11 +1,14 @@
 //! Harness shared by the suites: what is planted on the host, how the command is driven, how the host is compared.
 //!
-//! The suites talk to the shipped program through its command line and its sockets, never to its modules; only the system
-//! call table and the generated message types are linked, because a table is compared with the kernel's own answers.
+//! The suites talk to the shipped program through its command line and its sockets, never to its modules. Linked are only
+//! the system call table, because a table is compared with the kernel's own answers, the generated message types, and the
+//! reference orchestrator, which is the other end of the daemon's link.
 //!
 //! - [`prober`]: builds the attack program and reads its result lines
 //! - [`runner`]: finds the built command, runs it as root or as uid 65534
 //! - [`rootfs`]: a directory that can be the root of a sandbox and holds the prober
+//! - [`daemon`]: a launcher as a service, a runner with its configuration, and an orchestrator
+//! - [`faultproxy`]: the wire between the last two, which can be broken
 //! - [`canary`]: files, a process and listeners on the host that no sandbox may reach
 //! - [`host`]: everything a sandbox could leave behind, counted from outside
 //! - [`launcher`]: a launcher of our own and a hostile runner's end of its socket
@@ -14,6 +17,8 @@
 #![forbid(unsafe_code)]
 
 pub mod canary;
+pub mod daemon;
+pub mod faultproxy;
 pub mod host;
 pub mod keeper;
 pub mod launcher;
