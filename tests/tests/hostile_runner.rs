@@ -622,6 +622,24 @@ fn sandbox_outlives_a_killed_launcher_and_is_adopted_by_the_next() {
 }
 
 #[test]
+fn launcher_whose_helper_was_killed_ends_with_its_sandboxes_instead_of_serving_nobody() {
+    needs_root!();
+    let mut bench = Bench::start();
+    let connection = bench.connect();
+    let created = create(&connection, plain_sandbox("one"));
+    let helper = host::children_of(bench.launcher.pid()).into_iter().find(|pid| host::inner_pid(*pid).is_none());
+
+    host::kill_now(helper.expect("the background process"));
+
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while bench.launcher.is_alive() {
+        assert!(std::time::Instant::now() < deadline, "the launcher neither serves nor ends");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(host::is_ended_orphan(created.pid), "process 1 still runs");
+}
+
+#[test]
 fn sandbox_whose_runner_left_before_the_answer_is_not_kept() {
     needs_root!();
     let mut bench = Bench::start();

@@ -647,7 +647,10 @@ impl<'a> Launcher<'a> {
             ..Order::default()
         };
         self.order(&order);
-        self.removing.insert(process.name, process.slot);
+        // Without the background process nobody will report the removal, and nobody may wait for it.
+        if !self.background_gone {
+            self.removing.insert(process.name, process.slot);
+        }
         if let Some(sandbox_id) = sandbox_id {
             self.store();
             let ended = wire::SandboxEnded { sandbox_id, wait_status: status, oom_kills };
