@@ -2,7 +2,7 @@
 //!
 //! Names are hashes, so nothing the runner or the workload chose becomes part of a path. Every file is counted against
 //! one budget; when it is used up, files of acknowledged calls are removed, oldest first, and if that is not enough the
-//! write fails and the stream declares a hole.
+//! write fails and the stream declares a hole. Of small and empty files only so many stay.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -28,6 +28,9 @@ pub(crate) enum SpoolError {
     #[error("cannot write spool file {name}")]
     Write { name: String, source: std::io::Error },
 }
+
+/// Files of acknowledged calls that stay: empty ones cost no bytes, but each costs the host an inode.
+const RETIRED_LIMIT: usize = 256;
 
 /// The directory.
 #[derive(Debug)]
@@ -102,16 +105,23 @@ impl SpoolDirectory {
     /// The call is acknowledged: its file stays for the workload to read until the room is needed.
     pub(crate) fn retire(&mut self, file: SpoolFile) {
         self.retired.push_back((file.name, file.length));
+        if self.retired.len() > RETIRED_LIMIT {
+            self.remove_oldest();
+        }
     }
 
     fn make_room(&mut self, wanted: u64) {
-        while self.used_bytes.saturating_add(wanted) > self.budget_bytes {
-            let Some((name, length)) = self.retired.pop_front() else { return };
-            // A file that cannot be removed still takes its room, so the account is only changed on success.
-            if unlinkat(&self.directory, name.as_str(), UnlinkatFlags::NoRemoveDir).is_ok() {
-                self.used_bytes = self.used_bytes.saturating_sub(length);
-            }
+        while self.used_bytes.saturating_add(wanted) > self.budget_bytes && self.remove_oldest() {}
+    }
+
+    /// Whether there was one.
+    fn remove_oldest(&mut self) -> bool {
+        let Some((name, length)) = self.retired.pop_front() else { return false };
+        // A file that cannot be removed still takes its room, so the account is only changed on success.
+        if unlinkat(&self.directory, name.as_str(), UnlinkatFlags::NoRemoveDir).is_ok() {
+            self.used_bytes = self.used_bytes.saturating_sub(length);
         }
+        true
     }
 }
 
@@ -170,6 +180,18 @@ mod tests {
         let refused = spool(&directory, 1000).create("call", "stdout").unwrap_err();
         assert!(matches!(refused, SpoolError::Create { source: nix::Error::EEXIST, .. }), "{refused:?}");
         assert_eq!(std::fs::read(&victim).unwrap(), b"before");
+    }
+
+    #[test]
+    fn empty_files_of_acknowledged_calls_do_not_pile_up() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut spool = spool(&directory, 100);
+        for number in 0..RETIRED_LIMIT + 5 {
+            let file = spool.create(&format!("call-{number}"), "stdout").unwrap();
+            spool.retire(file);
+        }
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), RETIRED_LIMIT);
+        assert!(!directory.path().join(file_name("call-4", "stdout")).exists());
     }
 
     #[test]
