@@ -5,6 +5,7 @@ use std::fs::{self, File, OpenOptions, Permissions};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -51,7 +52,7 @@ pub fn small_sandboxes() -> String {
 #[derive(Debug)]
 pub struct Daemon {
     /// The far end.
-    pub orchestrator: Orchestrator,
+    pub orchestrator: Arc<Orchestrator>,
     /// What is between.
     pub wire: FaultProxy,
     setup: Setup,
@@ -87,14 +88,13 @@ impl Daemon {
         fs::set_permissions(&run, Permissions::from_mode(0o1771)).expect("chmod of the run directory");
         let identity = state.join("identity");
         fs::create_dir(&identity).expect("a directory of our own");
-        let orchestrator = Orchestrator::start(options.link).await.expect("the orchestrator starts");
+        let orchestrator = Arc::new(Orchestrator::start(options.link).await.expect("the orchestrator starts"));
         orchestrator.write_client_files(&identity, "runner-1").expect("certificates");
         for path in host::files_below(&identity).iter().map(PathBuf::as_path).chain([identity.as_path()]) {
             chown(path, Some(RUNNER_UID), Some(RUNNER_UID)).expect("chown to the runner");
         }
         let wire = FaultProxy::to(orchestrator.address()).await;
-        let daemon =
-            Self { orchestrator, wire, setup, _rootfs: rootfs, launcher: None, runner: None, restarts: 0 };
+        let daemon = Self { orchestrator, wire, setup, _rootfs: rootfs, launcher: None, runner: None, restarts: 0 };
         fs::write(daemon.config(), daemon.config_text(&options.limits)).expect("the configuration");
         daemon
     }
@@ -203,8 +203,25 @@ level = "info"
     /// # Panics
     /// When it ends instead.
     pub async fn start_runner(&mut self) {
+        self.start_runner_with(&[]).await;
+    }
+
+    /// The same through another program, which executes the command that follows its own arguments.
+    ///
+    /// # Panics
+    /// When it ends instead.
+    pub async fn start_runner_with(&mut self, before: &[&str]) {
         let links = self.orchestrator.links();
-        self.spawn_runner();
+        match before {
+            [] => self.spawn_runner(),
+            [program, arguments @ ..] => {
+                let inner = self.runner_command();
+                let mut command = Command::new(program);
+                command.args(arguments).arg(inner.get_program()).args(inner.get_args());
+                command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(self.log_file());
+                self.runner = Some(command.spawn().expect("the runner starts"));
+            }
+        }
         let deadline = Instant::now() + PATIENCE;
         while self.orchestrator.links() == links {
             let status = self.runner.as_mut().and_then(|process| process.try_wait().expect("own child"));
@@ -235,8 +252,9 @@ level = "info"
 
     /// Whether runner and launcher both run.
     pub fn is_alive(&mut self) -> bool {
-        let lives =
-            |process: &mut Option<Child>| process.as_mut().is_some_and(|process| matches!(process.try_wait(), Ok(None)));
+        let lives = |process: &mut Option<Child>| {
+            process.as_mut().is_some_and(|process| matches!(process.try_wait(), Ok(None)))
+        };
         lives(&mut self.launcher) & lives(&mut self.runner)
     }
 
@@ -271,7 +289,8 @@ level = "info"
         let [state, run] = self.setup.directories();
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let left: Vec<_> = [&state, &run].iter().flat_map(|top| host::files_below(&top.join("sandboxes"))).collect();
+            let left: Vec<_> =
+                [&state, &run].iter().flat_map(|top| host::files_below(&top.join("sandboxes"))).collect();
             if left.is_empty() {
                 return;
             }

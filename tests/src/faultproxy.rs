@@ -121,7 +121,13 @@ async fn accept(listener: TcpListener, target: SocketAddr, shared: Arc<Shared>) 
     }
 }
 
-async fn pass(mut near: TcpStream, mut far: TcpStream, number: u64, mut cut: broadcast::Receiver<Cut>, shared: &Shared) {
+async fn pass(
+    mut near: TcpStream,
+    mut far: TcpStream,
+    number: u64,
+    mut cut: broadcast::Receiver<Cut>,
+    shared: &Shared,
+) {
     // Small frames must not wait for each other; a socket that is closed already shows when it is used.
     let _ = (near.set_nodelay(true), far.set_nodelay(true));
     let allowed = AtomicU64::new(u64::MAX);

@@ -223,6 +223,19 @@ pub fn status_field(pid: u32, key: &str) -> Option<String> {
     text.lines().find_map(|line| line.strip_prefix(key)).map(|rest| rest.trim().to_owned())
 }
 
+/// Memory of a process that is in use.
+#[must_use]
+pub fn resident_bytes(pid: u32) -> u64 {
+    let text = status_field(pid, "VmRSS:").unwrap_or_default();
+    text.split_whitespace().next().and_then(|number| number.parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
+/// Open descriptors of a process.
+#[must_use]
+pub fn descriptors(pid: u32) -> u64 {
+    fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count) as u64
+}
+
 /// Every process.
 pub fn pids() -> impl Iterator<Item = u32> {
     fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok())

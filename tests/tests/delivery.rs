@@ -125,7 +125,10 @@ async fn end(world: Arc<World>) {
 #[derive(Debug, Clone)]
 enum Kind {
     /// Adds a line to its file and prints so many bytes, in the shell of the session or beside it.
-    Command { size: u64, in_shell: bool },
+    Command {
+        size: u64,
+        in_shell: bool,
+    },
     Write,
     Edit,
     Read,
@@ -314,9 +317,11 @@ async fn moment(world: &World, wanted: Moment) {
     let mut seen = world.daemon.orchestrator.watch();
     match wanted {
         // The orchestrator hears a little later; of several that wait, the last one still does.
-        Moment::Queued => while !world.daemon.orchestrator.waiting().values().any(|count| *count >= 3) {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        },
+        Moment::Queued => {
+            while !world.daemon.orchestrator.waiting().values().any(|count| *count >= 3) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        }
         Moment::InFlight => loop {
             let Some(Link::Output(chunk)) = next(&mut seen).await else { continue };
             let halves = world.halves.lock().expect("no panic holds it");

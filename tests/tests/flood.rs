@@ -1,4 +1,5 @@
-//! A command that never stops writing costs neither memory nor unbounded disk, whether somebody reads it or not.
+//! A command that never stops writing costs neither memory nor unbounded disk, whether somebody reads it or not; under the
+//! daemon it neither holds up heartbeats nor other sessions.
 #![forbid(unsafe_code)]
 
 use std::io::Read;
@@ -6,6 +7,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use proto::runner::v1 as pb;
+use runner::dev::{Link, LinkSettings};
+use sandbox_runner_tests::daemon::{Daemon, MARKER, Options, Workspace, bash, within};
 use sandbox_runner_tests::host;
 use sandbox_runner_tests::needs_root;
 use sandbox_runner_tests::runner::{Caller, Exec, wait};
@@ -26,11 +30,7 @@ enum Reader {
 
 /// Resident bytes of the command and everything it started: runner, launcher, process 1, spawner, workload.
 fn resident(root: u32) -> u64 {
-    let kibibytes = |pid| {
-        let text = host::status_field(pid, "VmRSS")?;
-        text.split_whitespace().next()?.parse::<u64>().ok()
-    };
-    host::family_of(root).into_iter().filter_map(kibibytes).sum::<u64>() * 1024
+    host::family_of(root).into_iter().map(host::resident_bytes).sum()
 }
 
 /// Bytes that the files below a directory take on the disk.
@@ -106,4 +106,116 @@ fn a_minute_of_output_costs_no_memory() {
     needs_root!();
     flood(Caller::Root, Reader::Keen, 60);
     flood(Caller::Root, Reader::Stalled, 60);
+}
+
+/// How an orchestrator takes output.
+#[derive(Clone, Copy, PartialEq)]
+enum Taker {
+    /// It asks for some and gets it over a wire of 320 KiB a second.
+    Slow,
+    /// It never asks for any.
+    Stalled,
+}
+
+/// Time the runner has to renew its lease in; a heartbeat comes every twentieth part of it.
+const LEASE: Duration = Duration::from_secs(10);
+
+async fn daemon_flood(taker: Taker, time: Duration) {
+    let _alone = host::exclusive();
+    let window = if taker == Taker::Slow { 64 * 1024 } else { 0 };
+    let link = LinkSettings { window, acknowledge: true, lease_ttl: LEASE, heartbeat_every: LEASE / 20 };
+    let daemon = Daemon::start(Options { link, ..Options::default() }).await;
+    let (flooding, other) = (daemon.session("flooding").await, daemon.session("other").await);
+    let marked = flooding.run("first", bash(format!("echo flooding > {MARKER}"))).await;
+    marked.expect("the first call");
+    let workspace = Workspace::find("flooding").expect("its sandbox");
+    if taker == Taker::Slow {
+        daemon.wire.rest_after_each_piece(Duration::from_millis(50));
+    }
+    let mut seen = daemon.orchestrator.watch();
+    let heartbeats = tokio::spawn(async move {
+        let mut beats = Vec::new();
+        loop {
+            match seen.recv().await {
+                Ok(Link::Heartbeat(beat)) => beats.push((beat.lease_seq, beat.sent_boottime_ns)),
+                Ok(Link::Finished(call_id)) if call_id == "over" => return beats,
+                Ok(_) => {}
+                Err(error) => panic!("events were missed: {error}"),
+            }
+        }
+    });
+
+    let timeout_ms = i64::try_from(time.as_millis()).expect("short");
+    let command = Some("yes 0123456789abcdef0123456789abcdef".to_owned());
+    flooding.send("flood", pb::call::Input::Bash(pb::BashInput { command, timeout_ms, ..Default::default() }));
+    within("start", flooding.started("flood")).await.expect("started");
+    let held = || {
+        let processes = [daemon.runner_pid(), daemon.launcher_pid(), Some(workspace.process_1), workspace.spawner()];
+        processes.into_iter().flatten().map(host::resident_bytes).sum::<u64>()
+    };
+    let (begin, mut early, mut most, mut disk, mut answered) = (Instant::now(), 0, 0, 0, 0_u64);
+    let mut over = std::pin::pin!(flooding.ended("flood"));
+    let ended = loop {
+        // The other session is served all the time.
+        let id = format!("other-{answered}");
+        let finished = within(&id, other.bash(&id, "echo served")).await.expect("an end");
+        assert_eq!(finished.streams[&1].bytes, b"served\n");
+        answered += 1;
+        let now = held();
+        early = if begin.elapsed() < time / 4 { early.max(now) } else { early };
+        most = most.max(now);
+        disk = disk.max(daemon.directories().iter().map(|top| on_disk(top)).sum());
+        if let Ok(ended) = tokio::time::timeout(Duration::from_millis(20), &mut over).await {
+            break ended.expect("an end");
+        }
+        assert!(begin.elapsed() < time + Duration::from_secs(60), "the flood has no end");
+    };
+    let total = ended.streams.iter().map(|stream| stream.total_bytes).sum::<u64>();
+    assert!(matches!(ended.outcome.and_then(|outcome| outcome.kind), Some(pb::outcome::Kind::TimedOut(_))));
+    println!(
+        "{} MiB written, {answered} other calls; resident {early} at first, {most} at most; disk {disk}",
+        total >> 20
+    );
+    assert!(total > 16 << 20, "{total} bytes are no flood");
+    assert!(early > 0 && most <= early + GROWTH, "{early} bytes resident at first, {most} at most");
+    assert!(disk <= ON_DISK, "{disk} bytes on disk");
+    assert!(answered > 3, "only {answered} calls of the other session were answered");
+
+    within("over", other.bash("over", "true")).await.expect("an end");
+    let beats = within("heartbeats", heartbeats).await.expect("no panic");
+    assert!(beats.len() > 3, "{} heartbeats", beats.len());
+    for pair in beats.windows(2) {
+        let [(seq, sent), (next_seq, next_sent)] = pair else { continue };
+        assert_eq!(*next_seq, seq + 1, "a heartbeat is missing");
+        assert!(u128::from(next_sent - sent) < LEASE.as_nanos(), "no heartbeat for {} ns", next_sent - sent);
+    }
+    assert!(!daemon.log().contains("lease lapsed"), "{}", daemon.end_of_log());
+    assert_eq!(daemon.orchestrator.links(), 1);
+
+    // Whatever was kept of it can still be had, and what was not is declared.
+    daemon.wire.rest_after_each_piece(Duration::ZERO);
+    daemon.orchestrator.set(LinkSettings { window: 1 << 20, ..link });
+    let finished = within("output", flooding.outcome("flood")).await.expect("an end");
+    assert_eq!(finished.streams[&1].through, total);
+    assert_eq!(daemon.orchestrator.complaints(), Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn slow_orchestrator_costs_no_memory_and_holds_up_nobody() {
+    needs_root!();
+    daemon_flood(Taker::Slow, Duration::from_secs(5)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn stalled_orchestrator_costs_no_memory_and_holds_up_nobody() {
+    needs_root!();
+    daemon_flood(Taker::Stalled, Duration::from_secs(5)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes two minutes"]
+async fn a_minute_for_a_slow_and_a_stalled_orchestrator_costs_no_memory() {
+    needs_root!();
+    daemon_flood(Taker::Slow, Duration::from_secs(60)).await;
+    daemon_flood(Taker::Stalled, Duration::from_secs(60)).await;
 }

@@ -675,11 +675,7 @@ async fn rejoin(shared: &Shared, path: &Path) -> Result<Arc<PacketSocket>, Strin
 }
 
 /// One exchange on a connection that nobody else uses yet.
-async fn ask(
-    shared: &Shared,
-    socket: &PacketSocket,
-    body: wire::request::Body,
-) -> Result<wire::reply::Body, String> {
+async fn ask(shared: &Shared, socket: &PacketSocket, body: wire::request::Body) -> Result<wire::reply::Body, String> {
     let request_id = shared.next_id.fetch_add(1, Ordering::Relaxed);
     let packet = wire::Request { request_id, body: Some(body) }.encode_to_vec();
     socket.send(&packet).await.map_err(|error| error.to_string())?;

@@ -269,6 +269,7 @@ async fn late_answer_to_somebody_who_gave_up_is_no_breach_and_its_sandbox_is_kil
 
     assert_eq!(launcher.list().await.expect("the connection goes on"), []);
 
-    let killed = tokio::task::spawn_blocking(move || killed.recv_timeout(Duration::from_secs(20))).await.expect("joined");
+    let killed =
+        tokio::task::spawn_blocking(move || killed.recv_timeout(Duration::from_secs(20))).await.expect("joined");
     assert_eq!(killed.as_deref(), Ok("a"));
 }
