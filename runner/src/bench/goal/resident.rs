@@ -15,6 +15,8 @@ use crate::dev::{Orchestrator, Session};
 const HELD: usize = 200;
 /// What the kernel frees, it frees later.
 const SETTLE: Duration = Duration::from_secs(3);
+/// A daemon has come by then, or it never will.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Times that all of them are made and ended.
 const FILLINGS: usize = 3;
 /// A start takes a good part of a second, and an import of the SDK one or two.
@@ -27,12 +29,7 @@ pub(super) async fn measure(bench: &mut Bench) -> Result<Vec<Row>, BenchError> {
     let orchestrator = Orchestrator::start(link_settings(true)).await?;
     orchestrator.write_client_files(&bench.certificates, "bench")?;
     let start = starts(bench, &orchestrator).await?;
-    bench.peers.start_daemon(orchestrator.address().port())?;
-    let filled = match orchestrator.runner().await {
-        Ok(_) => fillings(bench, &orchestrator).await,
-        Err(error) => Err(error.into()),
-    };
-    bench.peers.stop_daemon()?;
+    let filled = fillings(bench, &orchestrator).await;
     complaints(&orchestrator)?;
     let filled = filled.unwrap_or_else(|error| {
         // The start is known all the same.
@@ -47,7 +44,7 @@ async fn starts(bench: &mut Bench, orchestrator: &Orchestrator) -> Result<Vec<Ro
     for round in 0..=STARTS.min(bench.rounds) {
         let start = Instant::now();
         bench.peers.start_daemon(orchestrator.address().port())?;
-        orchestrator.runner().await?;
+        arrival(orchestrator).await?;
         let took = milliseconds(start);
         bench.peers.stop_daemon()?;
         let import = bench.peers.run("sdk-import")?;
@@ -60,6 +57,13 @@ async fn starts(bench: &mut Bench, orchestrator: &Orchestrator) -> Result<Vec<Ro
         .peer("SDK imported", bench.peers.measured("sdk-import", &imports), 0.1)
         .note("with a launcher of its own and the isolation measured by attack before the first word to anybody");
     Ok(vec![row])
+}
+
+/// A daemon that cannot start says why on standard error, and never comes.
+async fn arrival(orchestrator: &Orchestrator) -> Result<(), BenchError> {
+    let come = tokio::time::timeout(PATIENCE, orchestrator.runner()).await;
+    come.map_err(|_| BenchError::Link(format!("no daemon came within {} s", PATIENCE.as_secs())))?.map(drop)?;
+    Ok(())
 }
 
 #[derive(Default)]
@@ -80,7 +84,11 @@ async fn fillings(bench: &mut Bench, orchestrator: &Orchestrator) -> Result<Vec<
         let mut discarded = Memories::default();
         let memories = if round == 0 { &mut discarded } else { &mut memories };
         tokio::time::sleep(SETTLE).await;
-        filling(bench, orchestrator, round, memories).await?;
+        // A new one each time: what was resident once stays so, and an idle daemon would look like a full one.
+        bench.peers.start_daemon(orchestrator.address().port())?;
+        let filled = filling(bench, orchestrator, round, memories).await;
+        bench.peers.stop_daemon()?;
+        filled?;
         tokio::time::sleep(SETTLE).await;
         if bench.peers.has("floor") {
             let before = free_kib()?;
@@ -130,6 +138,8 @@ async fn filling(
     round: usize,
     memories: &mut Memories,
 ) -> Result<(), BenchError> {
+    arrival(orchestrator).await?;
+    tokio::time::sleep(SETTLE).await;
     let idle = bench.peers.daemon_memory()?;
     let before = free_kib()?;
     let mut sessions = Vec::new();
