@@ -386,7 +386,7 @@ struct Lost {
 /// errno of a shell that could not be executed. The pipe is read, so this answers once.
 fn start_failure(shell: &Shell) -> Option<i32> {
     match start_state(&shell.start_error) {
-        StartState::Failed(errno) if !shell.is_ready => Some(errno),
+        StartState::Failed(failure) if !shell.is_ready => Some(failure.errno),
         StartState::Failed(_) | StartState::Started | StartState::Starting => None,
     }
 }

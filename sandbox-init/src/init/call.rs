@@ -79,8 +79,8 @@ pub(crate) struct ProcessBody {
     pub(crate) pidfd: OwnedFd,
     /// Open until the program has started.
     pub(crate) start_error: Option<OwnedFd>,
-    /// errno of a program that could not be executed.
-    pub(crate) failed: Option<i32>,
+    /// Why the program could not be executed.
+    pub(crate) failed: Option<StartFailure>,
     pub(crate) stdin: Option<StdinPipe>,
     /// Name for an out-of-memory report.
     pub(crate) program: String,
@@ -158,14 +158,26 @@ pub(crate) enum StartState {
     /// The program runs.
     Started,
     /// It could not be executed.
-    Failed(i32),
+    Failed(StartFailure),
+}
+
+/// Why a process never became its program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct StartFailure {
+    pub(crate) errno: i32,
+    /// It is the working directory that could not be entered; the program was not tried.
+    pub(crate) is_directory: bool,
 }
 
 /// Reads the start-error pipe.
 pub(crate) fn start_state(pipe: &OwnedFd) -> StartState {
     let mut errno = [0; 4];
     match read(pipe.as_fd(), &mut errno) {
-        Ok(4) => StartState::Failed(i32::from_ne_bytes(errno)),
+        Ok(4) => {
+            let number = i32::from_ne_bytes(errno);
+            let errno = number.checked_abs().unwrap_or(libc::EIO);
+            StartState::Failed(StartFailure { errno, is_directory: number < 0 })
+        }
         Ok(_) => StartState::Started,
         Err(Errno::EAGAIN | Errno::EINTR) => StartState::Starting,
         Err(_) => StartState::Started,

@@ -63,7 +63,9 @@ impl Spawner for LocalSpawner {
                 std::ffi::OsString::from_vec(value.get(1..).unwrap_or_default().to_vec()),
             );
         }
-        command.current_dir(PathBuf::from(std::ffi::OsString::from_vec(request.working_directory)));
+        let directory = PathBuf::from(std::ffi::OsString::from_vec(request.working_directory));
+        let has_directory = directory.is_dir();
+        command.current_dir(directory);
         let mut status = None;
         for (descriptor, number) in request.descriptors {
             match number {
@@ -87,7 +89,8 @@ impl Spawner for LocalSpawner {
             },
         };
         if let Some(errno) = failed {
-            let _ = start_error.write_all(&errno.to_ne_bytes());
+            let number = if has_directory { errno } else { -errno };
+            let _ = start_error.write_all(&number.to_ne_bytes());
         }
         let child = Command::new("/bin/sh").args(["-c", "exit 127"]).spawn();
         let child = child.map_err(|error| SpawnError::Fork(nix::Error::from_raw(errno(&error))))?;

@@ -14,7 +14,7 @@ use proto::init::v1::Stream;
 use crate::sys::child::{Exit, Which, reap};
 use crate::sys::terminal::set_window_size;
 
-use super::call::{Announced, Body, Call, Output, Phase, ProcessBody, Running, StartState, start_state};
+use super::call::{Announced, Body, Call, Output, Phase, ProcessBody, Running, StartFailure, StartState, start_state};
 use super::cause::End;
 use super::clock::{MILLISECOND, now};
 use super::event::{Event, Key};
@@ -218,9 +218,9 @@ impl Engine {
                 running.announced.has_begun = true;
             }
             // Reported when the process has ended, which it does at once: until then its slot is not empty.
-            Some(StartState::Failed(errno)) => {
+            Some(StartState::Failed(failure)) => {
                 process.start_error = None;
-                process.failed = Some(errno);
+                process.failed = Some(failure);
             }
         }
     }
@@ -240,7 +240,7 @@ impl Engine {
         let Some(running) = self.calls.get_mut(&key).and_then(Call::running) else { return };
         let Some(process) = running.process() else { return };
         let end = match process.failed {
-            Some(errno) => not_executable(errno, &process.program),
+            Some(failure) => not_executable(failure, &process.program),
             None => {
                 running.announced.has_begun = true;
                 End::Process(exit)
@@ -316,8 +316,15 @@ fn open_terminal(columns: u16, rows: u16) -> Result<(OwnedFd, OwnedFd), nix::Err
 }
 
 /// The end of a call whose program could not be executed, with the status a shell would give.
-fn not_executable(errno: i32, program: &str) -> End {
+fn not_executable(StartFailure { errno, is_directory }: StartFailure, program: &str) -> End {
     let error = Errno::from_raw(errno);
+    if is_directory {
+        return End::NeverStarted {
+            reason: format!("cannot enter the working directory: {}", error.desc()),
+            errno,
+            code: 125,
+        };
+    }
     let code = if matches!(error, Errno::ENOENT | Errno::ENOTDIR) { 127 } else { 126 };
     End::NeverStarted { reason: format!("cannot execute {program}: {}", error.desc()), errno, code }
 }

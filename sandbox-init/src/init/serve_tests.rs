@@ -68,6 +68,22 @@ fn environment_and_directory_are_those_of_the_call() {
 }
 
 #[test]
+fn a_directory_that_cannot_be_entered_is_not_blamed_on_the_program() {
+    let sandbox = TestSandbox::start();
+    let mut client = sandbox.connect(1);
+    let work = start_call::Work::Exec(Exec {
+        argv: vec![b"true".to_vec()],
+        cwd: b"/no/such/place".to_vec(),
+        ..Exec::default()
+    });
+    let call = client.call(work);
+    let result = client.run(call);
+    let Kind::NeverStarted(never) = result.kind() else { panic!("{result:?}") };
+    assert_eq!((never.code, never.errno), (125, libc::ENOENT));
+    assert_eq!(never.reason, "cannot enter the working directory: No such file or directory");
+}
+
+#[test]
 fn standard_input_is_written_once_whatever_is_sent_twice() {
     let sandbox = TestSandbox::start();
     let mut client = sandbox.connect(1);

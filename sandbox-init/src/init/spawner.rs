@@ -39,8 +39,8 @@ pub struct SpawnRequest {
     pub slot: Option<OwnedFd>,
     /// The child becomes the leader of a new session whose controlling terminal is its descriptor 0.
     pub terminal: bool,
-    /// Write end of a pipe. The child writes its errno (4 bytes, native order) here when `chdir` or `execve` fails and
-    /// exits 127; the pipe closes without a byte when the program has started.
+    /// Write end of a pipe. The child writes its errno (4 bytes, native order) here when `execve` fails, and the negative
+    /// errno when `chdir` does, and exits 127; the pipe closes without a byte when the program has started.
     pub start_error: OwnedFd,
 }
 

@@ -127,16 +127,16 @@ fn perform(packet: Packet, confinement: &Confinement) {
         Ok(errors) => errors,
         Err(_) => return,
     };
-    let errno = match begin(&task) {
-        Ok(()) if task.tool.is_empty() => execute(&task),
+    let number = match begin(&task) {
+        Ok(()) if task.tool.is_empty() => execute(&task) as i32,
         Ok(()) => {
             drop(errors);
             exit_now(run_tool(&task, confinement));
         }
-        Err(errno) => errno,
+        Err(number) => number,
     };
     // The reader takes the number; when it is gone so is the call.
-    let _ = nix::unistd::write(&errors, &(errno as i32).to_ne_bytes());
+    let _ = nix::unistd::write(&errors, &number.to_ne_bytes());
     exit_now(127)
 }
 
@@ -167,11 +167,12 @@ fn place(errors: OwnedFd, descriptors: Vec<OwnedFd>, targets: &[RawFd]) -> nix::
     Ok(errors_high)
 }
 
-fn begin(task: &Task) -> nix::Result<()> {
+/// The number is what the start-error pipe gets: negative for the directory.
+fn begin(task: &Task) -> Result<(), i32> {
     if task.terminal {
-        set_controlling_terminal(0)?;
+        set_controlling_terminal(0).map_err(|errno| errno as i32)?;
     }
-    chdir(OsStr::from_bytes(&task.working_directory))
+    chdir(OsStr::from_bytes(&task.working_directory)).map_err(|errno| -(errno as i32))
 }
 
 /// `execve`, with the search of `execvp(3)`: a candidate that may not be executed is remembered, the search goes on.
