@@ -164,14 +164,57 @@ fn arguments_arrive_byte_for_byte() {
 
 #[test]
 fn exit_codes_are_those_of_the_command() {
-    needs_root!();
-    let _host = host::shared();
-    let rootfs = Rootfs::with_prober();
-    let exec = Exec::in_rootfs(Caller::Root, rootfs.path());
+    for caller in Caller::BOTH {
+        if let Some(obstacle) = caller.obstacle() {
+            sandbox_runner_tests::skip!("{obstacle}");
+        }
+        let _host = host::shared();
+        let rootfs = Rootfs::owned_by(caller.uid());
+        let exec = Exec::in_rootfs(caller, rootfs.path());
 
-    assert_eq!(exec.prober(["exit", "0"]).code(), 0);
-    assert_eq!(exec.prober(["exit", "123"]).code(), 123);
-    assert_eq!(exec.run(["/no/such/program"]).code(), 127);
-    assert_eq!(exec.run(["/etc/passwd"]).code(), 126);
-    assert_eq!(exec.prober(["core"]).code(), 134);
+        assert_eq!(exec.prober(["exit", "0"]).code(), 0, "{caller:?}");
+        assert_eq!(exec.prober(["exit", "123"]).code(), 123, "{caller:?}");
+        assert_eq!(exec.run(["/no/such/program"]).code(), 127, "{caller:?}");
+        assert_eq!(exec.run(["/etc/passwd"]).code(), 126, "{caller:?}");
+        assert_eq!(exec.prober(["core"]).code(), 134, "{caller:?}");
+        let slow = Exec::in_rootfs(caller, rootfs.path()).option("--timeout", "300ms").prober(["sleep", "60"]);
+        assert_eq!(slow.code(), 124, "{caller:?}: {}", slow.errors());
+        let refused = Exec::in_rootfs(caller, rootfs.path()).option("--without", "everything").prober(["exit", "0"]);
+        assert_eq!(refused.code(), 125, "{caller:?}: {}", refused.errors());
+    }
+}
+
+/// What the options do is the same for everybody; what differs is who enforces it.
+#[test]
+fn options_work_for_root_and_for_an_ordinary_user() {
+    for caller in Caller::BOTH {
+        if let Some(obstacle) = caller.obstacle() {
+            sandbox_runner_tests::skip!("{obstacle}");
+        }
+        let _host = host::shared();
+        let exec = |name: &str, value: &str| Exec::new(caller).option(name, value);
+
+        let variable = exec("--env", "GIVEN=a b").run(["sh", "-c", "echo \"$GIVEN\""]);
+        assert_eq!(variable.text(), "a b\n", "{caller:?}: {}", variable.errors());
+        let directory = exec("--workdir", "/usr/bin").run(["pwd"]);
+        assert_eq!(directory.text(), "/usr/bin\n", "{caller:?}: {}", directory.errors());
+        let absent = exec("--workdir", "/no/such/place").run(["pwd"]);
+        assert_eq!(absent.code(), 125, "{caller:?}: {}", absent.errors());
+        assert!(absent.errors().contains("cannot enter the working directory"), "{caller:?}: {}", absent.errors());
+        let network = exec("--network", "none").run(["sh", "-c", "cat /proc/net/dev | wc -l"]);
+        assert_eq!(network.text().trim(), "3", "{caller:?}: loopback and two lines of titles: {}", network.errors());
+        let mut input = Exec::new(caller).flag("--stdin").command(["sh", "-c", "read line; echo \"got $line\""]);
+        input.stdin(std::fs::File::open("/proc/sys/kernel/ostype").expect("a file of one line"));
+        let input = finish(input, PATIENCE).expect("the command ends");
+        assert_eq!(input.text(), "got Linux\n", "{caller:?}: {}", input.errors());
+
+        let report = Exec::new(caller).flag("--json").run(["sh", "-c", "echo out; echo err >&2; exit 3"]);
+        let value: serde_json::Value = serde_json::from_slice(&report.stdout)
+            .unwrap_or_else(|error| panic!("{caller:?}: no report ({error}): {} {}", report.text(), report.errors()));
+        assert_eq!(report.code(), 3, "{caller:?}");
+        for (pointer, expected) in [("/stdout", "out\n"), ("/stderr", "err\n"), ("/outcome/kind", "exited")] {
+            assert_eq!(value.pointer(pointer).and_then(|text| text.as_str()), Some(expected), "{caller:?}: {value}");
+        }
+        assert!(value.pointer("/receipt/layers").is_some_and(|layers| layers.is_array()), "{caller:?}: {value}");
+    }
 }
