@@ -154,7 +154,7 @@ fn daemon(
             certificate_file: Some(files.certificate),
             key_file: Some(files.key),
             server_name: Some("localhost".to_owned()),
-            proxy: None,
+            ..OrchestratorSection::default()
         }),
         runner: RunnerSection {
             id: Some(RUNNER_ID.to_owned()),
