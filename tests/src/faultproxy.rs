@@ -174,8 +174,7 @@ async fn pump(
     mut wait: Wait,
 ) {
     let mut buffer = vec![0; PIECE];
-    loop {
-        let Ok(length @ 1..) = source.read(&mut buffer).await else { break };
+    while let Ok(length @ 1..) = source.read(&mut buffer).await {
         match &mut wait {
             Wait::Rest(rest) => {
                 let rest = *rest.borrow_and_update();

@@ -144,11 +144,11 @@ fn request_for_a_sandbox_names_no_path_and_no_network() {
     assert!(request.ephemeral);
 }
 
+/// Replies to one request; `None` closes the connection.
+type Script = fn(wire::Request) -> Option<Vec<wire::Reply>>;
+
 /// A launcher that listens, and whose connections follow one script each. Says which requests came.
-fn service(
-    path: &Path,
-    scripts: Vec<fn(wire::Request) -> Option<Vec<wire::Reply>>>,
-) -> std::sync::mpsc::Receiver<wire::request::Body> {
+fn service(path: &Path, scripts: Vec<Script>) -> std::sync::mpsc::Receiver<wire::request::Body> {
     use rustix::net::{SocketAddrUnix, accept, bind, listen, socket};
     let (sender, requests) = std::sync::mpsc::channel();
     let listener = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).expect("socket");
