@@ -281,23 +281,22 @@ level = "info"
         }
     }
 
-    /// Waits until no sandbox has a socket, a directory or a spool on the disk. The launcher must hold none any more.
+    /// Ends everything in order, and looks for what sandboxes have left on the disk: sockets, directories, spools. A launcher
+    /// that ends removes what it prepared ahead, and nothing that it has forgotten.
     ///
     /// # Panics
-    /// With what is left, when that does not go away.
-    pub async fn assert_no_files_left(&self) {
-        let [state, run] = self.setup.directories();
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let left: Vec<_> =
-                [&state, &run].iter().flat_map(|top| host::files_below(&top.join("sandboxes"))).collect();
-            if left.is_empty() {
-                return;
-            }
-            let some = &left[..left.len().min(10)];
-            assert!(Instant::now() < deadline, "{} files of sandboxes are left, among them {some:?}", left.len());
-            tokio::time::sleep(Duration::from_millis(20)).await;
+    /// When something does not end, or is left.
+    pub fn end_with_nothing_left(&mut self) {
+        if self.runner.is_some() {
+            let status = self.stop_runner();
+            assert!(status.is_some_and(|status| status.success()), "{status:?}: {}", self.end_of_log());
         }
+        let status = self.stop_launcher();
+        assert!(status.is_some_and(|status| status.success()), "{status:?}: {}", self.end_of_log());
+        let [state, run] = self.setup.directories();
+        let left: Vec<_> = [&state, &run].iter().flat_map(|top| host::files_below(&top.join("sandboxes"))).collect();
+        let some = &left[..left.len().min(10)];
+        assert!(left.is_empty(), "{} files of sandboxes are left, among them {some:?}", left.len());
     }
 
     /// Asks the runner to end in order. `None` when it had to be killed.

@@ -116,9 +116,7 @@ async fn storm(plan: Plan) {
 async fn end(world: Arc<World>) {
     let Ok(World { mut daemon, .. }) = Arc::try_unwrap(world).map_err(drop) else { panic!("somebody still runs") };
     assert_eq!(daemon.sandboxes(), Vec::<String>::new());
-    let status = daemon.stop_runner().expect("the runner ends by itself");
-    assert!(status.success(), "{status:?}: {}", daemon.end_of_log());
-    daemon.assert_no_files_left().await;
+    daemon.end_with_nothing_left();
 }
 
 /// What a call does, and so what must come of it.

@@ -123,7 +123,7 @@ const LEASE: Duration = Duration::from_secs(10);
 async fn daemon_flood(taker: Taker, time: Duration) {
     let _alone = host::exclusive();
     let window = if taker == Taker::Slow { 64 * 1024 } else { 0 };
-    let link = LinkSettings { window, acknowledge: true, lease_ttl: LEASE, heartbeat_every: LEASE / 20 };
+    let link = LinkSettings { window, lease_ttl: LEASE, heartbeat_every: LEASE / 20, ..LinkSettings::default() };
     let daemon = Daemon::start(Options { link, ..Options::default() }).await;
     let (flooding, other) = (daemon.session("flooding").await, daemon.session("other").await);
     let marked = flooding.run("first", bash(format!("echo flooding > {MARKER}"))).await;

@@ -123,7 +123,7 @@ async fn soak(time: Duration) {
     let marked = keeper_session.run("keeper-mark", bash(format!("echo keeper > {MARKER}")));
     within("first call", marked).await.expect("an end");
     let keeper = Workspace::find("keeper").expect("the sandbox of the session that stays");
-    settled(&daemon).await;
+    let before = settled(&daemon, None).await;
     let idle_before = Held::now(&daemon, &keeper);
 
     let (over, calls) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
@@ -137,7 +137,7 @@ async fn soak(time: Duration) {
     for driver in drivers {
         driver.await.expect("no panic");
     }
-    settled(&daemon).await;
+    settled(&daemon, Some(before)).await;
     let idle_after = Held::now(&daemon, &keeper);
     println!("{} calls, {} links", calls.load(Ordering::SeqCst), daemon.orchestrator.links());
     println!("idle before {idle_before:?}\nearly {early:?}\nlate {late:?}\nidle after {idle_after:?}");
@@ -153,21 +153,23 @@ async fn soak(time: Duration) {
     assert_eq!(daemon.orchestrator.complaints(), Vec::<String>::new());
 }
 
-/// Waits until only the session that stays has a sandbox, and its groups and files are all there are.
-async fn settled(daemon: &Daemon) {
+/// Directories and sockets of sandboxes: of the one that stays, and of those that the launcher prepares ahead.
+fn places(daemon: &Daemon) -> usize {
+    let count = |top: &std::path::Path| std::fs::read_dir(top.join("sandboxes")).map_or(0, Iterator::count);
+    daemon.directories().iter().map(|top| count(top)).sum()
+}
+
+/// Waits until only the session that stays has a sandbox, and its places are as many as they were.
+async fn settled(daemon: &Daemon, before: Option<usize>) -> usize {
     within("rest", async {
-        let count = || {
-            let [state, run] = daemon.directories();
-            let files = |top: &std::path::Path| std::fs::read_dir(top.join("sandboxes")).map_or(0, Iterator::count);
-            (daemon.sandboxes().len(), files(&state), files(&run))
-        };
-        while count() != (1, 1, 1) {
+        while daemon.sandboxes().len() != 1 || before.is_some_and(|before| places(daemon) != before) {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     })
     .await;
-    // The groups go right before the files; removing the last of them is the kernel's business for a moment.
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    // What the launcher prepares ahead is there by now, and the kernel has dropped the last groups.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    places(daemon)
 }
 
 /// Measures all the time, cuts the link now and then, and uses the session that stays. Returns the most of the second
