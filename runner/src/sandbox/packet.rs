@@ -13,7 +13,8 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendFlags,
     SocketAddrUnix, SocketFlags, SocketType, connect, recvmsg, sendmsg, socket_with,
 };
-use tokio::net::UnixDatagram;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// Descriptors one packet of a launcher may carry.
 const MOST_DESCRIPTORS: usize = 8;
@@ -64,9 +65,8 @@ pub struct Packet<'a> {
 /// A connection driven by the tokio runtime.
 #[derive(Debug)]
 pub struct PacketSocket {
-    /// A wrapper for readiness only: every read and write is `recvmsg` and `sendmsg` of our own, so it does not matter
-    /// that the socket keeps order and connection, which a datagram socket does not.
-    socket: UnixDatagram,
+    /// Watched for packets only. Watched for room as well, it would wake its task each time the other side takes a packet.
+    socket: AsyncFd<OwnedFd>,
     limit: usize,
     descriptors: Descriptors,
 }
@@ -78,8 +78,7 @@ impl PacketSocket {
     /// [`PacketError::Io`] when the descriptor cannot be polled.
     pub fn new(socket: OwnedFd, limit: usize, descriptors: Descriptors) -> Result<Self, PacketError> {
         rustix::io::ioctl_fionbio(&socket, true).map_err(io_errno("ioctl FIONBIO"))?;
-        let socket = UnixDatagram::from_std(std::os::unix::net::UnixDatagram::from(socket))
-            .map_err(|source| PacketError::Io { step: "epoll", source })?;
+        let socket = watch(socket, Interest::READABLE)?;
         Ok(Self { socket, limit, descriptors })
     }
 
@@ -101,20 +100,33 @@ impl PacketSocket {
     /// # Errors
     /// [`PacketError::TooLarge`] before anything is sent, [`PacketError::Closed`] when nobody reads any more.
     pub async fn send(&self, bytes: &[u8]) -> Result<(), PacketError> {
+        loop {
+            match self.send_now(bytes) {
+                Err(PacketError::Io { source, .. }) if source.kind() == io::ErrorKind::WouldBlock => {}
+                outcome => return outcome,
+            }
+            // Rare, so it is watched for room only now, through a descriptor of its own.
+            let again = self.socket.get_ref().try_clone().map_err(io("dup"))?;
+            let room = watch(again, Interest::WRITABLE)?;
+            drop(room.writable().await.map_err(io("epoll"))?);
+        }
+    }
+
+    /// Sends one packet if the other side has room for it, which is an error of kind `WouldBlock` otherwise.
+    ///
+    /// # Errors
+    /// As [`PacketSocket::send`].
+    pub fn send_now(&self, bytes: &[u8]) -> Result<(), PacketError> {
         if bytes.len() > self.limit {
             return Err(PacketError::TooLarge { limit: self.limit });
         }
-        let sent = self
-            .socket
-            .async_io(tokio::io::Interest::WRITABLE, || {
-                let mut none = SendAncillaryBuffer::default();
-                Ok(sendmsg(&self.socket, &[IoSlice::new(bytes)], &mut none, SendFlags::NOSIGNAL)?)
-            })
-            .await;
-        match sent {
+        let mut none = SendAncillaryBuffer::default();
+        match sendmsg(self.socket.get_ref(), &[IoSlice::new(bytes)], &mut none, SendFlags::NOSIGNAL) {
             Ok(_) => Ok(()),
-            Err(error) if is_closed(&error) => Err(PacketError::Closed),
-            Err(source) => Err(PacketError::Io { step: "sendmsg", source }),
+            Err(errno) => match io::Error::from(errno) {
+                error if is_closed(&error) => Err(PacketError::Closed),
+                source => Err(PacketError::Io { step: "sendmsg", source }),
+            },
         }
     }
 
@@ -128,10 +140,8 @@ impl PacketSocket {
     /// # Errors
     /// Every variant of [`PacketError`]; after any of them the connection is of no use.
     pub async fn receive<'a>(&self, buffer: &'a mut [u8]) -> Result<Packet<'a>, PacketError> {
-        let received = self
-            .socket
-            .async_io(tokio::io::Interest::READABLE, || receive_now(&self.socket, buffer, self.descriptors))
-            .await;
+        let received =
+            self.socket.async_io(Interest::READABLE, |socket| receive_now(socket, buffer, self.descriptors)).await;
         let received = match received {
             Ok(received) => received,
             Err(error) if is_closed(&error) => return Err(PacketError::Closed),
@@ -151,13 +161,21 @@ impl PacketSocket {
     }
 }
 
+#[expect(
+    deprecated,
+    reason = "its replacement is unsafe for types that lie about their descriptor, which OwnedFd cannot"
+)]
+fn watch(socket: OwnedFd, interest: Interest) -> Result<AsyncFd<OwnedFd>, PacketError> {
+    AsyncFd::with_interest(socket, interest).map_err(io("epoll"))
+}
+
 struct Received {
     length: usize,
     flags: ReturnFlags,
     descriptors: Vec<OwnedFd>,
 }
 
-fn receive_now(socket: &UnixDatagram, buffer: &mut [u8], accepted: Descriptors) -> io::Result<Received> {
+fn receive_now(socket: &OwnedFd, buffer: &mut [u8], accepted: Descriptors) -> io::Result<Received> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
     let mut control = match accepted {
         Descriptors::Accepted => RecvAncillaryBuffer::new(&mut space),
@@ -172,6 +190,10 @@ fn receive_now(socket: &UnixDatagram, buffer: &mut [u8], accepted: Descriptors) 
         }
     }
     Ok(Received { length: message.bytes, flags: message.flags, descriptors })
+}
+
+fn io(step: &'static str) -> impl Fn(io::Error) -> PacketError {
+    move |source| PacketError::Io { step, source }
 }
 
 fn io_errno(step: &'static str) -> impl Fn(Errno) -> PacketError {
@@ -217,6 +239,24 @@ mod tests {
         rustix::io::write(&theirs, &[7; 16]).expect("sent");
 
         assert_eq!(socket.receive(&mut socket.buffer()).await.expect("packet").bytes, [7; 16]);
+    }
+
+    #[tokio::test]
+    async fn sending_waits_for_room_and_loses_nothing() {
+        let (socket, theirs) = pair(1000, Descriptors::Refused);
+        let mut filled = 0_u32;
+        while socket.send_now(&[1; 1000]).is_ok() {
+            filled += 1;
+        }
+
+        let mut send = std::pin::pin!(socket.send(&[2; 10]));
+        assert!(futures_util::poll!(&mut send).is_pending(), "sent although nobody had read");
+        let mut buffer = [0; 2000];
+        for _ in 0..filled {
+            assert_eq!(rustix::io::read(&theirs, &mut buffer).expect("read"), 1000);
+        }
+        send.await.expect("sent");
+        assert_eq!(rustix::io::read(&theirs, &mut buffer).expect("read"), 10);
     }
 
     #[tokio::test]

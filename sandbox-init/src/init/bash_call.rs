@@ -116,7 +116,7 @@ impl Engine {
             && let Some(shell) = &self.shells.current
             && self.shells.needs_mark
         {
-            self.slots.mark(shell.slot, Some(shell.pid));
+            self.slots.mark_again(shell.slot, shell.pid);
             self.shells.needs_mark = false;
         }
         // Not beside a call of another kind: on a small machine the start of a shell would delay the end of that call.

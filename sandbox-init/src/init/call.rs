@@ -20,6 +20,8 @@ pub(crate) struct Call {
     pub(crate) key: Key,
     pub(crate) plan: Plan,
     pub(crate) phase: Phase,
+    /// The request that started it and has no answer yet.
+    pub(crate) answer_to: Option<u64>,
 }
 
 /// Where a call is in its life.

@@ -1,7 +1,7 @@
 //! What the runner is told without asking. Computed from the state of the calls at the moment when the socket can take
 //! it, so nothing queues up for a slow runner and nothing is lost by a reconnect.
 
-use proto::init::v1::{CallStarted, Frame, OutputAdvanced, StreamLength, frame};
+use proto::init::v1::{CallPrepared, CallStarted, Frame, OutputAdvanced, StreamLength, frame};
 
 use super::call::{Call, Phase};
 use super::clock::{MILLISECOND, Moment, now};
@@ -53,7 +53,8 @@ fn tell(
     now: Moment,
 ) -> Result<bool, super::connection::Gone> {
     let call_id = &call.plan.call_id;
-    let mut send = |body| connection.event(&Frame { request_id: 0, generation, body: Some(body) });
+    let answer_to = &mut call.answer_to;
+    let mut send = |request_id, body| connection.event(&Frame { request_id, generation, body: Some(body) });
     match &mut call.phase {
         Phase::Prepared => Ok(true),
         Phase::Running(running) => {
@@ -64,9 +65,15 @@ fn tell(
                 fresh != 0 && (running.announced.next_output <= now || (fresh >= ANNOUNCE_BYTES && soon <= now));
             // The beginning is told before any output, and without output only when the call is not over at once.
             let is_due = is_output_due || running.started.saturating_add(STARTED_AFTER) <= now;
+            if let Some(request_id) = answer_to.filter(|_| is_due) {
+                if !send(request_id, frame::Body::CallPrepared(CallPrepared { call_id: call_id.clone() }))? {
+                    return Ok(false);
+                }
+                *answer_to = None;
+            }
             if running.announced.has_begun && !running.announced.started && is_due {
                 let started = CallStarted { call_id: call_id.clone(), boottime_ns: running.started };
-                if !send(frame::Body::CallStarted(started))? {
+                if !send(0, frame::Body::CallStarted(started))? {
                     return Ok(false);
                 }
                 running.announced.started = true;
@@ -79,7 +86,7 @@ fn tell(
                 total_bytes: output.stream.total(),
             };
             let streams = running.outputs.iter().map(length).collect();
-            if !send(frame::Body::OutputAdvanced(OutputAdvanced { call_id: call_id.clone(), streams }))? {
+            if !send(0, frame::Body::OutputAdvanced(OutputAdvanced { call_id: call_id.clone(), streams }))? {
                 return Ok(false);
             }
             running.announced.output = total;
@@ -88,7 +95,12 @@ fn tell(
         }
         Phase::Finished(finished) => {
             if !finished.sent {
-                finished.sent = send(frame::Body::CallFinished(finished.message.clone()))?;
+                // The end of a call that was over at once is also the answer to its start.
+                let request_id = answer_to.unwrap_or(0);
+                finished.sent = send(request_id, frame::Body::CallFinished(finished.message.clone()))?;
+                if finished.sent {
+                    *answer_to = None;
+                }
             }
             Ok(finished.sent)
         }

@@ -42,12 +42,21 @@ impl Engine {
             None => Err(Refusal::field("body", "is missing or unknown")),
             Some(request::Body::Hello(hello)) => self.greet(request.generation, hello.major),
             Some(_) if !is_greeted => Err(Refusal::field("body", "must be hello first")),
+            Some(request::Body::StartCall(start)) => match self.start_call(start, request_id) {
+                Ok(None) => return,
+                Ok(Some(body)) => Ok(body),
+                Err(refusal) => Err(refusal),
+            },
             Some(body) => self.act(body),
         };
         let body = result.unwrap_or_else(|refusal| {
             let failure = Failure { code: refusal.code().to_owned(), message: refusal.to_string() };
             frame::Body::Failure(failure)
         });
+        self.send_answer(request_id, body);
+    }
+
+    fn send_answer(&mut self, request_id: u64, body: frame::Body) {
         let frame = Frame { request_id, generation: self.generation, body: Some(body) };
         let sent = self.connection.as_mut().map(|connection| connection.answer(&frame));
         if matches!(sent, Some(Err(_))) {
@@ -58,8 +67,8 @@ impl Engine {
     fn act(&mut self, body: request::Body) -> Result<frame::Body, Refusal> {
         let done = Ok(frame::Body::Done(Done {}));
         match body {
-            request::Body::Hello(_) => done,
-            request::Body::StartCall(start) => self.start_call(start),
+            // Handled before, both.
+            request::Body::Hello(_) | request::Body::StartCall(_) => done,
             request::Body::InputChunk(chunk) => self.staging.add(chunk).and(done),
             request::Body::Go(go) => self.go(&go.call_id).and(done),
             request::Body::Abort(abort) => self.abort(&abort.call_id).and(done),
@@ -92,6 +101,7 @@ impl Engine {
         }
         // The new connection has heard nothing yet.
         for call in self.calls.values_mut() {
+            call.answer_to = None;
             match &mut call.phase {
                 Phase::Prepared => {}
                 Phase::Running(running) => {
@@ -119,7 +129,9 @@ impl Engine {
         self.find(call_id).filter(|call| fits(&call.phase)).map(|call| call.key).ok_or_else(unknown)
     }
 
-    fn start_call(&mut self, start: StartCall) -> Result<frame::Body, Refusal> {
+    /// Prepares a call, and begins it when it has no gate. `None` when the answer follows: one of a call that has begun
+    /// waits for a moment, because the end of a short call is answer enough.
+    fn start_call(&mut self, start: StartCall, request_id: u64) -> Result<Option<frame::Body>, Refusal> {
         let immediately = start.start_immediately;
         let call_id = start.call_id.clone();
         let plan = prepare(start, self.staging.get(&call_id))?;
@@ -129,7 +141,7 @@ impl Engine {
         let acknowledged = self.acknowledged.iter().find(|(id, _)| *id == plan.call_id).map(|(_, digest)| *digest);
         match known.or(acknowledged) {
             // Sent again because the answer was lost: it is what it is, and is never started twice.
-            Some(digest) if digest == plan.digest && acknowledged.is_none() => return Ok(prepared),
+            Some(digest) if digest == plan.digest && acknowledged.is_none() => return Ok(Some(prepared)),
             Some(_) => return Err(Refusal::Reused { call_id: plan.call_id }),
             None => {}
         }
@@ -140,12 +152,18 @@ impl Engine {
             return Err(Refusal::Busy(format!("{CALLS_LIMIT} calls are not acknowledged yet")));
         }
         let key = self.new_key();
-        self.calls.insert(key, Call { key, plan, phase: Phase::Prepared });
-        if immediately && let Err(refusal) = self.begin(key) {
+        self.calls.insert(key, Call { key, plan, phase: Phase::Prepared, answer_to: None });
+        if !immediately {
+            return Ok(Some(prepared));
+        }
+        if let Err(refusal) = self.begin(key) {
             self.calls.remove(&key);
             return Err(refusal);
         }
-        Ok(prepared)
+        if let Some(call) = self.calls.get_mut(&key) {
+            call.answer_to = Some(request_id);
+        }
+        Ok(None)
     }
 
     fn go(&mut self, call_id: &str) -> Result<(), Refusal> {
@@ -270,7 +288,12 @@ impl Engine {
             return Ok(());
         }
         let key = self.find_key(call_id, "finished", |phase| matches!(phase, Phase::Finished(_)))?;
-        let Some(call) = self.calls.remove(&key) else { return Ok(()) };
+        let Some(mut call) = self.calls.remove(&key) else { return Ok(()) };
+        if let Some(request_id) = call.answer_to.take() {
+            // Acknowledged from a snapshot, before its end was sent.
+            let prepared = CallPrepared { call_id: call.plan.call_id.clone() };
+            self.send_answer(request_id, frame::Body::CallPrepared(prepared));
+        }
         if let Phase::Finished(finished) = call.phase {
             for output in finished.outputs {
                 output.retire(&mut self.spool);

@@ -21,7 +21,7 @@ use super::late::LateOutput;
 use super::pipe::READ_BUDGET;
 use super::prepare::Staging;
 use super::shell::{CallDirectory, Shell};
-use super::slot::Slots;
+use super::slot::{SlotId, Slots};
 use super::spawner::Spawner;
 use super::spool::SpoolDirectory;
 use super::{Context, ExitReason};
@@ -60,6 +60,8 @@ pub(crate) struct Engine {
     pub(super) alone_since: Option<Moment>,
     pub(super) shutdown: Option<Shutdown>,
     pub(super) next_sweep: Option<Moment>,
+    /// The slot for which a spare process was ordered last.
+    parked_in: Option<SlotId>,
     pub(super) exit: Option<ExitReason>,
     pub(super) buffer: Vec<u8>,
     packet: Vec<u8>,
@@ -148,6 +150,7 @@ impl Engine {
             alone_since: Some(now()),
             shutdown: None,
             next_sweep: None,
+            parked_in: None,
             exit: None,
             buffer: vec![0; READ_BUDGET],
             packet: vec![0; PACKET_LIMIT + 1],
@@ -174,8 +177,8 @@ impl Engine {
                 self.tear_down();
                 return reason;
             }
-            self.alarm.wake_at(self.next_due());
-            let count = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+            let timeout = self.sleep_until(self.next_due());
+            let count = match self.epoll.wait(&mut events, timeout) {
                 Ok(count) => count,
                 Err(Errno::EINTR) => 0,
                 Err(error) => {
@@ -187,6 +190,20 @@ impl Engine {
                 if let Some(event) = Event::from_token(event.data()) {
                     self.handle(event);
                 }
+            }
+        }
+    }
+
+    /// How long to wait for events. What is due within a second is a timeout, which costs nothing; only for the rest the
+    /// alarm is set, which also counts the time while the machine sleeps.
+    fn sleep_until(&mut self, due: Option<Moment>) -> EpollTimeout {
+        let Some(due) = due else { return EpollTimeout::NONE };
+        let milliseconds = due.saturating_sub(now()).div_ceil(MILLISECOND);
+        match u16::try_from(milliseconds) {
+            Ok(milliseconds @ 0..=1000) => EpollTimeout::from(milliseconds),
+            _ => {
+                self.alarm.wake_at(Some(due));
+                EpollTimeout::NONE
             }
         }
     }
@@ -311,7 +328,8 @@ impl Engine {
             let deadline = if ending.is_some() { ending } else { running.deadline };
             let announce = (self.connection.is_some() && running.total_output() > running.announced.output)
                 .then_some(running.announced.next_output);
-            let start = (self.connection.is_some() && running.announced.has_begun && !running.announced.started)
+            let is_untold = running.announced.has_begun && !running.announced.started || call.answer_to.is_some();
+            let start = (self.connection.is_some() && is_untold)
                 .then_some(running.started.saturating_add(super::report::STARTED_AFTER));
             due = [due, deadline, running.spool_at, announce, start].into_iter().flatten().min();
         }
@@ -362,8 +380,12 @@ impl Engine {
         if self.shells.wanted {
             // Without a spare the next call makes its slot itself, and reports what is wrong.
             let _ = self.slots.prepare();
-            let parked = self.spawner.park(self.slots.prepared());
-            self.slots.set_parked(parked);
+            let group = self.slots.prepared_group();
+            if group.is_none() || group != self.parked_in {
+                let parked = self.spawner.park(self.slots.prepared());
+                self.slots.set_parked(parked);
+                self.parked_in = group;
+            }
         }
         if self.slots.is_unswept() {
             self.slots.sweep();

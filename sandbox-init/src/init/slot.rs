@@ -56,7 +56,7 @@ pub(crate) struct Counters {
 #[derive(Debug)]
 pub struct Slots {
     work: Option<OwnedFd>,
-    v1: Option<V1Counters>,
+    v1: Option<V1Files>,
     /// Orphans in this pid namespace become our children, so a child we did not start is an orphan of some call.
     sees_orphans: bool,
     next: u64,
@@ -81,6 +81,18 @@ struct Slot {
     before: HashSet<(Pid, u64)>,
     /// Numbers when the call began.
     mark: Counters,
+    /// Numbers when they were read last.
+    last: Counters,
+}
+
+/// Counters of the whole sandbox, opened once.
+#[derive(Debug)]
+struct V1Files {
+    memory_kills: Option<File>,
+    memory_peak: Option<File>,
+    memory_limit: Option<File>,
+    cpu_usage: Option<File>,
+    forks_refused: Option<File>,
 }
 
 /// Files of one slot, opened once: reading an open file costs a tenth of opening it, and every call reads them.
@@ -121,7 +133,7 @@ impl Slots {
     /// Usage of the whole sandbox is counted in these v1 directories.
     #[must_use]
     pub fn with_v1(mut self, v1: Option<V1Counters>) -> Self {
-        self.v1 = v1;
+        self.v1 = v1.as_ref().map(V1Files::open);
         self
     }
 
@@ -141,6 +153,11 @@ impl Slots {
     pub(crate) fn prepared(&self) -> Option<BorrowedFd<'_>> {
         let slot = self.slots.get(self.spare.as_ref()?)?;
         Some(slot.cgroup.as_ref()?.directory.as_fd())
+    }
+
+    /// The slot that was made ahead, when membership in it is a fact of the kernel.
+    pub(crate) fn prepared_group(&self) -> Option<SlotId> {
+        self.spare.filter(|_| self.work.is_some())
     }
 
     /// Names the process that waits for the next call; it belongs to none.
@@ -178,6 +195,7 @@ impl Slots {
                 is_over: false,
                 before: HashSet::new(),
                 mark: Counters::default(),
+                last: Counters::default(),
             };
             self.slots.insert(id, slot);
             self.mark(id, None);
@@ -190,14 +208,21 @@ impl Slots {
         let counters = self.read_counters(id);
         let by_scan = self.work.is_none();
         let Some(slot) = self.slots.get_mut(&id) else { return };
-        slot.mark = counters;
-        if let Some(cgroup) = &slot.cgroup {
-            cgroup.reset_peak();
-        }
+        slot.begin_from(counters);
         if by_scan {
             let table = read_processes();
             slot.roots = root.and_then(|root| Some((root, table.start_time(root)?))).into_iter().collect();
             slot.before = table.iter().map(|process| (process.pid, process.start_time)).collect();
+        }
+    }
+
+    /// A call has just ended in this slot and the next one will begin in it: numbers count from what was read at that end.
+    pub(crate) fn mark_again(&mut self, id: SlotId, root: Pid) {
+        if self.work.is_none() {
+            return self.mark(id, Some(root));
+        }
+        if let Some(slot) = self.slots.get_mut(&id) {
+            slot.begin_from(slot.last);
         }
     }
 
@@ -312,9 +337,15 @@ impl Slots {
     }
 
     /// What was used since [`Slots::mark`].
-    pub(crate) fn used(&self, id: SlotId) -> Counters {
+    pub(crate) fn used(&mut self, id: SlotId) -> Counters {
         let now = self.read_counters(id);
-        let mark = self.slots.get(&id).map(|slot| slot.mark).unwrap_or_default();
+        let mark = match self.slots.get_mut(&id) {
+            Some(slot) => {
+                slot.last = now;
+                slot.mark
+            }
+            None => Counters::default(),
+        };
         let difference = |now: Option<u64>, then: Option<u64>| Some(now?.saturating_sub(then?));
         Counters {
             memory_kills: difference(now.memory_kills, mark.memory_kills),
@@ -328,22 +359,15 @@ impl Slots {
     }
 
     fn read_counters(&self, id: SlotId) -> Counters {
+        if let Some(v1) = &self.v1 {
+            return v1.counters();
+        }
         let cgroup = self.slots.get(&id).and_then(|slot| slot.cgroup.as_ref());
         let of_slot = cgroup.map(Cgroup::counters).unwrap_or_default();
-        let Some(v1) = &self.v1 else {
-            // Only asked for after a kill, because it costs an open.
-            let work = self.work.as_ref().filter(|_| of_slot.memory_kills > Some(0));
-            let memory_limit = work.and_then(|work| number(&read_at(work, "memory.max")));
-            return Counters { memory_limit, ..of_slot };
-        };
-        Counters {
-            memory_kills: field(&read_at(&v1.memory, "memory.oom_control"), "oom_kill"),
-            memory_peak: number(&read_at(&v1.memory, "memory.max_usage_in_bytes")),
-            memory_limit: number(&read_at(&v1.memory, "memory.limit_in_bytes")),
-            cpu_usec: number(&read_at(&v1.cpuacct, "cpuacct.usage")).map(|nanoseconds| nanoseconds / 1000),
-            forks_refused: field(&read_at(&v1.pids, "pids.events"), "max"),
-            shared: true,
-        }
+        // Only asked for after a kill, because it costs an open.
+        let work = self.work.as_ref().filter(|_| of_slot.memory_kills > Some(0));
+        let memory_limit = work.and_then(|work| number(&read_at(work, "memory.max")));
+        Counters { memory_limit, ..of_slot }
     }
 
     /// The call is over. The slot is removed by a later sweep, as soon as it is empty.
@@ -411,6 +435,42 @@ impl Slots {
     }
 }
 
+impl Slot {
+    /// Numbers of this slot count from here.
+    fn begin_from(&mut self, counters: Counters) {
+        let is_new = self.cgroup.as_ref().is_some_and(Cgroup::reset_peak);
+        // A peak that begins anew is that of the coming call, however low it is.
+        let memory_peak = counters.memory_peak.filter(|_| !is_new);
+        self.mark = Counters { memory_peak, ..counters };
+    }
+}
+
+impl V1Files {
+    fn open(directories: &V1Counters) -> Self {
+        Self {
+            memory_kills: open_read(&directories.memory, "memory.oom_control"),
+            memory_peak: open_read(&directories.memory, "memory.max_usage_in_bytes"),
+            memory_limit: open_read(&directories.memory, "memory.limit_in_bytes"),
+            cpu_usage: open_read(&directories.cpuacct, "cpuacct.usage"),
+            forks_refused: open_read(&directories.pids, "pids.events"),
+        }
+    }
+
+    fn counters(&self) -> Counters {
+        let text = |file: &Option<File>| file.as_ref().map(read_text).unwrap_or_default();
+        let memory_kills = field(&text(&self.memory_kills), "oom_kill");
+        Counters {
+            memory_kills,
+            memory_peak: number(&text(&self.memory_peak)),
+            // Only told after a kill.
+            memory_limit: memory_kills.filter(|kills| *kills > 0).and_then(|_| number(&text(&self.memory_limit))),
+            cpu_usec: number(&text(&self.cpu_usage)).map(|nanoseconds| nanoseconds / 1000),
+            forks_refused: field(&text(&self.forks_refused), "max"),
+            shared: true,
+        }
+    }
+}
+
 impl Cgroup {
     fn open(work: &OwnedFd, name: &str) -> Result<Self, nix::Error> {
         let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
@@ -440,10 +500,8 @@ impl Cgroup {
     }
 
     /// From Linux 6.12 on, a write starts the peak anew for this descriptor; before, it fails and changes nothing.
-    fn reset_peak(&self) {
-        if let Some(mut file) = self.memory_peak.as_ref() {
-            let _ = file.write_all(b"reset\n");
-        }
+    fn reset_peak(&self) -> bool {
+        self.memory_peak.as_ref().is_some_and(|mut file| file.write_all(b"reset\n").is_ok())
     }
 
     fn close_counters(&mut self) {

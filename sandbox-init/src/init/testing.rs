@@ -11,8 +11,8 @@ use nix::sys::socket::{
 };
 use prost::Message as _;
 use proto::init::v1::{
-    AcknowledgeExit, Bash, CallFinished, Cancel, CancelMode, Exec, Failure, Frame, Hello, OutputData, OutputMode,
-    ReadOutput, Request, StartCall, Stream, Welcome, frame, outcome::Kind, request, start_call,
+    AcknowledgeExit, Bash, CallFinished, CallPrepared, Cancel, CancelMode, Exec, Failure, Frame, Hello, OutputData,
+    OutputMode, ReadOutput, Request, StartCall, Stream, Welcome, frame, outcome::Kind, request, start_call,
 };
 
 use super::local_spawner::LocalSpawner;
@@ -174,6 +174,12 @@ impl Client {
         loop {
             let frame = self.receive().expect("process 1 has closed the connection");
             if frame.request_id == request_id {
+                // The end of a call that was over at once is the answer to its start, and an event all the same.
+                if let Some(frame::Body::CallFinished(finished)) = &frame.body {
+                    let prepared = CallPrepared { call_id: finished.call_id.clone() };
+                    self.events.push(frame::Body::CallFinished(finished.clone()));
+                    return frame::Body::CallPrepared(prepared);
+                }
                 return frame.body.unwrap();
             }
             assert_eq!(frame.request_id, 0);

@@ -20,6 +20,7 @@ use prost::Message;
 use proto::init::v1 as wire;
 use tokio::sync::{oneshot, watch};
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 use tracing::{debug, warn};
 
 use super::packet::{Descriptors, PacketError, PacketSocket};
@@ -133,9 +134,16 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    outstanding: HashMap<u64, oneshot::Sender<wire::frame::Body>>,
+    outstanding: HashMap<u64, Waiting>,
     calls: CallTable,
     shell_generation: u64,
+}
+
+/// A request without an answer.
+struct Waiting {
+    kind: &'static str,
+    since: Instant,
+    answer: oneshot::Sender<wire::frame::Body>,
 }
 
 impl Control {
@@ -390,20 +398,47 @@ impl Shared {
         if packet.len() > LARGEST_PACKET {
             return Err(ControlError::TooLarge { size: packet.len() });
         }
-        let answer = self.expect_answer(request_id)?;
-        let exchange = async {
-            self.socket.send(&packet).await.map_err(|error| self.finish(end_of(error)))?;
-            answer.await.map_err(|_| self.end.borrow().clone().unwrap_or(ControlEnd::Closed))
-        };
-        match tokio::time::timeout(self.patience.answer, exchange).await {
-            Err(_) => Err(self.finish(Violation::Silence { request: kind, after: self.patience.answer }.into()).into()),
-            Ok(Err(end)) => Err(end.into()),
-            Ok(Ok(wire::frame::Body::Failure(failure))) => Err(refusal(failure)),
-            Ok(Ok(body)) => Ok(body),
+        let answer = self.expect_answer(request_id, kind)?;
+        self.send(&packet).await?;
+        // Silence is noticed by the reader, which ends the connection and with it this wait.
+        match answer.await {
+            Err(_) => Err(self.end.borrow().clone().unwrap_or(ControlEnd::Closed).into()),
+            Ok(wire::frame::Body::Failure(failure)) => Err(refusal(failure)),
+            Ok(body) => Ok(body),
         }
     }
 
-    fn expect_answer(&self, request_id: u64) -> Result<oneshot::Receiver<wire::frame::Body>, ControlError> {
+    async fn send(&self, packet: &[u8]) -> Result<(), ControlEnd> {
+        match self.socket.send_now(packet) {
+            Err(PacketError::Io { source, .. }) if source.kind() == std::io::ErrorKind::WouldBlock => {}
+            outcome => return outcome.map_err(|error| self.finish(end_of(error))),
+        }
+        let mut end = self.end.subscribe();
+        tokio::select! {
+            sent = self.socket.send(packet) => sent.map_err(|error| self.finish(end_of(error))),
+            _ = end.wait_for(Option::is_some) => Err(self.end.borrow().clone().unwrap_or(ControlEnd::Closed)),
+        }
+    }
+
+    /// When the oldest request has waited for too long; the connection is at its end if that is now.
+    fn next_silence(&self) -> Result<Instant, Violation> {
+        let state = self.state();
+        let now = Instant::now();
+        let patience = self.patience.answer;
+        match state.outstanding.values().min_by_key(|waiting| waiting.since) {
+            Some(oldest) if oldest.since + patience <= now => {
+                Err(Violation::Silence { request: oldest.kind, after: patience })
+            }
+            Some(oldest) => Ok(oldest.since + patience),
+            None => Ok(now + patience),
+        }
+    }
+
+    fn expect_answer(
+        &self,
+        request_id: u64,
+        kind: &'static str,
+    ) -> Result<oneshot::Receiver<wire::frame::Body>, ControlError> {
         let mut state = self.state();
         // Looked at under the lock that `finish` takes, so no request can slip in behind it and wait for ever.
         if let Some(end) = self.end.borrow().clone() {
@@ -413,7 +448,7 @@ impl Shared {
             return Err(ControlError::Busy { what: "requests" });
         }
         let (sender, answer) = oneshot::channel();
-        state.outstanding.insert(request_id, sender);
+        state.outstanding.insert(request_id, Waiting { kind, since: Instant::now(), answer: sender });
         Ok(answer)
     }
 
@@ -465,11 +500,19 @@ impl Shared {
         if frame.request_id == 0 {
             return self.event(body);
         }
-        match self.state().outstanding.remove(&frame.request_id) {
-            // Who asked may have given up meanwhile.
-            Some(waiting) => drop(waiting.send(body)),
-            None => return Err(Violation::UnknownRequest(frame.request_id)),
-        }
+        let waiting = self.state().outstanding.remove(&frame.request_id);
+        let waiting = waiting.ok_or(Violation::UnknownRequest(frame.request_id))?;
+        let body = match body {
+            // A call that was over at once: its end says that it was prepared.
+            wire::frame::Body::CallFinished(finished) => {
+                let prepared = wire::CallPrepared { call_id: finished.call_id.clone() };
+                self.event(wire::frame::Body::CallFinished(finished))?;
+                wire::frame::Body::CallPrepared(prepared)
+            }
+            body => body,
+        };
+        // Who asked may have given up meanwhile.
+        drop(waiting.answer.send(body));
         Ok(())
     }
 
@@ -560,10 +603,20 @@ impl Shared {
 async fn read_loop(shared: Arc<Shared>) {
     let mut buffer = shared.socket.buffer();
     let mut end = shared.end.subscribe();
+    // One clock for all requests: setting one for each would cost more than the request.
+    let silence = tokio::time::sleep(shared.patience.answer);
+    tokio::pin!(silence);
     let reason = loop {
         let packet = tokio::select! {
             packet = shared.socket.receive(&mut buffer) => packet,
             _ = end.wait_for(Option::is_some) => return,
+            () = &mut silence => {
+                match shared.next_silence() {
+                    Ok(next) => silence.as_mut().reset(next),
+                    Err(violation) => break violation.into(),
+                }
+                continue;
+            }
         };
         match packet {
             Err(error) => break end_of(error),
