@@ -144,11 +144,7 @@ fn request_for_a_sandbox_names_no_path_and_no_network() {
     assert!(request.ephemeral);
 }
 
-<<<<<<< HEAD
-/// Replies to one request; `None` closes the connection.
-=======
 /// What one connection does with a request; `None` closes it.
->>>>>>> e8af8a3 (Count what sandboxes leave after their launcher has ended)
 type Script = fn(wire::Request) -> Option<Vec<wire::Reply>>;
 
 /// A launcher that listens, and whose connections follow one script each. Says which requests came.

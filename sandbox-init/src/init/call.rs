@@ -13,6 +13,7 @@ use super::pipe::StdinPipe;
 use super::prepare::Plan;
 use super::slot::SlotId;
 use super::stream::OutputStream;
+use super::tool_worker::{Arrived, ToolWorker};
 
 /// A call and what it is at.
 #[derive(Debug)]
@@ -63,6 +64,8 @@ pub(crate) struct Announced {
     pub(crate) output: u64,
     /// Earliest moment of the next OutputAdvanced.
     pub(crate) next_output: Moment,
+    /// Bytes of the result of a tool that were sent ahead on this connection.
+    pub(crate) ahead: u64,
 }
 
 /// What a running call consists of.
@@ -72,6 +75,19 @@ pub(crate) enum Body {
     Process(ProcessBody),
     /// A command in the shell.
     Shell(ShellBody),
+    /// A file tool that a worker answers.
+    Worker(WorkerBody),
+}
+
+/// A file tool that a worker answers.
+#[derive(Debug)]
+pub(crate) struct WorkerBody {
+    pub(crate) worker: ToolWorker,
+    pub(crate) arrived: Arrived,
+    /// Name for an out-of-memory report.
+    pub(crate) tool: String,
+    /// It is not kept after this call.
+    pub(crate) is_large: bool,
 }
 
 /// A process of its own.
@@ -115,6 +131,8 @@ pub(crate) struct Output {
 pub(crate) struct Finished {
     pub(crate) message: CallFinished,
     pub(crate) outputs: Vec<OutputStream>,
+    /// Bytes of the result of a tool that were sent ahead on this connection.
+    pub(crate) ahead: u64,
     /// CallFinished was sent on this connection.
     pub(crate) sent: bool,
 }
@@ -139,7 +157,7 @@ impl Running {
     pub(crate) fn process(&mut self) -> Option<&mut ProcessBody> {
         match &mut self.body {
             Body::Process(process) => Some(process),
-            Body::Shell(_) => None,
+            Body::Shell(_) | Body::Worker(_) => None,
         }
     }
 
@@ -147,7 +165,15 @@ impl Running {
     pub(crate) fn shell(&mut self) -> Option<&mut ShellBody> {
         match &mut self.body {
             Body::Shell(shell) => Some(shell),
-            Body::Process(_) => None,
+            Body::Process(_) | Body::Worker(_) => None,
+        }
+    }
+
+    /// The worker, when the call is a file tool that one answers.
+    pub(crate) fn worker(&mut self) -> Option<&mut WorkerBody> {
+        match &mut self.body {
+            Body::Worker(worker) => Some(worker),
+            Body::Process(_) | Body::Shell(_) => None,
         }
     }
 }

@@ -28,6 +28,10 @@ pub(crate) enum Event {
     ShellStatus(Key),
     /// The shell of this generation has ended.
     ShellProcess(Key),
+    /// The worker of this key answers.
+    Worker(Key),
+    /// The worker of this key has ended.
+    WorkerProcess(Key),
 }
 
 /// Keys are counted from zero, so 48 bits last longer than any machine.
@@ -49,6 +53,8 @@ impl Event {
             Event::Process(key) => (9, 0, key),
             Event::ShellStatus(key) => (10, 0, key),
             Event::ShellProcess(key) => (11, 0, key),
+            Event::Worker(key) => (12, 0, key),
+            Event::WorkerProcess(key) => (13, 0, key),
         };
         (kind << 56) | (u64::from(index) << KEY_BITS) | (key & KEY_MASK)
     }
@@ -69,6 +75,8 @@ impl Event {
             9 => Event::Process(key),
             10 => Event::ShellStatus(key),
             11 => Event::ShellProcess(key),
+            12 => Event::Worker(key),
+            13 => Event::WorkerProcess(key),
             _ => return None,
         })
     }
@@ -92,7 +100,9 @@ mod tests {
             key.clone().prop_map(Event::StartError),
             key.clone().prop_map(Event::Process),
             key.clone().prop_map(Event::ShellStatus),
-            key.prop_map(Event::ShellProcess),
+            key.clone().prop_map(Event::ShellProcess),
+            key.clone().prop_map(Event::Worker),
+            key.prop_map(Event::WorkerProcess),
         ]
     }
 

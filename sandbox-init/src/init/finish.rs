@@ -33,7 +33,7 @@ impl Engine {
         if running.ending.is_none() && running.deadline.is_some_and(|deadline| deadline <= now) {
             let mode = match running.body {
                 Body::Shell(_) => CancelMode::Interrupt,
-                Body::Process(_) => CancelMode::Terminate,
+                Body::Process(_) | Body::Worker(_) => CancelMode::Terminate,
             };
             let after_ms = call.plan.timeout_ms;
             return self.end_call(key, Ender::Timeout { after_ms }, mode);
@@ -43,6 +43,7 @@ impl Engine {
         let (is_shell, leader) = match &running.body {
             Body::Shell(_) => (true, self.shells.current.as_ref().map(|shell| shell.pid)),
             Body::Process(process) => (false, Some(process.pid)),
+            Body::Worker(body) => (false, Some(body.worker.pid)),
         };
         let step = ending.step(is_shell, grace_ms, now);
         let slot = running.slot;
@@ -71,8 +72,11 @@ impl Engine {
         let call_id = call.plan.call_id.clone();
         let Phase::Running(running) = &mut call.phase else { return };
         for (index, output) in running.outputs.iter_mut().enumerate() {
-            let Some(reader) = output.reader.take() else { continue };
             let (spool, stream) = (&mut self.spool, &mut output.stream);
+            let Some(reader) = output.reader.take() else {
+                stream.seal(spool);
+                continue;
+            };
             let held = if output.enlarged { capacity(&reader) } else { USUAL_PIPE };
             let drained = drain(&reader, &mut self.buffer, held, |bytes| stream.push(&call_id, bytes, spool));
             if drained != Drained::Closed && output.watched {
@@ -94,7 +98,13 @@ impl Engine {
             return;
         };
         let used = running.slot.map(|slot| self.slots.used(slot)).unwrap_or_default();
-        let program = running.process().map(|process| process.program.clone());
+        let program = match &running.body {
+            Body::Process(process) => Some(process.program.clone()),
+            Body::Worker(body) => Some(body.tool.clone()),
+            Body::Shell(_) => None,
+        };
+        // Whoever ended the call may have hit it, or is about to.
+        let stays = matches!(end, End::Claimed(_)) && running.ending.is_none();
         let facts = Facts {
             end,
             ender: running.ending.map(|ending| ending.ender),
@@ -103,7 +113,7 @@ impl Engine {
             program: program.as_deref(),
         };
         let outcome = outcome(&facts);
-        let processes_left = self.settle_slot(key, &mut running, &outcome, &used);
+        let processes_left = self.settle_slot(key, &running, stays, &outcome, &used);
         let mut notes = std::mem::take(&mut running.notes);
         notes.extend(self.notes(key, &running, &outcome, &used, processes_left));
         let is_bash = matches!(running.body, Body::Shell(_));
@@ -133,15 +143,22 @@ impl Engine {
             shell_generation: self.shells.generation,
         };
         // A runner that is told the end is told the beginning first; one that was told neither learns both from the end.
+        let ahead = running.announced.ahead;
         let outputs = running.outputs.into_iter().map(|output| output.stream).collect();
-        call.phase = Phase::Finished(Box::new(Finished { message, outputs, sent: false }));
+        let call_id = message.call_id.clone();
+        call.phase = Phase::Finished(Box::new(Finished { message, outputs, ahead, sent: false }));
+        if let Body::Worker(body) = running.body {
+            let stays = stays && processes_left == 0 && !body.is_large;
+            self.release_worker(body, stays, &call_id);
+        }
     }
 
     /// Ends what must not outlive the call, counts what may, and gives the slot of a process back.
-    fn settle_slot(&mut self, key: Key, running: &mut Running, outcome: &Outcome, used: &Counters) -> u32 {
+    fn settle_slot(&mut self, key: Key, running: &Running, stays: bool, outcome: &Outcome, used: &Counters) -> u32 {
         let Some(slot) = running.slot else { return 0 };
         let shell = match &running.body {
             Body::Shell(_) => self.shells.current.as_ref().filter(|shell| shell.slot == slot).map(|shell| shell.pid),
+            Body::Worker(body) => stays.then_some(body.worker.pid),
             Body::Process(_) => None,
         };
         // A call that was ended is ended as a whole, and so is one that the kernel began to kill for memory.
@@ -155,7 +172,9 @@ impl Engine {
         }
         let left = self.slots.processes(slot).into_iter().filter(|pid| Some(*pid) != shell).count();
         let call_id = self.calls.get(&key).map(|call| call.plan.call_id.clone()).unwrap_or_default();
-        if shell.is_none() {
+        if matches!(running.body, Body::Worker(_)) {
+            // Its slot goes with it: see `release_worker`.
+        } else if shell.is_none() {
             self.slots.give_back(slot, &call_id);
         } else if left > 0 {
             self.shells.just_left = Some(call_id);
@@ -239,6 +258,6 @@ impl Engine {
             shell_generation: self.shells.generation,
             ..CallFinished::default()
         };
-        call.phase = Phase::Finished(Box::new(Finished { message, outputs: Vec::new(), sent: false }));
+        call.phase = Phase::Finished(Box::new(Finished { message, outputs: Vec::new(), ahead: 0, sent: false }));
     }
 }

@@ -26,6 +26,7 @@ impl Spawner for LocalSpawner {
                 let script = format!("printf '%s %s' {name} \"$0\"; echo diagnosis >&2");
                 (vec![b"/bin/sh".to_vec(), b"-c".to_vec(), script.into_bytes(), input_json], Vec::new())
             }
+            Program::Worker => (worker_of_the_tests()?, Vec::new()),
         };
         let words: Vec<std::ffi::OsString> = argv.into_iter().map(std::ffi::OsString::from_vec).collect();
         let mut command = match &request.slot {
@@ -96,6 +97,16 @@ impl Spawner for LocalSpawner {
         let child = child.map_err(|error| SpawnError::Fork(nix::Error::from_raw(errno(&error))))?;
         spawned(child.id())
     }
+}
+
+/// The worker of the tests is a test of this very program that does not end by itself; a measurement has none.
+fn worker_of_the_tests() -> Result<Vec<Vec<u8>>, SpawnError> {
+    if !cfg!(test) {
+        return Err(SpawnError::Fork(nix::Error::ENOSYS));
+    }
+    let program = std::env::current_exe().map_err(|_| SpawnError::Fork(nix::Error::ENOENT))?;
+    let words = ["--exact", "init::tool_worker_tests::worker", "--ignored"].map(|word| word.as_bytes().to_vec());
+    Ok(std::iter::once(program.into_os_string().into_vec()).chain(words).collect())
 }
 
 /// Moves itself into the slot, puts the status descriptor into place, becomes the program.

@@ -46,6 +46,8 @@ pub mod spawn;
 pub mod spawner;
 pub(crate) mod spool;
 pub(crate) mod stream;
+pub(crate) mod tool_call;
+pub(crate) mod tool_worker;
 
 #[cfg(test)]
 mod serve_tests;
@@ -53,6 +55,8 @@ mod serve_tests;
 mod shell_tests;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tool_worker_tests;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;

@@ -175,6 +175,7 @@ pub(crate) fn prepare(start: StartCall, staged: Option<&[u8]>) -> Result<Plan, R
         separate,
         retention: Retention {
             inline,
+            memory: inline,
             head: start.spool_head_bytes.max(start.inline_limit_bytes.into()),
             tail: usize::try_from(start.spool_tail_bytes).unwrap_or(usize::MAX).min(TAIL_LIMIT),
         },

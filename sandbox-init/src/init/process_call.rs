@@ -45,7 +45,9 @@ impl Engine {
         match &call.plan.work {
             Work::Bash { .. } => self.begin_command(key),
             Work::Exec(_) | Work::Tool { .. } => {
-                self.begin_process(key);
+                if !self.begin_on_worker(key) {
+                    self.begin_process(key);
+                }
                 Ok(())
             }
         }
@@ -147,7 +149,11 @@ impl Engine {
         let watch = |(index, (stream, reader)): (usize, (Stream, OwnedFd))| {
             let index = u8::try_from(index).unwrap_or(u8::MAX);
             let watched = self.watch(&reader, Event::Output(key, index)).is_ok();
-            Output { stream: OutputStream::new(stream, plan.retention), reader: Some(reader), watched, enlarged: false }
+            let retention = match stream {
+                Stream::Result => self.result_retention(plan.retention),
+                _ => plan.retention,
+            };
+            Output { stream: OutputStream::new(stream, retention), reader: Some(reader), watched, enlarged: false }
         };
         outputs.into_iter().enumerate().map(watch).collect()
     }

@@ -1,12 +1,13 @@
 //! What the runner is told without asking. Computed from the state of the calls at the moment when the socket can take
 //! it, so nothing queues up for a slow runner and nothing is lost by a reconnect.
 
-use proto::init::v1::{CallPrepared, CallStarted, Frame, OutputAdvanced, StreamLength, frame};
+use proto::init::v1::{CallPrepared, CallStarted, Frame, OutputAdvanced, OutputData, Stream, StreamLength, frame};
 
 use super::call::{Call, Phase};
 use super::clock::{MILLISECOND, Moment, now};
 use super::connection::Connection;
 use super::serve::Engine;
+use super::stream::{INLINE_LIMIT, OutputStream};
 
 /// Time between two reports of more output of one call.
 pub(crate) const ANNOUNCE_INTERVAL: u64 = 25 * MILLISECOND;
@@ -78,6 +79,12 @@ fn tell(
                 }
                 running.announced.started = true;
             }
+            let result = running.outputs.iter().map(|output| &output.stream).find(|stream| is_result(stream));
+            if let Some(result) = result
+                && !send_ahead(call_id, result, &mut running.announced.ahead, false, |body| send(0, body))?
+            {
+                return Ok(false);
+            }
             if !is_output_due || !running.announced.started {
                 return Ok(true);
             }
@@ -97,6 +104,12 @@ fn tell(
             if !finished.sent {
                 // The end of a call that was over at once is also the answer to its start.
                 let request_id = answer_to.unwrap_or(0);
+                let result = finished.outputs.iter().find(|stream| is_result(stream));
+                if let Some(result) = result
+                    && !send_ahead(call_id, result, &mut finished.ahead, true, |body| send(0, body))?
+                {
+                    return Ok(false);
+                }
                 finished.sent = send(request_id, frame::Body::CallFinished(finished.message.clone()))?;
                 if finished.sent {
                     *answer_to = None;
@@ -105,4 +118,40 @@ fn tell(
             Ok(finished.sent)
         }
     }
+}
+
+fn is_result(stream: &OutputStream) -> bool {
+    stream.stream() == Stream::Result
+}
+
+/// Sends what is there of a result that is too long to travel with the end of its call, so that nobody has to ask for it.
+/// `false` when the socket is full.
+fn send_ahead(
+    call_id: &str,
+    result: &OutputStream,
+    ahead: &mut u64,
+    is_over: bool,
+    mut send: impl FnMut(frame::Body) -> Result<bool, super::connection::Gone>,
+) -> Result<bool, super::connection::Gone> {
+    if is_over && *ahead == 0 && result.total() <= INLINE_LIMIT as u64 {
+        return Ok(true);
+    }
+    while let Some(rest) = result.in_memory(*ahead) {
+        let piece = rest.get(..INLINE_LIMIT).unwrap_or(rest);
+        if piece.is_empty() || (!is_over && piece.len() < INLINE_LIMIT) {
+            break;
+        }
+        let data = OutputData {
+            call_id: call_id.to_owned(),
+            stream: Stream::Result.into(),
+            offset: *ahead,
+            data: piece.to_vec(),
+            end: false,
+        };
+        if !send(frame::Body::OutputData(data))? {
+            return Ok(false);
+        }
+        *ahead = ahead.saturating_add(piece.len() as u64);
+    }
+    Ok(true)
 }

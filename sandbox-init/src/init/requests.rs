@@ -107,8 +107,12 @@ impl Engine {
                 Phase::Running(running) => {
                     running.announced.started = false;
                     running.announced.output = 0;
+                    running.announced.ahead = 0;
                 }
-                Phase::Finished(finished) => finished.sent = false,
+                Phase::Finished(finished) => {
+                    finished.sent = false;
+                    finished.ahead = 0;
+                }
             }
         }
         self.shells.wanted = true;

@@ -24,6 +24,7 @@ use super::shell::{CallDirectory, Shell};
 use super::slot::{SlotId, Slots};
 use super::spawner::Spawner;
 use super::spool::SpoolDirectory;
+use super::tool_worker::ToolWorker;
 use super::{Context, ExitReason};
 
 /// Requests of one wake-up; the rest waits for the next, so that output is read in between.
@@ -62,6 +63,10 @@ pub(crate) struct Engine {
     pub(super) next_sweep: Option<Moment>,
     /// The slot for which a spare process was ordered last.
     parked_in: Option<SlotId>,
+    /// The worker of the file tools while no call is with it.
+    pub(super) worker: Option<ToolWorker>,
+    /// A call of the worker has ended since the counters of its slot were marked.
+    pub(super) worker_needs_mark: bool,
     pub(super) exit: Option<ExitReason>,
     pub(super) buffer: Vec<u8>,
     packet: Vec<u8>,
@@ -151,6 +156,8 @@ impl Engine {
             shutdown: None,
             next_sweep: None,
             parked_in: None,
+            worker: None,
+            worker_needs_mark: false,
             exit: None,
             buffer: vec![0; READ_BUDGET],
             packet: vec![0; PACKET_LIMIT + 1],
@@ -221,6 +228,8 @@ impl Engine {
             Event::Process(key) => self.reap_process(key),
             Event::ShellStatus(key) => self.listen_to_shell(key),
             Event::ShellProcess(key) => self.reap_shell(key),
+            Event::Worker(key) => self.listen_to_worker(key),
+            Event::WorkerProcess(key) => self.reap_worker(key),
         }
     }
 
@@ -300,13 +309,19 @@ impl Engine {
         if self.shells.current.as_ref().is_some_and(|shell| shell.pid == pid) {
             return self.shell_ended(exit);
         }
+        if self.worker.as_ref().is_some_and(|worker| worker.pid == pid) {
+            return self.end_idle_worker();
+        }
         let owner = self.calls.values_mut().find_map(|call| {
             let key = call.key;
-            let process = call.running()?.process()?;
-            (process.pid == pid).then_some(key)
+            let running = call.running()?;
+            let is_worker = running.worker().is_some_and(|body| body.worker.pid == pid);
+            (is_worker || running.process()?.pid == pid).then_some((key, is_worker))
         });
-        if let Some(key) = owner {
-            self.process_ended(key, exit);
+        match owner {
+            Some((key, true)) => self.worker_ended(key, exit),
+            Some((key, false)) => self.process_ended(key, exit),
+            None => {}
         }
     }
 
@@ -377,6 +392,7 @@ impl Engine {
             return;
         }
         self.settle_shell();
+        self.settle_worker();
         if self.shells.wanted {
             // Without a spare the next call makes its slot itself, and reports what is wrong.
             let _ = self.slots.prepare();
@@ -401,6 +417,7 @@ impl Engine {
             // Where slots are read from /proc the shell may have escaped the reading; it is our child in any case.
             let _ = nix::sys::signal::kill(shell.pid, Signal::SIGKILL);
         }
+        self.end_idle_worker();
         self.shells.files.clear();
     }
 }

@@ -301,9 +301,10 @@ impl Slots {
         table.iter().filter(|process| !process.is_zombie && mine(process)).map(|process| process.pid).collect()
     }
 
-    /// Sends a signal to every process of a slot except one.
+    /// Sends a signal to every process of a slot except one, to the youngest first: of a pipeline the last member decides
+    /// the status, and it must not end by itself because an earlier one was hit before it.
     pub(crate) fn signal(&self, id: SlotId, signal: Signal, except: Option<Pid>) {
-        for pid in self.processes(id) {
+        for pid in self.processes(id).into_iter().rev() {
             if Some(pid) != except {
                 // A process that has just ended is what we wanted.
                 let _ = kill(pid, signal);

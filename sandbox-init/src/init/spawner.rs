@@ -24,6 +24,8 @@ pub enum Program {
         /// The input as JSON.
         input_json: Vec<u8>,
     },
+    /// Answers file tools on its descriptor 0, a SOCK_SEQPACKET socket, until that is closed.
+    Worker,
 }
 
 /// One new process.

@@ -17,9 +17,11 @@ pub(crate) const INLINE_LIMIT: usize = 64 * 1024;
 /// What is kept of a stream.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Retention {
-    /// Up to this length a stream needs no file.
+    /// Up to this length a stream travels in the result of its call.
     pub(crate) inline: usize,
-    /// Bytes kept from the beginning; never less than `inline`.
+    /// Up to this length a stream needs no file; never less than `inline`.
+    pub(crate) memory: usize,
+    /// Bytes kept from the beginning; never less than `memory`.
     pub(crate) head: u64,
     /// Bytes kept from the end.
     pub(crate) tail: usize,
@@ -33,7 +35,7 @@ pub(crate) struct OutputStream {
     total: u64,
     hash: Sha256,
     sha256: Option<[u8; 32]>,
-    /// The beginning of the stream while it is not longer than the inline limit, or when there is no file for it.
+    /// The beginning of the stream while it is not longer than what may stay in memory, or when there is no file for it.
     memory: Vec<u8>,
     file: Option<SpoolFile>,
     /// Bytes of `file` that belong to the head.
@@ -97,14 +99,14 @@ impl OutputStream {
         self.hash.update(bytes);
         let mut rest = bytes;
         if !self.head_closed && self.file.is_none() {
-            if self.memory.len().saturating_add(rest.len()) <= self.retention.inline {
+            if self.memory.len().saturating_add(rest.len()) <= self.retention.memory {
                 self.memory.extend_from_slice(rest);
                 self.head = self.memory.len() as u64;
                 return;
             }
             self.open_file(call_id, spool);
             if self.file.is_none() {
-                let room = self.retention.inline.saturating_sub(self.memory.len()).min(rest.len());
+                let room = self.retention.memory.saturating_sub(self.memory.len()).min(rest.len());
                 let (kept, later) = rest.split_at(room);
                 self.memory.extend_from_slice(kept);
                 self.head = self.memory.len() as u64;
@@ -135,14 +137,14 @@ impl OutputStream {
 
     fn append_head<'bytes>(&mut self, bytes: &'bytes [u8], spool: &mut SpoolDirectory) -> &'bytes [u8] {
         let Some(file) = &mut self.file else { return bytes };
-        let limit = self.retention.head.max(self.retention.inline as u64);
+        let limit = self.retention.head.max(self.retention.memory as u64);
         let room = usize::try_from(limit.saturating_sub(self.head)).unwrap_or(usize::MAX).min(bytes.len());
         let (kept, _) = bytes.split_at(room);
         let before = file.length();
         let appended = spool.append(file, kept);
         let written = file.length().saturating_sub(before);
         self.head = self.head.saturating_add(written);
-        if self.head > self.retention.inline as u64 {
+        if self.head > self.retention.memory as u64 {
             self.memory = Vec::new();
         } else {
             // Still short enough to travel in the result.
@@ -212,9 +214,16 @@ impl OutputStream {
         self.tail.read(usize::try_from(skip).unwrap_or(usize::MAX), most)
     }
 
+    /// The bytes from `offset` on while the whole stream is in memory.
+    pub(crate) fn in_memory(&self, offset: u64) -> Option<&[u8]> {
+        let start = usize::try_from(offset).ok()?;
+        self.memory.get(start..).filter(|_| self.memory.len() as u64 == self.total)
+    }
+
     /// What the result says about this stream. `inline_room` is what is left in the packet.
     pub(crate) fn summary(&self, inline_room: usize, spool: &SpoolDirectory) -> StreamSummary {
-        let whole = self.memory.len() as u64 == self.total && self.memory.len() <= inline_room;
+        let room = inline_room.min(self.retention.inline);
+        let whole = self.memory.len() as u64 == self.total && self.memory.len() <= room;
         StreamSummary {
             stream: self.stream.into(),
             total_bytes: self.total,

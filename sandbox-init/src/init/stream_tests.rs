@@ -12,7 +12,7 @@ fn spool(directory: &tempfile::TempDir, budget_bytes: u64) -> SpoolDirectory {
 }
 
 fn stream(inline: usize, head: u64, tail: usize) -> OutputStream {
-    OutputStream::new(v1::Stream::Stdout, Retention { inline, head, tail })
+    OutputStream::new(v1::Stream::Stdout, Retention { inline, memory: inline, head, tail })
 }
 
 /// Reads everything that is retained, in pieces of `step`, as (offset, bytes) with neighbours joined.
@@ -114,4 +114,20 @@ fn two_streams_that_do_not_fit_into_one_packet_are_read_by_offset_instead() {
     assert!(!stream.summary(89, &spool).inline_complete);
     assert!(stream.summary(90, &spool).inline_complete);
     assert_eq!(stream.read(0, 1000).data, vec![7; 90]);
+}
+
+#[test]
+fn a_stream_that_may_stay_in_memory_needs_no_file_and_travels_only_up_to_its_inline_limit() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut spool = spool(&directory, 1000);
+    let mut stream = OutputStream::new(v1::Stream::Result, Retention { inline: 4, memory: 8, head: 8, tail: 0 });
+    stream.push("call", b"abcd", &mut spool);
+    assert!(stream.summary(100, &spool).inline_complete);
+    stream.push("call", b"efgh", &mut spool);
+    let summary = stream.summary(100, &spool);
+    assert_eq!((summary.inline_complete, summary.head_bytes, summary.spool_path.as_str()), (false, 8, ""));
+    assert_eq!(stream.in_memory(3), Some(b"defgh".as_slice()));
+    stream.push("call", b"i", &mut spool);
+    assert_eq!(stream.in_memory(3), None);
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
 }

@@ -8,10 +8,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::violation::Violation;
-use crate::work::{CallEnd, CallObserver, Outcome, StreamLengths};
+use crate::work::{CallEnd, CallObserver, Outcome, StreamLengths, limits};
 
 /// Calls that one sandbox can hold for us: prepared, running, or finished and not acknowledged.
 pub(super) const MOST_CALLS: usize = 256;
+/// Longest result of a tool that is kept here: what fits into a frame to the caller, and the frame around a text of that
+/// length.
+pub(super) const LARGEST_RESULT: usize = limits::INLINE_RESULT_BYTES + 32 * 1024;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
@@ -27,6 +30,18 @@ pub(super) struct CallRecord {
     lengths: StreamLengths,
     time_limit: Option<Duration>,
     observer: Arc<dyn CallObserver>,
+    /// Result of a tool as far as it was sent ahead.
+    ahead: Vec<u8>,
+}
+
+/// What the end of a call sets free.
+pub(super) struct Ended {
+    /// Whom to tell.
+    pub(super) observer: Arc<dyn CallObserver>,
+    /// The start has still to be told.
+    pub(super) unannounced: bool,
+    /// What was sent ahead of the result.
+    pub(super) ahead: Vec<u8>,
 }
 
 /// Every call of one sandbox that is not forgotten.
@@ -65,7 +80,7 @@ impl CallTable {
         }
         let lengths = StreamLengths::default();
         let phase = if held { Phase::Held } else { Phase::Released };
-        self.calls.insert(call_id.to_owned(), CallRecord { phase, lengths, time_limit, observer });
+        self.calls.insert(call_id.to_owned(), CallRecord { phase, lengths, time_limit, observer, ahead: Vec::new() });
         Ok(())
     }
 
@@ -119,15 +134,31 @@ impl CallTable {
         Ok((Arc::clone(&record.observer), record.lengths))
     }
 
-    /// The call is over. Returns whom to tell, and whether the start has still to be told.
+    /// A piece of the result of a tool has come ahead of the end of the call.
+    ///
+    /// # Errors
+    /// [`Violation`] when that cannot be.
+    pub(super) fn sent_ahead(&mut self, call_id: &str, offset: u64, bytes: &[u8]) -> Result<(), Violation> {
+        const EVENT: &str = "output_data";
+        let record = self.calls.get_mut(call_id).ok_or(Violation::UnknownCall { event: EVENT })?;
+        if !matches!(record.phase, Phase::Released | Phase::Started) {
+            return Err(Violation::WrongPhase { event: EVENT });
+        }
+        if offset != record.ahead.len() as u64 || bytes.is_empty() {
+            return Err(Violation::impossible("output_data.offset", offset));
+        }
+        if record.ahead.len() + bytes.len() > LARGEST_RESULT {
+            return Err(Violation::impossible("output_data.data", format!("{} bytes", bytes.len())));
+        }
+        record.ahead.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    /// The call is over.
     ///
     /// # Errors
     /// [`Violation`] when it was over before, ran although it was held, or had more output than it admits.
-    pub(super) fn finished(
-        &mut self,
-        call_id: &str,
-        end: &CallEnd,
-    ) -> Result<(Arc<dyn CallObserver>, bool), Violation> {
+    pub(super) fn finished(&mut self, call_id: &str, end: &CallEnd) -> Result<Ended, Violation> {
         const EVENT: &str = "call_finished";
         let record = self.calls.get_mut(call_id).ok_or(Violation::UnknownCall { event: EVENT })?;
         let ran = !matches!(
@@ -146,7 +177,8 @@ impl CallTable {
         }
         let unannounced = record.phase == Phase::Released && ran;
         record.phase = Phase::Finished;
-        Ok((Arc::clone(&record.observer), unannounced))
+        let ahead = std::mem::take(&mut record.ahead);
+        Ok(Ended { observer: Arc::clone(&record.observer), unannounced, ahead })
     }
 
     /// Whether the call has begun and is not over.
@@ -237,9 +269,32 @@ mod tests {
     fn short_call_may_finish_unannounced_and_the_start_is_still_to_be_told() {
         let mut table = table_with("a");
 
-        let (_, unannounced) = table.finished("a", &ended(0)).expect("good");
+        let ended = table.finished("a", &ended(0)).expect("good");
 
-        assert!(unannounced);
+        assert!(ended.unannounced);
+    }
+
+    #[test]
+    fn result_comes_ahead_in_order_and_bounded_or_is_a_violation() {
+        let mut table = table_with("a");
+
+        assert!(table.sent_ahead("a", 0, b"ab").is_ok());
+        assert!(table.sent_ahead("a", 2, b"c").is_ok());
+        assert!(table.sent_ahead("a", 2, b"c").is_err(), "the same piece twice");
+        assert!(table.sent_ahead("a", 9, b"c").is_err(), "a gap");
+        assert!(table.sent_ahead("a", 3, b"").is_err(), "an empty piece, for ever");
+        assert!(table.sent_ahead("a", 3, &vec![0; LARGEST_RESULT]).is_err(), "too much");
+        assert!(table.sent_ahead("x", 0, b"c").is_err(), "for a call nobody made");
+        assert_eq!(table.finished("a", &ended(0)).expect("good").ahead, b"abc");
+        assert!(table.sent_ahead("a", 0, b"c").is_err(), "behind the end");
+    }
+
+    #[test]
+    fn nothing_comes_ahead_of_a_held_call() {
+        let mut table = CallTable::default();
+        table.add("a", true, None, Arc::new(Nobody)).expect("added");
+
+        assert_eq!(table.sent_ahead("a", 0, b"c"), Err(Violation::WrongPhase { event: "output_data" }));
     }
 
     #[test]

@@ -25,7 +25,7 @@ use tracing::{debug, warn};
 
 use super::packet::{Descriptors, PacketError, PacketSocket};
 use crate::work::{BoxFuture, CallEnd, CallEvent, CallObserver, CancelMode, OutputChunk, PreparedCall, Stream, limits};
-use calls::{AddError, CallTable};
+use calls::{AddError, CallTable, Ended, LARGEST_RESULT};
 pub use violation::Violation;
 
 /// Largest packet of the protocol.
@@ -537,17 +537,19 @@ impl Shared {
             wire::frame::Body::CallFinished(finished) => {
                 let call_id = finished.call_id.clone();
                 let end = decode::call_end(finished)?;
-                let (observer, unannounced, shell_generation) = {
+                let (Ended { observer, unannounced, ahead }, shell_generation) = {
                     let mut state = self.state();
                     state.shell_generation = end.shell_generation.max(state.shell_generation);
-                    let (observer, unannounced) = state.calls.finished(&call_id, &end)?;
-                    (observer, unannounced, state.shell_generation)
+                    (state.calls.finished(&call_id, &end)?, state.shell_generation)
                 };
                 if unannounced {
                     observer
                         .observe(CallEvent::Started { boottime_ns: started_before(end.duration), shell_generation });
                 }
-                self.report_end(call_id, end, observer);
+                self.report_end(call_id, end, ahead, observer);
+            }
+            wire::frame::Body::OutputData(data) if data.stream == i32::from(wire::Stream::Result) => {
+                self.state().calls.sent_ahead(&data.call_id, data.offset, &data.data)?;
             }
             _ => return Err(Violation::Malformed("is an answer without a request")),
         }
@@ -555,7 +557,13 @@ impl Shared {
     }
 
     /// Tells the observer; the result of a tool that did not travel along is fetched first.
-    fn report_end(self: &Arc<Self>, call_id: String, mut end: CallEnd, observer: Arc<dyn CallObserver>) {
+    fn report_end(
+        self: &Arc<Self>,
+        call_id: String,
+        mut end: CallEnd,
+        ahead: Vec<u8>,
+        observer: Arc<dyn CallObserver>,
+    ) {
         let result = end.streams.iter().find(|summary| summary.stream == Stream::Result);
         let fetch = match result {
             Some(summary) => match &summary.inline {
@@ -563,7 +571,11 @@ impl Shared {
                     end.result = decode::tool_result(bytes);
                     None
                 }
-                None if summary.total_bytes <= limits::INLINE_RESULT_BYTES as u64 => Some(summary.total_bytes),
+                None if !ahead.is_empty() && summary.total_bytes == ahead.len() as u64 => {
+                    end.result = decode::tool_result(&ahead);
+                    None
+                }
+                None if summary.total_bytes <= LARGEST_RESULT as u64 => Some(summary.total_bytes),
                 None => None,
             },
             None => None,

@@ -14,6 +14,7 @@ use prost::Message;
 use proto::init::v1::{ContentBlock, ToolResult};
 
 use super::Confinement;
+use crate::init::tool_worker::{read_all, serve};
 use crate::policy::seccomp::BpfProgram;
 use crate::stage::identity::become_workload;
 use crate::stage::mount::OWN_DIRECTORY;
@@ -48,6 +49,9 @@ pub(super) struct Task {
     /// Number of each descriptor after the first, which is for start errors.
     #[prost(int32, repeated, tag = "7")]
     pub targets: Vec<RawFd>,
+    /// Answers file tools on descriptor 0.
+    #[prost(bool, tag = "8")]
+    pub worker: bool,
 }
 
 /// Packet that says: the last descriptor is a memory file that holds the task.
@@ -128,6 +132,10 @@ fn perform(packet: Packet, confinement: &Confinement) {
         Err(_) => return,
     };
     let number = match begin(&task) {
+        Ok(()) if task.worker => {
+            drop(errors);
+            exit_now(i32::from(work(confinement).is_err()));
+        }
         Ok(()) if task.tool.is_empty() => execute(&task) as i32,
         Ok(()) => {
             drop(errors);
@@ -138,15 +146,6 @@ fn perform(packet: Packet, confinement: &Confinement) {
     // The reader takes the number; when it is gone so is the call.
     let _ = nix::unistd::write(&errors, &number.to_ne_bytes());
     exit_now(127)
-}
-
-fn read_all(file: OwnedFd) -> std::io::Result<Vec<u8>> {
-    use std::io::{Read, Seek};
-    let mut file = std::fs::File::from(file);
-    file.rewind()?;
-    let mut bytes = Vec::new();
-    file.read_to_end(&mut bytes)?;
-    Ok(bytes)
 }
 
 /// Gives each descriptor its number. Returns the one for start errors, close-on-exec.
@@ -210,8 +209,7 @@ fn run_tool(task: &Task, confinement: &Confinement) -> i32 {
     if nix::sys::prctl::set_dumpable(true).is_err() {
         return 1;
     }
-    let mut context = tool::Context::new(PathBuf::from(OsStr::from_bytes(&confinement.working_directory)));
-    context.read_only_roots.push(PathBuf::from(OWN_DIRECTORY).join("output"));
+    let context = context(confinement);
     let result = if task.tool == PROBE {
         let text = Some(proto::init::v1::content_block::Kind::Text(crate::probe::run()));
         ToolResult { is_error: false, content: vec![ContentBlock { kind: text }] }
@@ -221,4 +219,22 @@ fn run_tool(task: &Task, confinement: &Confinement) -> i32 {
     let Ok(output) = inherited_descriptor(1) else { return 1 };
     let written = std::fs::File::from(output).write_all(&result.encode_to_vec());
     i32::from(written.is_err())
+}
+
+fn context(confinement: &Confinement) -> tool::Context {
+    let mut context = tool::Context::new(PathBuf::from(OsStr::from_bytes(&confinement.working_directory)));
+    context.read_only_roots.push(PathBuf::from(OWN_DIRECTORY).join("output"));
+    context
+}
+
+/// Stays as it is after the hardening, not dumpable: nobody else of the workload looks into it or changes it between calls.
+fn work(confinement: &Confinement) -> nix::Result<()> {
+    let context = context(confinement);
+    let socket = inherited_descriptor(0)?;
+    serve(&socket, |request, answer| {
+        let result = tool::run(&request.tool, &request.input_json, &context);
+        answer.reserve(result.encoded_len());
+        // A vector takes any length.
+        let _ = result.encode(answer);
+    })
 }

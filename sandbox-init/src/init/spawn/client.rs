@@ -1,12 +1,9 @@
 //! Process 1's side: keeps one spare ahead and hands it its task.
 
-use std::ffi::CString;
-use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::fstat;
 use nix::unistd::Pid;
 use prost::Message;
@@ -14,6 +11,7 @@ use prost::Message;
 use super::child::{HARDENED, IN_FILE, INLINE_BYTES, Task};
 use super::{Answer, ORDER, PACKET_BYTES, SpawnStepError};
 use crate::init::spawner::{Program, SpawnError, SpawnRequest, Spawned, Spawner};
+use crate::init::tool_worker::memory_file;
 use crate::sys::process::pidfd_signal;
 use crate::sys::socket::{receive, send};
 
@@ -187,17 +185,9 @@ fn task(request: &SpawnRequest) -> Task {
             task.tool.clone_from(name);
             task.input_json.clone_from(input_json);
         }
+        Program::Worker => task.worker = true,
     }
     task
-}
-
-/// A task that is too large for a packet.
-fn memory_file(bytes: &[u8]) -> nix::Result<OwnedFd> {
-    let name = CString::from(c"task");
-    let file = memfd_create(name.as_c_str(), MFdFlags::MFD_CLOEXEC)?;
-    let mut file = std::fs::File::from(file);
-    file.write_all(bytes).map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::ENOSPC)))?;
-    Ok(file.into())
 }
 
 fn inode(directory: BorrowedFd<'_>) -> nix::Result<u64> {
