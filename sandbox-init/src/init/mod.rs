@@ -21,6 +21,9 @@
 //! | output after the end of a call | 64 pipes, 1 MiB each | the oldest pipe is closed; further bytes are dropped |
 //! | slots with processes of finished calls | 64 | the oldest is killed |
 //! | what the shell says about one command | 16 KiB | the shell is ended |
+//! | result of a tool in memory | 272 KiB, for 16 calls | it goes to a spool file |
+//! | what the worker of the file tools says | what it announced | the worker is ended |
+//! | what one worker reads or answers in a call | 4 MiB | the next call has a new worker |
 
 pub(crate) mod bash_call;
 pub(crate) mod call;

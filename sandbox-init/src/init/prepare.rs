@@ -151,6 +151,11 @@ impl Staging {
 /// Checks a `StartCall`.
 pub(crate) fn prepare(start: StartCall, staged: Option<&[u8]>) -> Result<Plan, Refusal> {
     check_call_id(&start.call_id)?;
+    let arrived = staged.map_or(0, <[u8]>::len) as u64;
+    if start.staged_input_bytes != 0 && start.staged_input_bytes != arrived {
+        let problem = format!("is {}, but {arrived} bytes have arrived", start.staged_input_bytes);
+        return Err(Refusal::field("staged_input_bytes", problem));
+    }
     let inline = usize::try_from(start.inline_limit_bytes).unwrap_or(usize::MAX);
     if inline > INLINE_LIMIT {
         return Err(Refusal::TooLarge { field: "inline_limit_bytes", actual: inline, limit: INLINE_LIMIT });
@@ -331,6 +336,16 @@ mod tests {
         assert_eq!(staging.get("c"), Some(b"abc".as_slice()));
         staging.add(chunk(0, b"x")).unwrap();
         assert_eq!(staging.get("c"), Some(b"x".as_slice()));
+    }
+
+    #[test]
+    fn a_call_whose_input_has_not_arrived_whole_is_refused() {
+        let call = StartCall { staged_input_bytes: 3, ..bash("") };
+        assert!(prepare(call.clone(), Some(b"abc")).is_ok());
+        for (staged, arrived) in [(Some(b"ab".as_slice()), 2), (None, 0)] {
+            let refused = prepare(call.clone(), staged).unwrap_err();
+            assert_eq!(refused.to_string(), format!("staged_input_bytes is 3, but {arrived} bytes have arrived"));
+        }
     }
 
     #[test]

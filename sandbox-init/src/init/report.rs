@@ -17,25 +17,29 @@ pub(crate) const STARTED_AFTER: u64 = 2 * MILLISECOND;
 const ANNOUNCE_BYTES: u64 = 32 * 1024;
 
 impl Engine {
-    /// Sends what the runner does not know yet.
-    pub(super) fn tell_runner(&mut self) {
+    /// Sends what the runner does not know yet. True when that was the end of a call.
+    pub(super) fn tell_runner(&mut self) -> bool {
         let now = now();
         let generation = self.generation;
-        let Some(connection) = &mut self.connection else { return };
+        let Some(connection) = &mut self.connection else { return false };
         if connection.generation.is_none() {
-            return;
+            return false;
         }
+        let mut told_end = false;
         let mut told = connection.flush().map(|()| connection.is_clear());
         for call in self.calls.values_mut() {
             if !matches!(told, Ok(true)) {
                 break;
             }
+            let was_sent = is_sent(call);
             told = tell(call, connection, generation, now);
+            told_end |= !was_sent && is_sent(call);
         }
         match told {
             Ok(clear) => self.update_interest(!clear),
             Err(_) => self.disconnect(),
         }
+        told_end
     }
 
     fn update_interest(&mut self, wants_to_write: bool) {
@@ -118,6 +122,10 @@ fn tell(
             Ok(finished.sent)
         }
     }
+}
+
+fn is_sent(call: &Call) -> bool {
+    matches!(&call.phase, Phase::Finished(finished) if finished.sent)
 }
 
 fn is_result(stream: &OutputStream) -> bool {

@@ -178,7 +178,10 @@ impl Engine {
         let mut events = [EpollEvent::empty(); 32];
         loop {
             self.run_due(now());
-            self.tell_runner();
+            if self.tell_runner() {
+                // The runner may have been woken on this very processor, and it goes first.
+                let _ = nix::sched::sched_yield();
+            }
             self.do_idle_work();
             if let Some(reason) = self.exit.take() {
                 self.tear_down();

@@ -232,6 +232,7 @@ impl Client {
             inline_limit_bytes: 65536,
             spool_head_bytes: 16 << 20,
             spool_tail_bytes: 1 << 20,
+            staged_input_bytes: 0,
             work: Some(work),
         }
     }

@@ -43,7 +43,6 @@ impl Engine {
             return false;
         }
         let request = ToolRequest { tool: name.clone(), input_json: input_json.clone() };
-        let plan = call.plan.clone();
         let worker = match self.worker.take() {
             Some(worker) => worker,
             None => match self.start_worker() {
@@ -58,10 +57,12 @@ impl Engine {
         let slot = worker.slot;
         let is_large = request.input_json.len() as u64 > RETIRE_ABOVE;
         let body = WorkerBody { worker, arrived: Arrived::default(), tool: request.tool, is_large };
-        let mut running = self.new_running(&plan, Body::Worker(body));
+        let Some(call) = self.calls.get(&key) else { return true };
+        let retention = self.result_retention(call.plan.retention);
+        let mut running = self.new_running(&call.plan, Body::Worker(body));
         running.slot = Some(slot);
         running.announced.has_begun = true;
-        let stream = OutputStream::new(Stream::Result, self.result_retention(plan.retention));
+        let stream = OutputStream::new(Stream::Result, retention);
         running.outputs = vec![Output { stream, reader: None, watched: false, enlarged: false }];
         if let Some(call) = self.calls.get_mut(&key) {
             call.phase = Phase::Running(Box::new(running));

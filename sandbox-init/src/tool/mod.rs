@@ -1,7 +1,7 @@
 //! The built-in file tools: `read`, `write`, `edit`, `glob`, `grep`.
 //!
 //! They run inside the sandbox, in a forked child that has already become the workload: its ids, its landlock domain,
-//! its seccomp filter, its mounts. So these modules decide nothing about privilege. What they add is the path policy of
+//! its seccomp filter, its mounts. One child may run many of them, one after the other, so they keep nothing. So these modules decide nothing about privilege. What they add is the path policy of
 //! the toolset (working directory plus the allowed roots), its limits and its literal texts, because the model has
 //! learned those.
 //!

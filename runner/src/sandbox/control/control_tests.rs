@@ -126,6 +126,94 @@ async fn violation_after(packets: Vec<Vec<u8>>) -> Violation {
     }
 }
 
+/// The end of the call as the answer to its start.
+fn answered_by_its_end(end: Vec<u8>) -> OwnedFd {
+    process_1(move |request| match request.body {
+        Some(wire::request::Body::Hello(_)) => vec![welcome(request.request_id)],
+        Some(wire::request::Body::StartCall(_) | wire::request::Body::Cancel(_)) => {
+            let end = wire::Frame::decode(end.as_slice()).expect("a frame");
+            vec![wire::Frame { request_id: request.request_id, ..end }.encode_to_vec()]
+        }
+        _ => Vec::new(),
+    })
+}
+
+#[tokio::test]
+async fn call_that_is_over_at_once_is_answered_by_its_end() {
+    let control = connected(answered_by_its_end(finished(3))).await;
+    let recorder = Arc::new(Recorder::default());
+
+    control.start_call(&call(), recorder.clone()).await.expect("prepared");
+
+    assert_eq!(recorder.outcome(), Some(Outcome::Exited { code: 3 }));
+    assert!(matches!(recorder.0.lock().expect("not poisoned")[0], CallEvent::Started { .. }));
+    // A call ends once, and its end answers nothing but its start.
+    let again = control.cancel("c", CancelMode::Kill).await;
+    assert!(matches!(again, Err(ControlError::Ended(ControlEnd::Violated(Violation::WrongPhase { .. })))), "{again:?}");
+}
+
+#[tokio::test]
+async fn result_that_was_sent_ahead_is_not_asked_for() {
+    let text = wire::content_block::Kind::Text("x".repeat(200_000));
+    let result = wire::ToolResult { is_error: false, content: vec![wire::ContentBlock { kind: Some(text) }] };
+    let result = result.encode_to_vec();
+    let mut packets = Vec::new();
+    for (index, piece) in result.chunks(65_536).enumerate() {
+        packets.push(frame(
+            0,
+            Body::OutputData(wire::OutputData {
+                call_id: "c".into(),
+                stream: wire::Stream::Result.into(),
+                offset: index as u64 * 65_536,
+                data: piece.to_vec(),
+                end: false,
+            }),
+        ));
+    }
+    let summary = wire::StreamSummary {
+        stream: wire::Stream::Result.into(),
+        total_bytes: result.len() as u64,
+        head_bytes: result.len() as u64,
+        sha256: vec![0; 32],
+        ..Default::default()
+    };
+    let outcome = wire::Outcome { kind: Some(wire::outcome::Kind::Exited(wire::Exited { code: 0 })) };
+    let end = wire::CallFinished {
+        call_id: "c".into(),
+        outcome: Some(outcome),
+        streams: vec![summary],
+        ..Default::default()
+    };
+    packets.push(frame(0, Body::CallFinished(end)));
+    let control = connected(then(packets)).await;
+    let recorder = Arc::new(Recorder::default());
+
+    control.start_call(&call(), recorder.clone()).await.expect("prepared");
+    while recorder.outcome().is_none() {
+        recorder.1.notified().await;
+    }
+
+    let events = recorder.0.lock().expect("not poisoned");
+    let Some(CallEvent::Finished(end)) = events.last() else { panic!("not finished: {events:?}") };
+    let content = &end.result.as_ref().expect("a result").content;
+    assert!(matches!(&content[..], [crate::work::Content::Text(text)] if text.len() == 200_000));
+}
+
+#[tokio::test]
+async fn pieces_of_anything_but_a_result_are_a_violation() {
+    let data = wire::OutputData {
+        call_id: "c".into(),
+        stream: wire::Stream::Stdout.into(),
+        offset: 0,
+        data: vec![0; 4],
+        end: false,
+    };
+
+    let violation = violation_after(vec![frame(0, Body::OutputData(data))]).await;
+
+    assert_eq!(violation, Violation::Malformed("is an answer without a request"));
+}
+
 #[tokio::test]
 async fn good_call_reports_start_output_and_end_in_order() {
     let control = connected(then(vec![started(), advanced(3), finished(4)])).await;

@@ -50,6 +50,7 @@ pub(super) fn call(call: &PreparedCall) -> EncodedCall {
         inline_limit_bytes: u32::try_from(limits::INLINE_OUTPUT_BYTES).unwrap_or(u32::MAX),
         spool_head_bytes: call.limits.spool_head_bytes,
         spool_tail_bytes: call.limits.spool_tail_bytes,
+        staged_input_bytes: input.len() as u64,
         work: Some(work),
     };
     EncodedCall { input, start }
@@ -144,6 +145,7 @@ mod tests {
         let encoded = call(&prepared(ToolInput::Bash(BashInput { command: Some(command.clone()), restart: false })));
 
         assert_eq!(encoded.input, command.as_bytes());
+        assert_eq!(encoded.start.staged_input_bytes, command.len() as u64);
         assert!(matches!(encoded.start.work, Some(wire::start_call::Work::Bash(bash)) if bash.command.is_empty()));
     }
 

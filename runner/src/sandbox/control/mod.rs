@@ -259,12 +259,21 @@ impl Control {
     async fn send_call(&self, encoded: encode::EncodedCall) -> Result<(), ControlError> {
         let call_id = encoded.start.call_id.clone();
         let mut offset = 0;
+        let mut chunks = Vec::new();
         for piece in encoded.input.chunks(encode::LARGEST_INPUT_CHUNK) {
             let chunk = wire::InputChunk { call_id: call_id.clone(), offset, data: piece.to_vec() };
-            self.request_done("input_chunk", wire::request::Body::InputChunk(chunk)).await?;
+            chunks.push(self.shared().ask("input_chunk", wire::request::Body::InputChunk(chunk)).await?);
             offset += piece.len() as u64;
         }
-        match self.request("start_call", wire::request::Body::StartCall(encoded.start)).await? {
+        // All of it is on its way before the first answer: a call whose input did not arrive whole is refused.
+        let prepared = self.shared().ask("start_call", wire::request::Body::StartCall(encoded.start)).await?;
+        for chunk in chunks {
+            match self.shared().answer(chunk).await? {
+                wire::frame::Body::Done(_) => {}
+                _ => return Err(self.violated(Violation::WrongAnswer { request: "input_chunk" }).into()),
+            }
+        }
+        match self.shared().answer(prepared).await? {
             wire::frame::Body::CallPrepared(prepared) if prepared.call_id == call_id => Ok(()),
             _ => Err(self.violated(Violation::WrongAnswer { request: "start_call" }).into()),
         }
@@ -393,6 +402,16 @@ impl Shared {
     }
 
     async fn request(&self, kind: &'static str, body: wire::request::Body) -> Result<wire::frame::Body, ControlError> {
+        let answer = self.ask(kind, body).await?;
+        self.answer(answer).await
+    }
+
+    /// Sends a request; its answer is another matter.
+    async fn ask(
+        &self,
+        kind: &'static str,
+        body: wire::request::Body,
+    ) -> Result<oneshot::Receiver<wire::frame::Body>, ControlError> {
         let request_id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let packet = wire::Request { request_id, generation: self.generation, body: Some(body) }.encode_to_vec();
         if packet.len() > LARGEST_PACKET {
@@ -400,7 +419,11 @@ impl Shared {
         }
         let answer = self.expect_answer(request_id, kind)?;
         self.send(&packet).await?;
-        // Silence is noticed by the reader, which ends the connection and with it this wait.
+        Ok(answer)
+    }
+
+    /// Waits for an answer. Silence is noticed by the reader, which ends the connection and with it this wait.
+    async fn answer(&self, answer: oneshot::Receiver<wire::frame::Body>) -> Result<wire::frame::Body, ControlError> {
         match answer.await {
             Err(_) => Err(self.end.borrow().clone().unwrap_or(ControlEnd::Closed).into()),
             Ok(wire::frame::Body::Failure(failure)) => Err(refusal(failure)),

@@ -227,8 +227,9 @@ fn context(confinement: &Confinement) -> tool::Context {
     context
 }
 
-/// Stays as it is after the hardening, not dumpable: nobody else of the workload looks into it or changes it between calls.
+/// Not dumpable, other than a tool that runs alone: nobody else of the workload looks into it or changes it between calls.
 fn work(confinement: &Confinement) -> nix::Result<()> {
+    nix::sys::prctl::set_dumpable(false)?;
     let context = context(confinement);
     let socket = inherited_descriptor(0)?;
     serve(&socket, |request, answer| {

@@ -4,7 +4,8 @@
 //! process 1 --order(slot)--> spawner --clone3 into slot--> spare: joins U2, becomes the workload, two filters, parks
 //!     |                         |                            ^
 //!     |<---pid, pidfd, socket---+                            |
-//!     +--------- program, descriptors ----------------------+   execve, or runs a built-in tool
+//!     +--------- program, descriptors ----------------------+   execve, or runs a built-in tool,
+//!                                                                or answers file tools until it is ended
 //! ```
 //!
 //! The spawner is made before the request is known, and enters the sandbox's one landlock domain when it is told how; so every process of the workload is in the same domain
