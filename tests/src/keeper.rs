@@ -72,6 +72,7 @@ impl Keeper {
         self.calls += 1;
         let call_id = format!("call-{}", self.calls);
         let start = StartCall {
+            staged_input_bytes: 0,
             call_id: call_id.clone(),
             start_immediately: true,
             timeout_ms,

@@ -4,6 +4,8 @@
 //! That a call ran once is seen in the sandbox: each command adds a line to a file of its own. `SEED`, `DELIVERY_CALLS`
 //! and `DELIVERY_CUTS` repeat a run or make it larger.
 #![forbid(unsafe_code)]
+#![allow(clippy::print_stdout, reason = "the figures of a run belong into its log")]
+#![allow(clippy::await_holding_lock, reason = "a test that needs the host alone keeps it to its end")]
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex};

@@ -1,6 +1,8 @@
 //! A command that never stops writing costs neither memory nor unbounded disk, whether somebody reads it or not; under the
 //! daemon it neither holds up heartbeats nor other sessions.
 #![forbid(unsafe_code)]
+#![allow(clippy::print_stdout, reason = "the figures of a run belong into its log")]
+#![allow(clippy::await_holding_lock, reason = "a test that needs the host alone keeps it to its end")]
 
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;

@@ -4,6 +4,8 @@
 //! the next session works, and at the end nothing is on the host that was not there before. `SEED` and `KILLS` repeat a
 //! run or make it larger.
 #![forbid(unsafe_code)]
+#![allow(clippy::print_stdout, reason = "the figures of a run belong into its log")]
+#![allow(clippy::await_holding_lock, reason = "a test that needs the host alone keeps it to its end")]
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};

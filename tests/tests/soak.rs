@@ -4,6 +4,8 @@
 //! fills caches and allocators, whatever is held is measured; at the end it must be the same but for a margin that does
 //! not depend on how long the load went on. `SOAK_MINUTES` sets the length of the long run.
 #![forbid(unsafe_code)]
+#![allow(clippy::print_stdout, reason = "the figures of a run belong into its log")]
+#![allow(clippy::await_holding_lock, reason = "a test that needs the host alone keeps it to its end")]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
