@@ -1,6 +1,7 @@
 //! What the built daemon refuses, and how: places that are taken, requests that make no sense, configurations that do not
 //! describe a runner. Each is answered with the field and the fix, nothing runs, and what worked before goes on.
 #![forbid(unsafe_code)]
+#![allow(clippy::await_holding_lock, reason = "a test that needs the host alone keeps it to its end")]
 
 use std::path::Path;
 use std::process::Stdio;
