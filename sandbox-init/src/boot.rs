@@ -31,6 +31,8 @@ pub enum Role {
     V1Pids = 10,
     /// v1 cpuacct directory of the sandbox.
     V1Account = 11,
+    /// Directory for commands and FIFOs of the shell, in a sandbox without namespaces.
+    Calls = 12,
 }
 
 /// Everything a fresh process 1 has to know.
@@ -87,6 +89,29 @@ pub struct Boot {
     /// The root filesystem is our own skeleton: missing directories may be made and given to the workload.
     #[prost(bool, tag = "17")]
     pub own_skeleton: bool,
+    /// Set for a sandbox without namespaces.
+    #[prost(message, optional, tag = "18")]
+    pub nested: Option<Nested>,
+}
+
+/// What replaces namespaces and cgroups where the kernel allows none.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Nested {
+    /// First of the three ids: the workload, nobody, process 1.
+    #[prost(uint32, tag = "1")]
+    pub base: u32,
+    /// The sandbox's own directory, absolute.
+    #[prost(string, tag = "2")]
+    pub directory: String,
+    /// Most processes of the workload.
+    #[prost(uint64, tag = "3")]
+    pub pids: u64,
+    /// Most bytes of private memory of one process.
+    #[prost(uint64, tag = "4")]
+    pub memory_bytes: u64,
+    /// Most bytes of one file.
+    #[prost(uint64, tag = "5")]
+    pub file_bytes: u64,
 }
 
 /// What process 1 answers.

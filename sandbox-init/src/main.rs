@@ -15,6 +15,7 @@ fn main() -> ExitCode {
     let result = match role {
         Some(b"launcher") => launcher::start::main(rest),
         Some(b"init") => stage::main(),
+        Some(b"nested") => stage::nested::main(),
         _ => Err("this program is started by sandbox-runner; roles: launcher, init".to_owned()),
     };
     match result {

@@ -33,11 +33,14 @@ struct Report {
     attempts: Vec<Attempt>,
 }
 
-/// Runs every attack. Takes up to two seconds.
+/// Runs every attack. Takes up to two seconds. `alone`: the sandbox has namespaces of its own.
 #[must_use]
-pub fn run() -> String {
+pub fn run(alone: bool) -> String {
     let mut attempts = Vec::new();
     principals(&mut attempts);
+    if !alone {
+        neighbours(&mut attempts);
+    }
     namespaces(&mut attempts);
     files(&mut attempts);
     system_calls(&mut attempts);
@@ -86,6 +89,39 @@ fn principals(attempts: &mut Vec<Attempt>) {
     attempts.push(refused("separate_principals", "kill(1, SIGKILL)", kill(Pid::from_raw(1), Signal::SIGKILL)));
     attempts.push(refused("separate_principals", "kill(2, SIGKILL)", kill(Pid::from_raw(2), Signal::SIGKILL)));
     attempts.push(refused("separate_principals", "open /proc/1/mem", io(fs::File::open("/proc/1/mem"))));
+}
+
+/// What a sandbox without namespaces of its own must not reach in the container around it.
+fn neighbours(attempts: &mut Vec<Attempt>) {
+    let keeper = nix::unistd::getppid();
+    attempts.push(refused("separate_principals", "kill(process 1, SIGKILL)", kill(keeper, Signal::SIGKILL)));
+    let memory = io(fs::File::open(format!("/proc/{keeper}/mem")));
+    attempts.push(refused("separate_principals", "open the memory of process 1", memory));
+    let only = [Errno::EACCES];
+    for (attempt, result) in [
+        ("list /", io(fs::read_dir("/").map(drop))),
+        ("list /etc", io(fs::read_dir("/etc").map(drop))),
+        ("list /run", io(fs::read_dir("/run").map(drop))),
+        ("list /tmp", io(fs::read_dir("/tmp").map(drop))),
+        ("write a file in /tmp", io(fs::File::create("/tmp/probe-file").map(drop))),
+        ("write a file in /dev/shm", io(fs::File::create("/dev/shm/probe-file").map(drop))),
+    ] {
+        let mut made = refused_with("landlock", attempt, result, &only);
+        // A container without that directory has nothing to be kept from.
+        made.held |= made.errno == libc::ENOENT;
+        attempts.push(made);
+    }
+    for (attempt, family, kind) in [
+        ("socket(AF_INET)", libc::AF_INET, libc::SOCK_STREAM),
+        ("socket(AF_INET6)", libc::AF_INET6, libc::SOCK_DGRAM),
+        ("socket(AF_NETLINK)", libc::AF_NETLINK, libc::SOCK_RAW),
+        ("socket(AF_UNIX, SOCK_DGRAM)", libc::AF_UNIX, libc::SOCK_DGRAM),
+    ] {
+        let made = crate::sys::process::attempt(libc::SYS_socket, [number(family), number(kind), 0, 0, 0]);
+        attempts.push(refused_with("seccomp", attempt, made, &[Errno::EAFNOSUPPORT]));
+    }
+    let segment = attempt(libc::SYS_shmget, [0, 4096, 0o1600, 0, 0]);
+    attempts.push(refused_with("seccomp", "shmget", segment, &[Errno::EPERM]));
 }
 
 fn namespaces(attempts: &mut Vec<Attempt>) {

@@ -8,11 +8,11 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::embedded::{self, Wishes};
-use super::{code, complain, describe, outcome, print, say};
+use super::{code, complain, describe, floor, outcome, print, say};
 use crate::sandbox::host::{Setting, settings};
 use crate::sandbox::launch::{HostReport, LaunchError};
 use crate::sandbox::measure::{Attempt, MeasureError, Measurement, measure};
-use crate::sandbox::receipt::{LAYERS, Tier, missing_for};
+use crate::sandbox::receipt::{LAYERS, Tier};
 use crate::sandbox::start::{StartError, StartedLauncher};
 use crate::work::{Layer, Receipt};
 
@@ -63,7 +63,7 @@ pub(super) fn run(arguments: &DoctorArguments) -> ExitCode {
                 report_text(&host, &measurement, &settings)
             };
             print(text.trim_end());
-            verdict(arguments.min_tier, &measurement.receipt)
+            verdict(arguments.min_tier, &host, &measurement.receipt)
         }
         Ok((host, Err(error))) => failed(arguments, &error, &settings, Some(&host)),
         Err(error) => failed(arguments, &error, &settings, None),
@@ -74,7 +74,8 @@ type Examined = (HostReport, Result<Measurement, DoctorError>);
 
 fn examine(arguments: &DoctorArguments) -> Result<Examined, DoctorError> {
     let state_directory = arguments.state_dir.as_deref().and_then(|path| std::path::absolute(path).ok());
-    let wishes = Wishes { state_directory, without: arguments.without.clone(), ..Wishes::default() };
+    let wishes =
+        Wishes { state_directory, without: arguments.without.clone(), allow_nested: true, ..Wishes::default() };
     let started = embedded::start(&wishes)?;
     let host = started.host.clone();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(DoctorError::Runtime)?;
@@ -95,14 +96,15 @@ async fn measure_with(
     }
 }
 
-fn verdict(wanted: Tier, receipt: &Receipt) -> ExitCode {
+fn verdict(wanted: Tier, host: &HostReport, receipt: &Receipt) -> ExitCode {
     let reached = receipt.tier.parse().unwrap_or(Tier::None);
     if reached >= wanted {
         return ExitCode::SUCCESS;
     }
-    let missing = missing_for(&receipt.layers, wanted);
-    let why = if missing.is_empty() { "ranges of ids are too small".to_owned() } else { missing.join(", ") };
-    say(&format!("sandbox-runner: tier {reached} is below the wanted {wanted}; missing: {why}"));
+    let accept = format!("use --min-tier {reached}");
+    for line in floor::lines(receipt, host, wanted, reached, ("--min-tier", &accept)) {
+        say(&format!("sandbox-runner: {line}"));
+    }
     ExitCode::from(code::BELOW_FLOOR)
 }
 

@@ -23,6 +23,8 @@ pub(super) struct Wishes {
     pub(super) rootfs: Option<PathBuf>,
     /// Layers to leave out.
     pub(super) without: Vec<String>,
+    /// Where no namespace can be made, go on without: the command compares the tier with a floor, or says what it is.
+    pub(super) allow_nested: bool,
     /// Sandboxes kept half-made; 0 for commands that make one and end.
     pub(super) pool: u32,
     /// Sandboxes at once, when they may be more than usual.
@@ -42,6 +44,7 @@ pub(super) fn start_in(home: &Home, wishes: &Wishes) -> Result<StartedLauncher, 
         LauncherPolicy::embedded(identity.uid, identity.gid, home.state.clone(), home.run.clone(), host_size());
     policy.ids = ranges.sandboxes;
     policy.pool = Some(wishes.pool);
+    policy.allow_nested = wishes.allow_nested;
     // Root's launchers share one range of ids, wherever each keeps its state.
     policy.lock_directory = nix::unistd::geteuid().is_root().then(|| PathBuf::from("/run/sandbox-runner-ids"));
     policy.danger.without.clone_from(&wishes.without);

@@ -16,10 +16,13 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
 use super::embedded::{self, GIVEN_ROOTFS, Wishes};
-use super::{code, complain, outcome, say};
+use super::{code, complain, floor, outcome, say};
 use crate::config::launcher_policy::{PROFILE_DEFAULT, PROFILE_STRICT, PROFILE_USER};
 use crate::config::units::{parse_cpus, parse_duration, parse_size};
+use crate::sandbox::HostSandboxes;
 use crate::sandbox::live::LiveSandbox;
+use crate::sandbox::measure::{MeasureError, measure};
+use crate::sandbox::receipt::Tier;
 use crate::sandbox::spec::{EnvironmentVariable, Limits, Rootfs, Spec, parse_environment_variable};
 use crate::sandbox::start::StartedLauncher;
 use crate::work::{
@@ -73,6 +76,9 @@ pub(super) struct ExecArguments {
     /// Print one JSON object with outcome, output and receipt instead of the output itself
     #[arg(long)]
     json: bool,
+    /// Measure the isolation first, which takes two seconds, and exit with 77 when less than this tier is reached
+    #[arg(long, value_name = "TIER")]
+    min_tier: Option<Tier>,
     /// Directory for everything this command keeps [default: /var/lib/sandbox-runner for root, else below the home]
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
@@ -117,6 +123,10 @@ enum ExecError {
     Create(#[from] crate::sandbox::CreateError),
     #[error("the command was not started: {}; {}", .0.message, .0.remediation)]
     Call(ToolFailure),
+    #[error(transparent)]
+    Measure(#[from] MeasureError),
+    #[error("the command was not started")]
+    BelowFloor,
     #[error("cannot listen for signals")]
     Signals(#[source] std::io::Error),
     #[error("the sandbox was lost: {0}")]
@@ -133,6 +143,7 @@ pub(super) fn run(arguments: &ExecArguments) -> ExitCode {
         Err(ExecError::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => {
             ExitCode::from(outcome::BROKEN_PIPE)
         }
+        Err(ExecError::BelowFloor) => ExitCode::from(code::BELOW_FLOOR),
         Err(error) => {
             complain(&error);
             if let Some(remediation) = remediation(&error) {
@@ -167,7 +178,15 @@ fn try_run(arguments: &ExecArguments) -> Result<u8, ExecError> {
     })?;
     let from_directory = rootfs.is_some();
     let without = arguments.without.clone();
-    let started = embedded::start(&Wishes { state_directory, rootfs, without, ..Wishes::default() })?;
+    let wishes = Wishes { state_directory, rootfs, without, allow_nested: true, ..Wishes::default() };
+    let started = embedded::start(&wishes)?;
+    if started.host.shape == "nested" && arguments.min_tier.is_none() {
+        // Never silently: on any other host the same command line has walls that this one lacks.
+        say(
+            "sandbox-runner: no namespace can be made here, so the command runs at tier nested, which has no walls around \
+             processes, network interfaces, memory and disk; --min-tier rootless refuses that, --min-tier nested accepts it",
+        );
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ExecError::Runtime)?;
     let spec = spec(arguments, from_directory);
     let (result, process) = runtime.block_on(run_in_sandbox(arguments, &spec, started));
@@ -209,6 +228,12 @@ async fn run_in_sandbox(
     };
     let result = async {
         let mut signals = Signals::new().map_err(ExecError::Signals)?;
+        if let Some(wanted) = arguments.min_tier {
+            tokio::select! {
+                checked = check_floor(&sandboxes, wanted) => checked?,
+                mode = signals.next() => return Ok(cancelled_early(mode)),
+            }
+        }
         let sandbox = tokio::select! {
             sandbox = sandboxes.create_live(spec) => sandbox?,
             // Nothing runs yet; the launcher drops what it has begun when its connection closes.
@@ -220,6 +245,19 @@ async fn run_in_sandbox(
     }
     .await;
     (result, Some(process))
+}
+
+async fn check_floor(sandboxes: &HostSandboxes, wanted: Tier) -> Result<(), ExecError> {
+    let receipt = measure(sandboxes).await?.receipt;
+    let reached = receipt.tier.parse().unwrap_or(Tier::None);
+    if reached >= wanted {
+        return Ok(());
+    }
+    let accept = format!("use --min-tier {reached}");
+    for line in floor::lines(&receipt, sandboxes.host(), wanted, reached, ("--min-tier", &accept)) {
+        say(&format!("sandbox-runner: {line}"));
+    }
+    Err(ExecError::BelowFloor)
 }
 
 fn cancelled_early(mode: CancelMode) -> u8 {

@@ -8,6 +8,7 @@ mod demo;
 mod doctor;
 mod embedded;
 mod exec;
+mod floor;
 mod launcher;
 mod outcome;
 mod run;

@@ -14,7 +14,7 @@ use tracing::{info, warn};
 
 use super::config::{self, DEFAULT_PATH};
 use super::embedded::{self, Wishes};
-use super::{code, complain, doctor, say};
+use super::{code, complain, floor, say};
 use crate::config::resolve::Config;
 use crate::daemon::settings::{self, SettingsError};
 use crate::daemon::{AdminSocket, Daemon, DaemonError, Parts};
@@ -24,7 +24,7 @@ use crate::sandbox::home::{Home, Identity};
 use crate::sandbox::identity::{IdentityError, become_identity};
 use crate::sandbox::launch::{HostReport, LaunchError, Launcher};
 use crate::sandbox::measure::{MeasureError, measure};
-use crate::sandbox::receipt::{LAYERS, Tier, missing_for};
+use crate::sandbox::receipt::Tier;
 use crate::sandbox::start::{LauncherProcess, StartError, StartedLauncher};
 use crate::shutdown::Signals;
 use crate::systemd::{Environment, Notifier};
@@ -123,7 +123,8 @@ fn try_run(arguments: &RunArguments, config: &mut Config) -> Result<(), RunError
             (config.state_directory, config.run_directory) = (home.state.clone(), home.run.clone());
             // One more, because the isolation is measured in a sandbox of its own.
             let sandboxes = u32::try_from(config.capacity.max_sessions).unwrap_or(u32::MAX).saturating_add(1);
-            Source::Own(Box::new(embedded::start_in(&home, &Wishes { pool: POOL, sandboxes, ..Wishes::default() })?))
+            let wishes = Wishes { pool: POOL, sandboxes, allow_nested: true, ..Wishes::default() };
+            Source::Own(Box::new(embedded::start_in(&home, &wishes)?))
         }
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(RunError::Runtime)?;
@@ -229,47 +230,9 @@ fn check_floor(config: &Config, receipt: &Receipt, host: &HostReport) -> Result<
     if reached >= wanted {
         return Ok(());
     }
-    for line in floor_lines(receipt, host, wanted, reached) {
+    let accept = format!("write min_tier = \"{reached}\" into [runner]");
+    for line in floor::lines(receipt, host, wanted, reached, ("runner.min_tier", &accept)) {
         say(&format!("sandbox-runner: {line}"));
     }
     Err(RunError::BelowFloor)
-}
-
-fn floor_lines(receipt: &Receipt, host: &HostReport, wanted: Tier, reached: Tier) -> Vec<String> {
-    let mut lines = vec![format!("this host reaches tier {reached}, runner.min_tier asks for {wanted}")];
-    for name in missing_for(&receipt.layers, wanted) {
-        let about = LAYERS.iter().find(|(layer, _)| *layer == name).map_or("", |(_, about)| about);
-        let layer = receipt.layers.iter().find(|layer| layer.name == name);
-        let errno = layer.map_or(0, |layer| layer.errno);
-        let remedy = layer.map(|layer| doctor::remedy(layer, host)).filter(|remedy| !remedy.is_empty());
-        let remedy = remedy.unwrap_or_else(|| "run sandbox-runner doctor".to_owned());
-        lines.push(format!("missing: {name} ({}), needed so that {about}; {remedy}", doctor::errno_name(errno)));
-    }
-    lines.push(format!("to accept what this host has, write min_tier = \"{reached}\" into [runner]"));
-    lines
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::sandbox::launch::MissingLayer;
-    use crate::sandbox::receipt::receipt;
-
-    #[test]
-    fn every_missing_layer_has_a_line_with_its_remedy_and_the_last_one_names_the_setting() {
-        let missing = MissingLayer {
-            layer: "cgroup_memory".into(),
-            attempt: "mkdir".into(),
-            errno: 13,
-            remedy: "run as root".into(),
-        };
-        let host = HostReport { missing: vec![missing], ..HostReport::default() };
-        let receipt = receipt(&[], 1, &host);
-
-        let lines = floor_lines(&receipt, &host, Tier::Full, Tier::None);
-
-        assert_eq!(lines.len(), missing_for(&receipt.layers, Tier::Full).len() + 2, "{lines:#?}");
-        assert!(lines.iter().any(|line| line.starts_with("missing: cgroup_memory") && line.ends_with("run as root")));
-        assert!(lines.last().is_some_and(|line| line.contains("min_tier = \"none\"")), "{lines:#?}");
-    }
 }

@@ -109,6 +109,9 @@ pub struct LauncherPolicy {
     pub listen: Option<PathBuf>,
     /// How long a sandbox outlives its last runner.
     pub orphan_timeout_seconds: u64,
+    /// Where the kernel allows no namespace, make sandboxes of the tier `nested`.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub allow_nested: bool,
     /// Host ids of the sandboxes.
     pub ids: Ids,
     /// Directories that may be a root filesystem, by name.
@@ -222,6 +225,7 @@ impl LauncherPolicy {
             program: None,
             listen: None,
             orphan_timeout_seconds: DEFAULT_ORPHAN_TIMEOUT_SECONDS,
+            allow_nested: false,
             ids: Ids {
                 base: DEFAULT_ID_BASE + DEFAULT_IDS_PER_SANDBOX,
                 per_sandbox: DEFAULT_IDS_PER_SANDBOX,

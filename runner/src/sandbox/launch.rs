@@ -127,6 +127,8 @@ pub struct HostReport {
     pub missing: Vec<MissingLayer>,
     /// Layers switched off in the policy.
     pub switched_off: Vec<String>,
+    /// How sandboxes are made: `privileged`, `unprivileged`, or `nested` where no namespace can be made.
+    pub shape: String,
 }
 
 /// A layer the host refuses.
@@ -170,6 +172,8 @@ pub struct Created {
     pub layers: Vec<ReportedLayer>,
     /// From request to ready.
     pub took: Duration,
+    /// Where the workload sees the output of its calls; empty is the usual place.
+    pub output_directory: String,
     /// pidfd of process 1, when the launcher sent one.
     pub pidfd: Option<OwnedFd>,
     /// Becomes `Some` when the sandbox has ended.
@@ -356,6 +360,7 @@ impl Launcher {
                     id_count: created.id_count,
                     layers: created.layers.into_iter().map(layer_from_wire).collect(),
                     took: Duration::from_micros(created.took_us),
+                    output_directory: created.output_directory,
                     pidfd: descriptors.pop(),
                     ended,
                 })
@@ -757,6 +762,7 @@ impl HostReport {
             idmapped_lowers: host.idmapped_lowers,
             missing: missing.collect(),
             switched_off: host.switched_off,
+            shape: host.shape,
         }
     }
 }

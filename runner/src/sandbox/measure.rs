@@ -93,7 +93,9 @@ pub async fn measure(sandboxes: &HostSandboxes) -> Result<Measurement, MeasureEr
 pub fn apply(mut receipt: Receipt, attempts: &[Attempt], id_count: u32, rootless: bool) -> Receipt {
     for attempt in attempts.iter().filter(|attempt| !attempt.held) {
         if let Some(layer) = receipt.layers.iter_mut().find(|layer| layer.name == attempt.layer) {
-            *layer = Layer { enforced: String::new(), errno: attempt.errno, ..layer.clone() };
+            // An attack that went through has no errno; that of the launcher says why the layer is missing.
+            let errno = if attempt.errno == 0 { layer.errno } else { attempt.errno };
+            *layer = Layer { enforced: String::new(), errno, ..layer.clone() };
         }
     }
     receipt.tier = receipt::tier(&receipt.layers, id_count, rootless).to_string();

@@ -24,7 +24,7 @@ use std::time::Duration;
 use tracing::info;
 
 use self::control::{Control, ControlEnd, Patience};
-use self::launch::{HostReport, LaunchError, Launcher};
+use self::launch::{Created, HostReport, LaunchError, Launcher};
 use self::live::LiveSandbox;
 use self::measure::Attempt;
 use self::spec::{EnvironmentVariable, Limits, Rootfs, Spec, SpecError};
@@ -99,7 +99,7 @@ impl HostSandboxes {
             Some(measured) => measure::apply(reported, &measured.attempts, created.id_count, self.host.rootless),
             None => reported,
         };
-        match self.greet(&created.socket_name, &spec.sandbox_id).await {
+        match self.greet(&created, &spec.sandbox_id).await {
             Ok(control) => {
                 let took_us = u64::try_from(created.took.as_micros()).unwrap_or(u64::MAX);
                 info!(%sandbox_id, pid = created.pid, took_us, tier = receipt.tier, "sandbox created");
@@ -118,10 +118,11 @@ impl HostSandboxes {
         let _ = self.measured.set(Measured { attempts: attempts.to_vec(), receipt: receipt.clone() });
     }
 
-    async fn greet(&self, socket_name: &str, sandbox_id: &str) -> Result<Control, CreateError> {
-        let path = self.socket_directory.join(socket_name);
+    async fn greet(&self, created: &Created, sandbox_id: &str) -> Result<Control, CreateError> {
+        let path = self.socket_directory.join(&created.socket_name);
+        let root = &created.output_directory;
         let (control, greeting) =
-            Control::connect(&path, self.generation, Patience::default()).await.map_err(CreateError::Control)?;
+            Control::connect(&path, root, self.generation, Patience::default()).await.map_err(CreateError::Control)?;
         if greeting.sandbox_id == sandbox_id {
             Ok(control)
         } else {

@@ -94,7 +94,7 @@ const ROOTLESS: [&str; 13] = [
     "landlock",
 ];
 
-const NESTED: [&str; 4] = ["capabilities", "no_new_privileges", "seccomp", "landlock"];
+const NESTED: [&str; 5] = ["separate_principals", "capabilities", "no_new_privileges", "seccomp", "landlock"];
 const PROVIDER: [&str; 1] = ["no_new_privileges"];
 const FULL_RANGE: u32 = 65_536;
 

@@ -5,7 +5,6 @@
 //! mode, where nobody will come back for the sandboxes, it ends them and removes every trace.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -15,8 +14,10 @@ use prost::Message;
 
 use super::cgroup::{Group, Tree};
 use super::files::{Files, Owners};
-use super::host::place;
-use super::spawn::{Blank, Range, Workshop, make_blank};
+use super::host::Places;
+use super::nested;
+use super::shape::Shape;
+use super::spawn::{Blank, Private, Range, Workshop, make_blank};
 use crate::sys::socket::{Packet, receive, send};
 use crate::tree;
 
@@ -67,6 +68,9 @@ pub struct Report {
     /// Whether cgroup directories are among the descriptors.
     #[prost(bool, tag = "8")]
     pub grouped: bool,
+    /// Whether a user namespace is among the descriptors.
+    #[prost(bool, tag = "9")]
+    pub namespaced: bool,
 }
 
 /// Largest order or report.
@@ -87,6 +91,10 @@ pub struct Background {
     pub prefix: String,
     /// Who gets the files of a sandbox.
     pub owners: Owners,
+    /// How sandboxes are made.
+    pub shape: Shape,
+    /// Our directories.
+    pub places: Places,
 }
 
 /// A removal that has to be tried again.
@@ -146,11 +154,15 @@ impl Background {
     fn make(&self, order: &Order) {
         let workshop = Workshop { tree: &self.tree, image: self.image.as_fd(), owners: self.owners };
         let range = Range { slot: order.slot, base: order.base, count: order.count };
-        match make_blank(&workshop, order.make.clone(), range) {
+        let made = match self.shape {
+            Shape::Nested => nested::make_blank(workshop.image, order.make.clone(), range),
+            Shape::Privileged | Shape::Unprivileged => make_blank(&workshop, order.make.clone(), range),
+        };
+        match made {
             Ok(blank) => self.hand_over(&blank),
             Err(error) => {
                 let _ = self.tree.remove(&order.make);
-                remove_files(&order.make, order.base, order.count);
+                self.remove_files(&order.make, order.base, order.count);
                 let errno = root_errno(&error);
                 self.report(&Report { failure: chain(&error), errno, slot: order.slot, ..Report::default() }, &[]);
             }
@@ -158,13 +170,13 @@ impl Background {
     }
 
     fn hand_over(&self, blank: &Blank) {
-        let Files { listener, spool, spool_mount } = &blank.files;
-        let mut descriptors: Vec<RawFd> =
-            [&blank.pidfd, &blank.boot, &blank.user_namespace, listener, spool, spool_mount]
-                .map(AsRawFd::as_raw_fd)
-                .into();
+        let mut descriptors: Vec<RawFd> = vec![blank.pidfd.as_raw_fd(), blank.boot.as_raw_fd()];
+        if let Some(Private { user_namespace, files: Files { listener, spool, spool_mount } }) = &blank.private {
+            descriptors.extend([user_namespace, listener, spool, spool_mount].map(AsRawFd::as_raw_fd));
+        }
         let mut report =
             Report { made: blank.name.clone(), slot: blank.slot, pid: blank.pid.as_raw(), ..Report::default() };
+        report.namespaced = blank.private.is_some();
         if let Some(group) = &blank.group {
             report.grouped = true;
             descriptors.extend([group.init.as_raw_fd(), group.work.as_raw_fd()]);
@@ -185,10 +197,10 @@ impl Background {
     fn remove(&self, removal: &Removal) -> bool {
         let order = &removal.order;
         self.tree.kill(&order.remove);
-        if !self.tree.remove(&order.remove) {
+        if !self.end(order) || !self.tree.remove(&order.remove) {
             let given_up = removal.since.elapsed() > PATIENCE;
             if given_up {
-                let failure = format!("the cgroup of {} does not become empty", order.remove);
+                let failure = format!("the processes of {} do not end", order.remove);
                 self.report(
                     &Report { removed: order.remove.clone(), failure, slot: order.slot, ..Report::default() },
                     &[],
@@ -196,9 +208,25 @@ impl Background {
             }
             return given_up;
         }
-        remove_files(&order.remove, order.base, order.count);
+        self.remove_files(&order.remove, order.base, order.count);
         self.report(&Report { removed: order.remove.clone(), slot: order.slot, ..Report::default() }, &[]);
         true
+    }
+
+    /// Without a pid namespace the end of process 1 is not the end of the others. True when there are none.
+    fn end(&self, order: &Order) -> bool {
+        self.shape != Shape::Nested || nested::end(&self.places.sandboxes(), &order.remove, order.base)
+    }
+
+    /// Removes socket, spool and upper of one name.
+    fn remove_files(&self, name: &str, base: u32, count: u32) {
+        let _ = std::fs::remove_file(self.places.sockets().join(format!("{name}.sock")));
+        match self.shape {
+            Shape::Nested => nested::remove_files(&self.places.sandboxes(), name),
+            Shape::Privileged | Shape::Unprivileged => {
+                tree::remove_below(&self.places.sandboxes(), name, base, count);
+            }
+        }
     }
 
     fn remove_every_trace(&self) {
@@ -206,17 +234,22 @@ impl Background {
             self.tree.kill(&name);
         }
         self.tree.close(&self.prefix);
-        for name in leftover_names(&self.prefix) {
-            remove_files(&name, 0, 0);
+        for name in leftover_names(&self.prefix, &self.places) {
+            let order = Order { remove: name, ..Order::default() };
+            let since = Instant::now();
+            while !self.end(&order) && since.elapsed() < PATIENCE {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            self.remove_files(&order.remove, 0, 0);
         }
     }
 }
 
 /// Names with this prefix that have files.
 #[must_use]
-pub fn leftover_names(prefix: &str) -> Vec<String> {
+pub fn leftover_names(prefix: &str, places: &Places) -> Vec<String> {
     let mut names = Vec::new();
-    for directory in [Path::new(place::RUN).join("sandboxes"), Path::new(place::STATE).join("sandboxes")] {
+    for directory in [places.sockets(), places.sandboxes()] {
         let Ok(entries) = std::fs::read_dir(&directory) else { continue };
         let found = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
         names.extend(
@@ -226,12 +259,6 @@ pub fn leftover_names(prefix: &str) -> Vec<String> {
     names.sort();
     names.dedup();
     names
-}
-
-/// Removes socket, spool and upper of one name.
-pub fn remove_files(name: &str, base: u32, count: u32) {
-    let _ = std::fs::remove_file(Path::new(place::RUN).join("sandboxes").join(format!("{name}.sock")));
-    tree::remove_below(&Path::new(place::STATE).join("sandboxes"), name, base, count);
 }
 
 /// An error and its causes in one line.
@@ -265,8 +292,15 @@ pub fn root_errno(error: &(dyn std::error::Error + 'static)) -> i32 {
 #[must_use]
 pub fn blank_from(report: Report, descriptors: Vec<OwnedFd>) -> Option<Blank> {
     let mut descriptors = descriptors.into_iter();
-    let (pidfd, boot, user_namespace) = (descriptors.next()?, descriptors.next()?, descriptors.next()?);
-    let files = Files { listener: descriptors.next()?, spool: descriptors.next()?, spool_mount: descriptors.next()? };
+    let (pidfd, boot) = (descriptors.next()?, descriptors.next()?);
+    let private = if report.namespaced {
+        let user_namespace = descriptors.next()?;
+        let files =
+            Files { listener: descriptors.next()?, spool: descriptors.next()?, spool_mount: descriptors.next()? };
+        Some(Private { user_namespace, files })
+    } else {
+        None
+    };
     let group = if report.grouped {
         let (init, work) = (descriptors.next()?, descriptors.next()?);
         let mut v1 = Vec::new();
@@ -284,8 +318,7 @@ pub fn blank_from(report: Report, descriptors: Vec<OwnedFd>) -> Option<Blank> {
         pid: nix::unistd::Pid::from_raw(report.pid),
         pidfd,
         boot,
-        user_namespace,
+        private,
         group,
-        files,
     })
 }

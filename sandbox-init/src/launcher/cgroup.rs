@@ -22,6 +22,7 @@ use cgroups_rs::pid::PidController;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode as FileMode;
 
+use super::own_mounts;
 use super::policy_file::Limits;
 
 /// How the host's controllers are mounted.
@@ -85,7 +86,7 @@ impl CgroupError {
 }
 
 /// v1 controllers that we use.
-const V1_CONTROLLERS: [&str; 4] = ["memory", "pids", "cpu", "cpuacct"];
+pub(super) const V1_CONTROLLERS: [&str; 4] = ["memory", "pids", "cpu", "cpuacct"];
 /// Slots that process 1 may make: one for each of its calls (128), for each finished call that left processes (64), for the
 /// shell and for the next call, and some that are on their way out. Fewer, and commands that leave processes behind would
 /// keep every later call from starting.
@@ -141,49 +142,61 @@ pub struct Account {
 
 impl Tree {
     /// Finds the hierarchies and makes our base in each. Never fails: what is missing is in `failure` and the receipt.
+    ///
+    /// `may_mount`: this process is alone in its mount namespace. Where the hierarchies that it finds there cannot be used,
+    /// as in a container that shows them read-only, in part, or from another group on, it mounts them itself, with its own
+    /// group as their root. That needs CAP_SYS_ADMIN; whether we may make groups in them the kernel decides all the same.
     #[must_use]
-    pub fn open(tag: &str) -> Self {
-        let mut tree = Self { mode: Mode::None, unified: None, v1: Vec::new(), controllers: Vec::new(), failure: None };
-        match tree.prepare(tag) {
+    pub fn open(tag: &str, may_mount: bool) -> Self {
+        let attempt = || {
+            let mut tree = Self::nothing();
+            let prepared = tree.prepare(tag);
             // The bases were made to see that they can be; the first sandbox makes them again. A launcher that is killed
             // before it has any leaves none.
-            Ok(()) => tree.remove_bases(),
-            Err(error) => {
-                tree.mode = Mode::None;
-                tree.failure = Some(std::sync::Arc::new(error));
-            }
-        }
-        tree
+            tree.remove_bases();
+            prepared.map(|()| tree)
+        };
+        let found = match attempt() {
+            Err(first) if may_mount => own_mounts::mount().map_err(|_| first).and_then(|()| attempt()),
+            other => other,
+        };
+        found.unwrap_or_else(|error| Self { failure: Some(std::sync::Arc::new(error)), ..Self::nothing() })
+    }
+
+    /// No groups at all.
+    #[must_use]
+    pub fn nothing() -> Self {
+        Self { mode: Mode::None, unified: None, v1: Vec::new(), controllers: Vec::new(), failure: None }
     }
 
     fn prepare(&mut self, tag: &str) -> Result<(), CgroupError> {
         let mounts = Mounts::read();
-        let Some(unified) = mounts.unified.clone() else {
-            return Err(CgroupError::File {
-                action: "find",
-                path: PathBuf::from("/sys/fs/cgroup"),
-                source: io::Error::from_raw_os_error(libc::ENOENT),
-            });
-        };
         let own = own_paths();
+        let missing = || CgroupError::File {
+            action: "find",
+            path: PathBuf::from("/sys/fs/cgroup"),
+            source: io::Error::from_raw_os_error(libc::ENOENT),
+        };
+        let unified = mounts.unified.iter().rev().find(|mount| mount.holds(own_path(&own, ""))).ok_or_else(missing)?;
         if mounts.v1.is_empty() {
             self.mode = Mode::Unified;
-            let base = prepare_unified(&unified, own_path(&own, ""), tag)?;
+            let base = prepare_unified(&unified.point, &unified.locate(own_path(&own, "")), tag)?;
             self.controllers =
                 read(&base.join("cgroup.subtree_control")).split_whitespace().map(str::to_owned).collect();
             self.unified = Some(base);
         } else {
             self.mode = Mode::Hybrid;
-            let base = unified.join(own_path(&own, "").trim_start_matches('/')).join(format!("sandbox-runner-{tag}"));
+            let base = unified.locate(own_path(&own, "")).join(format!("sandbox-runner-{tag}"));
             make_directory(&base)?;
             self.unified = Some(base);
             for controller in V1_CONTROLLERS {
-                let Some(mount) = mounts.v1.iter().find(|(name, _)| name == controller).map(|(_, path)| path) else {
+                let path = own_path(&own, controller);
+                let mut shown = mounts.v1.iter().rev().filter(|(name, _)| name == controller).peekable();
+                if shown.peek().is_none() {
                     continue;
-                };
-                let base = mount
-                    .join(own_path(&own, controller).trim_start_matches('/'))
-                    .join(format!("sandbox-runner-{tag}"));
+                }
+                let (_, mount) = shown.find(|(_, mount)| mount.holds(path)).ok_or_else(missing)?;
+                let base = mount.locate(path).join(format!("sandbox-runner-{tag}"));
                 make_directory(&base)?;
                 self.v1.push((controller, base));
                 self.controllers.push(controller.to_owned());
@@ -463,11 +476,35 @@ impl Tree {
 /// Period of the processor quota, microseconds: the kernel's own default.
 const PERIOD_USEC: u64 = 100_000;
 
-/// Where the hierarchies are mounted.
+/// One place where a hierarchy is mounted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Mount {
+    /// The group that is the root of the mount, as this process names it. A container may be shown a part of the tree.
+    root: String,
+    point: PathBuf,
+}
+
+impl Mount {
+    /// Whether the group at `path` can be seen here.
+    fn holds(&self, path: &str) -> bool {
+        Path::new(path).strip_prefix(&self.root).is_ok()
+    }
+
+    /// Where the group at `path` is; the mount point itself when it is not below it.
+    fn locate(&self, path: &str) -> PathBuf {
+        match Path::new(path).strip_prefix(&self.root) {
+            Ok(below) if below.as_os_str().is_empty() => self.point.clone(),
+            Ok(below) => self.point.join(below),
+            Err(_) => self.point.clone(),
+        }
+    }
+}
+
+/// Where the hierarchies are mounted, in the order in which they were.
 #[derive(Debug, Default)]
 struct Mounts {
-    unified: Option<PathBuf>,
-    v1: Vec<(String, PathBuf)>,
+    unified: Vec<Mount>,
+    v1: Vec<(String, Mount)>,
 }
 
 impl Mounts {
@@ -475,19 +512,21 @@ impl Mounts {
         Self::parse(&read(Path::new("/proc/self/mountinfo")))
     }
 
-    /// Reads proc(5) mountinfo: mount point is field 5, type and super options follow the lone dash.
+    /// Reads proc(5) mountinfo: root and mount point are fields 4 and 5, type and super options follow the lone dash.
     fn parse(text: &str) -> Self {
         let mut mounts = Self::default();
         for line in text.lines() {
             let Some((front, back)) = line.split_once(" - ") else { continue };
-            let Some(point) = front.split(' ').nth(4) else { continue };
+            let mut fields = front.split(' ').skip(3);
+            let (Some(root), Some(point)) = (fields.next(), fields.next()) else { continue };
+            let mount = Mount { root: root.to_owned(), point: PathBuf::from(point) };
             let mut back = back.split(' ');
             match back.next() {
-                Some("cgroup2") => mounts.unified = Some(PathBuf::from(point)),
+                Some("cgroup2") => mounts.unified.push(mount),
                 Some("cgroup") => {
                     for option in back.nth(1).unwrap_or_default().split(',') {
                         if V1_CONTROLLERS.contains(&option) {
-                            mounts.v1.push((option.to_owned(), PathBuf::from(point)));
+                            mounts.v1.push((option.to_owned(), mount.clone()));
                         }
                     }
                 }
@@ -521,8 +560,7 @@ fn own_path<'a>(own: &'a [(String, String)], controller: &str) -> &'a str {
 /// Under systemd with `DelegateSubgroup=launcher` the base is the unit's own group, the parent of ours. Elsewhere it is a
 /// group at the root of what we see. In a container that root may hold processes (the container's own first process), and
 /// the kernel then refuses to enable controllers below it; those processes are moved into a leaf first.
-fn prepare_unified(mount: &Path, own: &str, tag: &str) -> Result<PathBuf, CgroupError> {
-    let own_directory = mount.join(own.trim_start_matches('/'));
+fn prepare_unified(mount: &Path, own_directory: &Path, tag: &str) -> Result<PathBuf, CgroupError> {
     let parent = if own_directory.file_name().is_some_and(|name| name == "launcher") {
         own_directory.parent().unwrap_or(mount).to_owned()
     } else {
@@ -634,9 +672,20 @@ mod tests {
              32 30 0:28 / /sys/fs/cgroup/cpu,cpuacct rw shared:1 - cgroup cgroup rw,cpuacct,x\n\
              33 30 0:29 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n",
         );
-        assert_eq!(mounts.unified, Some(PathBuf::from("/sys/fs/cgroup/unified")));
+        assert_eq!(mounts.unified, [Mount { root: "/".to_owned(), point: PathBuf::from("/sys/fs/cgroup/unified") }]);
         let names: Vec<&str> = mounts.v1.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["cpu", "cpuacct"]);
+    }
+
+    #[test]
+    fn the_own_group_is_found_below_the_part_of_the_tree_that_a_container_is_shown() {
+        let at = |root: &str| Mount { root: root.to_owned(), point: PathBuf::from("/c") };
+        assert_eq!(at("/").locate("/pod/a"), PathBuf::from("/c/pod/a"));
+        assert_eq!(at("/pod/a").locate("/pod/a"), PathBuf::from("/c"));
+        assert_eq!(at("/pod").locate("/pod/a/b"), PathBuf::from("/c/a/b"));
+        assert!(!at("/pod/a").holds("/pod/ab"), "a name that begins alike is another group");
+        // The tree above the root of our own cgroup namespace: where in it we are cannot be told.
+        assert!(!at("/../..").holds("/"));
     }
 
     #[test]

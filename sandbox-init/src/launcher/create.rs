@@ -5,13 +5,14 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
+use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 use proto::launch::v1::Layer;
 
 use super::cgroup::{CgroupError, Tree};
-use super::files::directory_of;
-use super::host::{HostRoot, place};
+use super::files::{FilesError, directory_of};
+use super::host::{HostRoot, Places, place};
 use super::ids::Slot;
 use super::policy_file::{Limits, Policy};
 use super::rootfs::{Builder, Plan, RootfsError, Upper};
@@ -30,6 +31,9 @@ pub enum CreateError {
     /// The limits.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// Directories and sockets of a sandbox without namespaces.
+    #[error(transparent)]
+    Files(#[from] FilesError),
     /// A kernel call.
     #[error("cannot {step}")]
     Step {
@@ -41,7 +45,7 @@ pub enum CreateError {
     },
 }
 
-fn step(step: &'static str) -> impl FnOnce(nix::Error) -> CreateError {
+pub(super) fn step(step: &'static str) -> impl FnOnce(nix::Error) -> CreateError {
     move |source| CreateError::Step { step, source }
 }
 
@@ -60,6 +64,8 @@ pub struct Context<'a> {
     pub rootless: bool,
     /// Sandboxes die with the launcher.
     pub embedded: bool,
+    /// Our directories.
+    pub places: &'a Places,
     /// Processors of this host.
     pub processors: &'a [u32],
 }
@@ -98,11 +104,13 @@ pub fn boot(
     } else {
         Upper::Directory { path: directory_of(&blank.name) }
     };
+    let private = blank.private.as_ref().ok_or(Errno::EBADF).map_err(step("find the user namespace of a blank"))?;
+    let files = &private.files;
     let plan = Plan {
         lower: &request.lower,
         slot: slot.number,
         base: slot.base,
-        user_namespace: blank.user_namespace.as_fd(),
+        user_namespace: private.user_namespace.as_fd(),
         upper,
         rootless: context.rootless,
         add_points: context.rootless && !request.host_rootfs,
@@ -112,9 +120,9 @@ pub fn boot(
     let mut message = message(context, slot, request);
     let mut descriptors: Vec<(Role, BorrowedFd<'_>)> = vec![
         (Role::Root, root.mount.as_fd()),
-        (Role::Listener, blank.files.listener.as_fd()),
-        (Role::Spool, blank.files.spool.as_fd()),
-        (Role::SpoolMount, blank.files.spool_mount.as_fd()),
+        (Role::Listener, files.listener.as_fd()),
+        (Role::Spool, files.spool.as_fd()),
+        (Role::SpoolMount, files.spool_mount.as_fd()),
     ];
     if let Some(group) = &blank.group {
         descriptors.push((Role::WorkCgroup, group.work.as_fd()));
@@ -139,7 +147,7 @@ pub fn boot(
     Ok(layers(context, request, root.idmapped, !danger("cgroup_limits")))
 }
 
-fn message(context: &Context<'_>, slot: &Slot, request: &Checked) -> Boot {
+pub(super) fn message(context: &Context<'_>, slot: &Slot, request: &Checked) -> Boot {
     // A whole number of processors is also an affinity, so that nproc and thread pools see the limit.
     let wanted = usize::try_from(request.limits.cpu_millis.div_ceil(1000)).unwrap_or(usize::MAX);
     let first = usize::try_from(slot.number).unwrap_or(0);
@@ -167,6 +175,7 @@ fn message(context: &Context<'_>, slot: &Slot, request: &Checked) -> Boot {
         roles: Vec::new(),
         memory_bytes: request.limits.memory_bytes,
         own_skeleton: request.host_rootfs,
+        nested: None,
     }
 }
 
@@ -193,7 +202,7 @@ fn extra_mounts(context: &Context<'_>, request: &Checked) -> Result<Vec<(String,
     Ok(mounts)
 }
 
-fn layer(name: &str, requested: impl Into<String>, enforced: impl Into<String>, errno: i32) -> Layer {
+pub(super) fn layer(name: &str, requested: impl Into<String>, enforced: impl Into<String>, errno: i32) -> Layer {
     Layer { name: name.to_owned(), requested: requested.into(), enforced: enforced.into(), errno }
 }
 

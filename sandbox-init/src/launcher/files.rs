@@ -62,7 +62,7 @@ pub enum FilesError {
     },
 }
 
-fn file<'a>(step: &'static str, path: &'a Path) -> impl FnOnce(std::io::Error) -> FilesError + 'a {
+pub(super) fn file<'a>(step: &'static str, path: &'a Path) -> impl FnOnce(std::io::Error) -> FilesError + 'a {
     move |source| FilesError::File { step, path: path.to_owned(), source }
 }
 
@@ -119,7 +119,7 @@ fn make_spool(path: &Path, keeper: u32, owners: Owners) -> Result<(OwnedFd, Owne
 }
 
 /// The control socket: on the host side of the fence, for the runner alone, not visible inside.
-fn make_listener(path: &Path, owners: Owners) -> Result<OwnedFd, FilesError> {
+pub(super) fn make_listener(path: &Path, owners: Owners) -> Result<OwnedFd, FilesError> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let listener =
         socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).map_err(step("make the control socket"))?;

@@ -73,6 +73,40 @@ pub mod place {
     pub const HOST: &str = "/host";
 }
 
+/// Where our own directories are. In the trimmed namespace they are in fixed places; without one they are where the policy
+/// says.
+#[derive(Clone, Debug)]
+pub struct Places {
+    state: PathBuf,
+    run: PathBuf,
+}
+
+impl Places {
+    /// In the trimmed namespace.
+    #[must_use]
+    pub fn trimmed() -> Self {
+        Self { state: PathBuf::from(place::STATE), run: PathBuf::from(place::RUN) }
+    }
+
+    /// In the container's own tree.
+    #[must_use]
+    pub fn of(policy: &Policy) -> Self {
+        Self { state: policy.state_directory.clone(), run: policy.run_directory.clone() }
+    }
+
+    /// One directory per sandbox.
+    #[must_use]
+    pub fn sandboxes(&self) -> PathBuf {
+        self.state.join("sandboxes")
+    }
+
+    /// Control sockets.
+    #[must_use]
+    pub fn sockets(&self) -> PathBuf {
+        self.run.join("sandboxes")
+    }
+}
+
 /// Directories of the host that the host root filesystem shows, when they are not links into `/usr`.
 const HOST_DIRECTORIES: [&str; 7] = ["usr", "bin", "sbin", "lib", "lib64", "lib32", "libx32"];
 

@@ -42,7 +42,8 @@ impl Slot {
 pub struct Slots {
     directory: OwnedFd,
     ids: Ids,
-    /// Without privilege every sandbox has the same single id, and the slots only bound their number.
+    /// Every sandbox has the same ids, and the slots only bound their number: without privilege there is a single id, and
+    /// without namespaces a single sandbox, whichever launcher of the container makes it.
     shared: bool,
     taken: Vec<bool>,
 }

@@ -40,6 +40,9 @@ pub struct Policy {
     /// Sandboxes kept half-made, so that a request finds one.
     #[serde(default = "default_pool")]
     pub pool: u32,
+    /// Where the kernel allows no namespace, make sandboxes of the tier `nested` instead of refusing to start.
+    #[serde(default)]
+    pub allow_nested: bool,
     /// Host ids.
     pub ids: Ids,
     /// Directories that may be a root filesystem, by name.

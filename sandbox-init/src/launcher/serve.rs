@@ -21,11 +21,13 @@ use proto::launch::v1::{reply::Body as Answer, request::Body as Question};
 use super::background::{Order, PACKET_BYTES, Report, blank_from, chain, root_errno};
 use super::cgroup::Tree;
 use super::create::{self, Context};
-use super::host::HostRoot;
+use super::host::{HostRoot, Places};
 use super::ids::{Slot, Slots};
+use super::nested;
 use super::policy_file::Policy;
 use super::replace::Program;
 use super::rootfs::Builder;
+use super::shape::Shape;
 use super::spawn::Blank;
 use super::state::{self, Record};
 use super::validate::{Checked, check, refusal};
@@ -114,6 +116,14 @@ struct Process {
     record: Option<Record>,
 }
 
+/// What is to be said when a sandbox is gone.
+#[derive(Debug)]
+struct Farewell {
+    ended: Option<wire::SandboxEnded>,
+    /// Connection and request that asked for the end.
+    answer: Option<(u32, u64)>,
+}
+
 /// Largest request.
 const REQUEST_BYTES: usize = 64 * 1024;
 /// Connections at once; a runner needs one, its successor another.
@@ -147,6 +157,10 @@ pub struct Parts {
     pub connection: Option<OwnedFd>,
     /// The launcher works in an unprivileged user namespace.
     pub rootless: bool,
+    /// How sandboxes are made.
+    pub shape: Shape,
+    /// Our directories.
+    pub places: Places,
     /// Processors of this host.
     pub processors: Vec<u32>,
     /// How names of new sandboxes begin.
@@ -177,6 +191,8 @@ pub struct Launcher<'a> {
     waiting: VecDeque<Waiting>,
     removing: BTreeMap<String, Slot>,
     making: BTreeMap<String, Slot>,
+    /// What is said when the processes of these are gone.
+    farewells: BTreeMap<String, Farewell>,
     next: u32,
     embedded: bool,
     last_request: Instant,
@@ -219,6 +235,7 @@ impl<'a> Launcher<'a> {
             waiting: VecDeque::new(),
             removing: BTreeMap::new(),
             making: BTreeMap::new(),
+            farewells: BTreeMap::new(),
             next: 1,
             embedded,
             last_request: Instant::now(),
@@ -394,7 +411,7 @@ impl<'a> Launcher<'a> {
             major: 1,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             host: Some(wire::HostReport {
-                idmapped_lowers: self.builder.idmaps() && !self.parts.rootless,
+                idmapped_lowers: self.builder.idmaps() && self.parts.shape == Shape::Privileged,
                 ..self.parts.report.clone()
             }),
         };
@@ -466,7 +483,11 @@ impl<'a> Launcher<'a> {
     // ---- making ----
 
     fn create(&mut self, number: u32, request_id: u64, request: &wire::CreateSandbox) {
-        let checked = match check(request, &self.parts.policy) {
+        let checked = check(request, &self.parts.policy).and_then(|checked| match self.parts.shape {
+            Shape::Nested => nested::check(&checked).map(|()| checked),
+            Shape::Privileged | Shape::Unprivileged => Ok(checked),
+        });
+        let checked = match checked {
             Ok(checked) => checked,
             Err(failure) => return self.answer(number, request_id, Answer::Failure(failure)),
         };
@@ -513,8 +534,15 @@ impl<'a> Launcher<'a> {
             rootless: self.parts.rootless,
             embedded: self.embedded,
             processors: &self.parts.processors,
+            places: &self.parts.places,
         };
-        match create::boot(&mut context, blank, &process.slot, &waiting.request) {
+        let booted = match self.parts.shape {
+            Shape::Nested => nested::boot(&mut context, blank, &process.slot, &waiting.request),
+            Shape::Privileged | Shape::Unprivileged => {
+                create::boot(&mut context, blank, &process.slot, &waiting.request)
+            }
+        };
+        match booted {
             Ok(layers) => process.phase = Phase::Booting { waiting: Box::new(waiting), layers },
             Err(error) => {
                 let failure = host_error(&error);
@@ -574,6 +602,10 @@ impl<'a> Launcher<'a> {
             id_base: process.slot.base,
             id_count: process.slot.count,
             layers,
+            output_directory: match self.parts.shape {
+                Shape::Nested => self.parts.places.sandboxes().join(&process.name).join("output").display().to_string(),
+                Shape::Privileged | Shape::Unprivileged => String::new(),
+            },
             took_us: u64::try_from(waiting.since.elapsed().as_micros()).unwrap_or(u64::MAX),
         };
         let pidfd = process.pidfd.as_raw_fd();
@@ -647,16 +679,28 @@ impl<'a> Launcher<'a> {
             ..Order::default()
         };
         self.order(&order);
+        let ended = sandbox_id.map(|sandbox_id| wire::SandboxEnded { sandbox_id, wait_status: status, oom_kills });
+        let farewell = Farewell { ended, answer };
         // Without the background process nobody will report the removal, and nobody may wait for it.
-        if !self.background_gone {
+        let removed = !self.background_gone;
+        if removed && self.parts.shape == Shape::Nested {
+            // Others of the sandbox may outlive its process 1 for a moment: nobody is told before they are gone.
+            self.farewells.insert(process.name.clone(), farewell);
+        } else {
+            self.say(farewell);
+        }
+        if removed {
             self.removing.insert(process.name, process.slot);
         }
-        if let Some(sandbox_id) = sandbox_id {
+    }
+
+    /// Tells whoever has to know that a sandbox is gone.
+    fn say(&mut self, farewell: Farewell) {
+        if let Some(ended) = farewell.ended {
             self.store();
-            let ended = wire::SandboxEnded { sandbox_id, wait_status: status, oom_kills };
             self.tell_all(&Answer::SandboxEnded(ended));
         }
-        if let Some((connection, request_id)) = answer {
+        if let Some((connection, request_id)) = farewell.answer {
             self.answer(connection, request_id, Answer::Done(wire::Done {}));
         }
     }
@@ -742,6 +786,10 @@ impl<'a> Launcher<'a> {
         };
         let Ok(report) = Report::decode(packet.bytes.as_slice()) else { return };
         if !report.removed.is_empty() {
+            if let Some(farewell) = self.farewells.remove(&report.removed) {
+                nested::reap_orphans();
+                self.say(farewell);
+            }
             // A group that does not become empty keeps its ids: nobody else may get them.
             if let Some(slot) = self.removing.remove(&report.removed).filter(|_| report.failure.is_empty()) {
                 self.parts.slots.release(slot);
@@ -845,16 +893,23 @@ impl<'a> Launcher<'a> {
                     // All ids are taken. A blank of ours would have been handed out; what waits is refused now, not later.
                     if self.blanks() == 0 && self.removing.is_empty() {
                         while let Some(waiting) = self.waiting.pop_front() {
-                            self.answer(
-                                waiting.connection,
-                                waiting.request_id,
-                                Answer::Failure(no_slot("every id range is in use")),
-                            );
+                            self.answer(waiting.connection, waiting.request_id, Answer::Failure(self.no_slot_left()));
                         }
                     }
                     return;
                 }
             }
+        }
+    }
+
+    fn no_slot_left(&self) -> wire::Failure {
+        match self.parts.shape {
+            Shape::Nested => refusal(
+                "NO_SLOT",
+                "this container allows no namespace, so it holds one sandbox at a time, and that one is in use",
+                "end it first, start another container, or give this one what the tier pod needs",
+            ),
+            Shape::Privileged | Shape::Unprivileged => no_slot("every id range is in use"),
         }
     }
 
@@ -891,7 +946,7 @@ impl<'a> Launcher<'a> {
     }
 
     fn store(&mut self) {
-        if self.embedded {
+        if !self.adopts() {
             return;
         }
         let records = self
@@ -904,13 +959,18 @@ impl<'a> Launcher<'a> {
         let _ = state::store(records);
     }
 
+    /// Whether a later launcher takes over what lives. In a container that allows no namespace it ends it instead.
+    fn adopts(&self) -> bool {
+        !self.embedded && self.parts.shape != Shape::Nested
+    }
+
     /// Takes over what an earlier launcher left: living sandboxes are adopted, everything else of ours is killed and removed.
     fn adopt(&mut self) {
         if self.embedded {
             return;
         }
         let mut known = Vec::new();
-        for record in state::load() {
+        for record in if self.adopts() { state::load() } else { Vec::new() } {
             known.push(record.name.clone());
             let slot = self.parts.slots.adopt(record.slot);
             let found = state::find(&record)
@@ -944,7 +1004,7 @@ impl<'a> Launcher<'a> {
             self.processes.insert(number, process);
         }
         let mut left = self.parts.tree.names("s-");
-        left.extend(super::background::leftover_names("s-"));
+        left.extend(super::background::leftover_names("s-", &self.parts.places));
         left.sort();
         left.dedup();
         for name in left.into_iter().filter(|name| !known.contains(name)) {

@@ -39,10 +39,17 @@ pub struct Blank {
     pub pidfd: OwnedFd,
     /// Our end of the boot socket.
     pub boot: OwnedFd,
-    /// Its user namespace, for idmapped mounts.
-    pub user_namespace: OwnedFd,
+    /// What it has of its own where namespaces can be made.
+    pub private: Option<Private>,
     /// Its cgroups; `None` where the host has none for us.
     pub group: Option<Group>,
+}
+
+/// What a blank has of its own.
+#[derive(Debug)]
+pub struct Private {
+    /// Its user namespace, for idmapped mounts.
+    pub user_namespace: OwnedFd,
     /// Its files on the host.
     pub files: Files,
 }
@@ -163,7 +170,8 @@ pub fn make_blank(workshop: &Workshop<'_>, name: String, range: Range) -> Result
     .map_err(step("open the user namespace"))?;
     workshop.tree.attach_v1(&name, pid.as_raw())?;
     nix::unistd::write(&gate_write, b"g").map_err(step("release process 1"))?;
-    Ok(Blank { name, slot: range.slot, pid, pidfd, boot: ours, user_namespace, group, files })
+    let private = Some(Private { user_namespace, files });
+    Ok(Blank { name, slot: range.slot, pid, pidfd, boot: ours, private, group })
 }
 
 /// Runs in the child: waits for the id map, becomes root of the new user namespace and executes the image with exactly two

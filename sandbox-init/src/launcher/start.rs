@@ -24,9 +24,11 @@ use super::cgroup::Tree;
 use super::files::Owners;
 use super::host;
 use super::ids::{IdsError, Slots};
+use super::nested;
 use super::policy_file::{self, Policy, PolicyError};
 use super::replace::{Handover, Program, ReplaceError};
 use super::serve::{End, Launcher, Parts};
+use super::shape::{self, Refusal, Shape};
 use super::state;
 use crate::policy::landlock;
 use crate::sys::process::{CloneArguments, Cloned, clone3, close_range, inherited_descriptor, reset_signals};
@@ -84,6 +86,15 @@ pub enum StartError {
         /// The base.
         base: u32,
     },
+    /// No namespace can be made.
+    #[error(
+        "sandboxes need namespaces, which the kernel allows nobody here; give the container what the tier pod needs, or \
+         accept the tier nested with `allow_nested = true` in the policy"
+    )]
+    NoNamespaces(#[source] Refusal),
+    /// Not even other users can be had.
+    #[error("no namespace can be made here, and not even other users can be separated")]
+    NotEvenNested(#[source] Refusal),
     /// Nobody to serve.
     #[error("descriptor 0 is no connection and the policy names no `listen` socket")]
     NoSocket,
@@ -107,7 +118,9 @@ struct Beginning {
     listener: Option<OwnedFd>,
     connection: Option<OwnedFd>,
     program: Option<Program>,
-    rootless: bool,
+    shape: Shape,
+    refusal: Option<Refusal>,
+    places: host::Places,
 }
 
 /// Runs the launcher until it has nothing left to serve.
@@ -121,7 +134,11 @@ pub fn run(policy_path: &Path) -> Result<(), StartError> {
     let image = own_image()?;
     let (mut policy, policy_text) = policy_file::load(policy_path)?;
     let connection = connection();
-    let rootless = !geteuid().is_root();
+    let (shape, refusal) = shape::find();
+    let rootless = shape == Shape::Unprivileged;
+    if let Some(refusal) = refusal.filter(|refusal| !policy.allow_nested || !refusal.is_for_good()) {
+        return Err(StartError::NoNamespaces(refusal));
+    }
     if rootless {
         enter_user_namespace()?;
         policy.ids = super::policy_file::Ids { base: 0, per_sandbox: 1, slots: policy.ids.slots };
@@ -129,27 +146,55 @@ pub fn run(policy_path: &Path) -> Result<(), StartError> {
     if !rootless && policy.ids.base < LOWEST_ID && !host::in_user_namespace() {
         return Err(StartError::LowIds { base: policy.ids.base });
     }
-    nix::sys::prctl::set_dumpable(rootless).map_err(step("protect the launcher's memory"))?;
+    protect_memory(rootless)?;
     raise_descriptor_limit()?;
-    host::separate()?;
+    if shape == Shape::Nested {
+        nested::adopt_orphans().map_err(step("adopt orphans"))?;
+        policy.ids = nested::draw(&policy.ids).map_err(file(Path::new("/dev/urandom")))?;
+    } else {
+        host::separate()?;
+    }
     let group = if rootless { None } else { Some(policy.runner_gid) };
     let own = [
-        ("/state/sandboxes", own_directory(&policy.state_directory, "sandboxes", 0o710, group)?),
+        ("/state/sandboxes", own_directory(&policy.state_directory, "sandboxes", passage(shape), group)?),
         ("/state/launcher", own_directory(&policy.state_directory, "launcher", 0o700, None)?),
         ("/run/sandboxes", own_directory(&policy.run_directory, "sandboxes", 0o711, None)?),
     ];
-    let tree = Tree::open(&tag(&policy));
+    let tree = match shape {
+        Shape::Nested => Tree::nothing(),
+        Shape::Privileged | Shape::Unprivileged => Tree::open(&tag(&policy), !rootless),
+    };
     let locks = policy.lock_directory.clone().unwrap_or_else(|| {
         if rootless { policy.run_directory.join("ids") } else { PathBuf::from("/run/sandbox-runner-ids") }
     });
-    let slots = Slots::open(&locks, policy.ids.clone(), rootless)?;
+    let slots = Slots::open(&locks, policy.ids.clone(), shape != Shape::Privileged)?;
     let listener = if connection.is_some() { None } else { Some(listen_on(&policy, rootless)?) };
     let program =
         policy.program.as_deref().map(Program::open).transpose().map_err(step("open the directory of `program`"))?;
-    let host_root = host::enter(&policy, &own, rootless, tree.mode() != super::cgroup::Mode::None)?;
-    // The launcher has no use for any network.
-    unshare(CloneFlags::CLONE_NEWNET).map_err(step("leave the network"))?;
-    begin(Beginning { policy, policy_text, tree, slots, host_root, listener, connection, program, rootless }, image)
+    let (host_root, places) = if shape == Shape::Nested {
+        let places = host::Places::of(&policy);
+        nested::rehearse(&policy.ids, &places.sandboxes()).map_err(StartError::NotEvenNested)?;
+        (host::HostRoot::default(), places)
+    } else {
+        let host_root = host::enter(&policy, &own, rootless, tree.mode() != super::cgroup::Mode::None)?;
+        // The launcher has no use for any network.
+        unshare(CloneFlags::CLONE_NEWNET).map_err(step("leave the network"))?;
+        (host_root, host::Places::trimmed())
+    };
+    let beginning = Beginning {
+        policy,
+        policy_text,
+        tree,
+        slots,
+        host_root,
+        listener,
+        connection,
+        program,
+        shape,
+        refusal,
+        places,
+    };
+    begin(beginning, image)
 }
 
 /// Goes on where the program before was replaced.
@@ -159,9 +204,10 @@ fn resume(name: CString) -> Result<(), StartError> {
     let handover = Handover::receive(name).map_err(step("take over from the program before"))?;
     close_range(7, i32::MAX).map_err(step("close inherited descriptors"))?;
     let image = own_image()?;
-    nix::sys::prctl::set_dumpable(false).map_err(step("protect the launcher's memory"))?;
+    protect_memory(false)?;
     let policy = policy_file::parse(&handover.policy, Path::new("(handed over)"))?;
-    let tree = Tree::open(&tag(&policy));
+    // What had to be mounted was mounted by the program before.
+    let tree = Tree::open(&tag(&policy), false);
     let slots = Slots::new(handover.locks, policy.ids.clone(), false);
     let beginning = Beginning {
         policy_text: handover.policy,
@@ -171,10 +217,23 @@ fn resume(name: CString) -> Result<(), StartError> {
         listener: Some(handover.listener),
         connection: None,
         program: Some(handover.program),
-        rootless: false,
+        shape: Shape::Privileged,
+        refusal: None,
+        places: host::Places::trimmed(),
         policy,
     };
     begin(beginning, image)
+}
+
+/// Nobody else traces the launcher or reads its memory.
+///
+/// Children share this mark until they execute, and the kernel opens the namespaces of a protected child only with
+/// CAP_SYS_PTRACE. A container's root may lack it; then whoever else is root in that container is let in, which owns
+/// everything there anyway. The runner and all sandboxes have other ids.
+fn protect_memory(rootless: bool) -> Result<(), StartError> {
+    const CAP_SYS_PTRACE: u64 = 1 << 19;
+    let traces = crate::sys::capability::effective().is_ok_and(|held| held & CAP_SYS_PTRACE != 0);
+    nix::sys::prctl::set_dumpable(rootless || !traces).map_err(step("protect the launcher's memory"))
 }
 
 /// A directory of ours below one that may belong to the runner: made if it is missing, never reached through a link, and
@@ -199,6 +258,11 @@ fn own_directory(parent: &Path, name: &str, mode: u32, group: Option<u32>) -> Re
     }
     fchmod(&opened, Mode::from_bits_truncate(mode)).map_err(step("close a directory"))?;
     Ok(opened)
+}
+
+/// Mode of the directory that holds those of the sandboxes: the workload passes through it where it is no mount of its own.
+fn passage(shape: Shape) -> u32 {
+    if shape == Shape::Nested { 0o711 } else { 0o710 }
 }
 
 /// A sandbox takes about a dozen descriptors here; running out of them in the middle would end all of them.
@@ -230,7 +294,20 @@ fn own_image() -> Result<OwnedFd, StartError> {
 }
 
 fn begin(beginning: Beginning, image: OwnedFd) -> Result<(), StartError> {
-    let Beginning { policy, policy_text, tree, slots, host_root, listener, connection, program, rootless } = beginning;
+    let Beginning {
+        policy,
+        policy_text,
+        tree,
+        slots,
+        host_root,
+        listener,
+        connection,
+        program,
+        shape,
+        refusal,
+        places,
+    } = beginning;
+    let rootless = shape == Shape::Unprivileged;
     let embedded = connection.is_some();
     let prefix = name_prefix(embedded);
     let kind = kind_prefix(embedded);
@@ -241,7 +318,7 @@ fn begin(beginning: Beginning, image: OwnedFd) -> Result<(), StartError> {
     let background_process = match clone3(&arguments).map_err(step("start the background process"))? {
         Cloned::Child => {
             drop((ours, connection, listener, slots, program));
-            Background { tree, image, socket: theirs, embedded, prefix: kind, owners }.run();
+            Background { tree, image, socket: theirs, embedded, prefix: kind, owners, shape, places }.run();
             crate::sys::process::exit_now(0)
         }
         Cloned::Parent { pidfd, .. } => pidfd,
@@ -258,7 +335,7 @@ fn begin(beginning: Beginning, image: OwnedFd) -> Result<(), StartError> {
         })
     })();
     let parts = Parts {
-        report: report(&policy, &tree, rootless),
+        report: report(&policy, &tree, shape, refusal.as_ref()),
         policy,
         tree: tree.clone(),
         slots,
@@ -267,9 +344,11 @@ fn begin(beginning: Beginning, image: OwnedFd) -> Result<(), StartError> {
         listener,
         connection,
         rootless,
+        shape,
+        places,
         processors: processors(),
         prefix,
-        replaceable: for_later.is_some() && !embedded && !rootless,
+        replaceable: for_later.is_some() && !embedded && shape == Shape::Privileged,
     };
     let checked = |handover: &Handover| handover.program.check();
     let launcher =
@@ -410,15 +489,16 @@ fn processors() -> Vec<u32> {
         .collect()
 }
 
-fn report(policy: &Policy, tree: &Tree, rootless: bool) -> HostReport {
-    let mut missing = Vec::new();
+fn report(policy: &Policy, tree: &Tree, shape: Shape, refusal: Option<&Refusal>) -> HostReport {
+    let rootless = shape == Shape::Unprivileged;
+    let mut missing = refusal.map(nested::missing).unwrap_or_default();
     if let Some(failure) = &tree.failure {
-        missing.push(MissingLayer {
-            layer: "cgroup_memory".to_owned(),
+        missing.extend(["cgroup_memory", "cgroup_pids", "cgroup_cpu", "cgroup_kill"].map(|layer| MissingLayer {
+            layer: layer.to_owned(),
             attempt: chain(failure.as_ref()),
             errno: failure.errno(),
-            remedy: "run as root, or under systemd with Delegate=yes".to_owned(),
-        });
+            remedy: cgroup_remedy(rootless).to_owned(),
+        }));
     }
     if rootless {
         missing.push(MissingLayer {
@@ -439,9 +519,22 @@ fn report(policy: &Policy, tree: &Tree, rootless: bool) -> HostReport {
         slots: policy.ids.slots,
         rootless,
         image_source: image_source.to_owned(),
-        idmapped_lowers: !rootless,
+        idmapped_lowers: shape == Shape::Privileged,
         missing,
+        shape: shape.name().to_owned(),
         switched_off: policy.danger.without.clone(),
+    }
+}
+
+fn cgroup_remedy(rootless: bool) -> &'static str {
+    if rootless {
+        "run as root, or under systemd with Delegate=yes"
+    } else if host::in_user_namespace() {
+        "give the container's own cgroup to the container's root: with cgroup version 2 a privileged container with its own \
+         cgroup namespace has that; with version 1 the directory of the container, and in the unified one cgroup.procs, \
+         must be chowned to its root in every hierarchy"
+    } else {
+        "let root write to the cgroup tree: on a host that is mounted at /sys/fs/cgroup, in a container run it privileged"
     }
 }
 

@@ -13,6 +13,8 @@
 //! directories, which breaks package managers and compilers. Does not restrict TCP; the network namespace does.
 //! Never follows a symbolic link of the image when it opens a directory to grant.
 
+mod nested;
+
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
@@ -23,6 +25,8 @@ use landlock::{
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::sys::stat::Mode;
+
+pub use nested::prepare_nested;
 
 use super::Profile;
 use crate::sys;

@@ -22,9 +22,9 @@ fn step(step: &str) -> impl FnOnce(nix::Error) -> StageError + '_ {
 pub const AGENT: u32 = 1000;
 
 /// `SECBIT_NO_SETUID_FIXUP` (linux/securebits.h): a change of the effective uid leaves the capabilities alone.
-const NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
+pub(super) const NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
 /// `SECBIT_NOROOT`: uid 0 and set-uid programs gain nothing at `execve`.
-const NO_ROOT: libc::c_ulong = 1;
+pub(super) const NO_ROOT: libc::c_ulong = 1;
 
 /// Pid of the parked child. A fixed one, so that the next process of this namespace, the spawner, gets pid 2: where ids are
 /// shared, the filter protects process 1 and the spawner by number.

@@ -33,6 +33,25 @@ pub fn apply() -> Result<(), StageError> {
     Ok(())
 }
 
+/// What stands in for cgroups where there are none: the number of processes of the workload's user, and what one process or
+/// one file may take. The kernel counts processes per user, so neither process 1 nor the container is part of it.
+///
+/// # Errors
+/// [`StageError`] names the limit.
+pub fn apply_nested(nested: &crate::boot::Nested) -> Result<(), StageError> {
+    for (resource, name, most) in [
+        (Resource::RLIMIT_NPROC, "processes", nested.pids),
+        (Resource::RLIMIT_DATA, "private memory", nested.memory_bytes),
+        (Resource::RLIMIT_FSIZE, "file size", nested.file_bytes),
+    ] {
+        let refused = |source| StageError { step: format!("limit {name}"), source };
+        let (_, hard) = getrlimit(resource).map_err(refused)?;
+        let value = hard.min(most);
+        setrlimit(resource, value, value).map_err(refused)?;
+    }
+    Ok(())
+}
+
 /// `oom_score_adj` of the workload: when memory is short the kernel takes one of its processes before process 1.
 pub const WORKLOAD_OOM_SCORE: i32 = 500;
 

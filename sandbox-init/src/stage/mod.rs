@@ -15,6 +15,7 @@
 pub mod identity;
 pub mod limit;
 pub mod mount;
+pub mod nested;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -55,6 +56,13 @@ const BOOT_BYTES: usize = 128 * 1024;
 /// # Errors
 /// What failed; the launcher has been told.
 pub fn main() -> Result<(), String> {
+    run(close)
+}
+
+/// What makes a closed sandbox out of a fresh process 1 with its boot socket.
+type Close = fn(&OwnedFd) -> Result<(Context, Vec<Layer>), StageError>;
+
+fn run(close: Close) -> Result<(), String> {
     reset_signals();
     let boot = inherited_descriptor(BOOT_DESCRIPTOR).map_err(|errno| format!("no boot socket: {errno}"))?;
     match close(&boot) {
@@ -110,16 +118,11 @@ fn close(boot_socket: &OwnedFd) -> Result<(Context, Vec<Layer>), StageError> {
     // U2 depends on the number of ids only, which the map of this process tells.
     let ids = own_id_count();
     let nested = identity::nested_user_namespace(&proc, ids)?;
-    let spawner = spawn::park(&nested).map_err(spawn_step)?;
+    let spawner = spawn::park(Some(&nested)).map_err(spawn_step)?;
     drop(nested);
     let shared_memory = identity::SharedMemory::open(&proc);
     let prebuilt = mount::prebuild(proc, ids - 1)?;
-    let packet = receive(boot_socket, BOOT_BYTES)
-        .map_err(step("receive the boot packet"))?
-        .ok_or_else(|| StageError { step: "wait for the boot packet".to_owned(), source: nix::Error::EPIPE })?;
-    let boot = Boot::decode(packet.bytes.as_slice())
-        .map_err(|_| StageError { step: "read the boot packet".to_owned(), source: nix::Error::EBADMSG })?;
-    let mut handed = Handed::new(&boot.roles, packet.descriptors);
+    let (boot, mut handed) = packet(boot_socket)?;
     let without = |layer: &str| boot.without.iter().any(|name| name == layer);
 
     shared_memory.bound(boot.temporary_bytes / 4);
@@ -144,6 +147,7 @@ fn close(boot_socket: &OwnedFd) -> Result<(Context, Vec<Layer>), StageError> {
             seccomp: !without("seccomp"),
             capabilities: !without("capabilities"),
             working_directory: boot.working_directory.clone(),
+            nested: None,
         })
         .map_err(spawn_step)?;
     sethostname(&boot.hostname).map_err(step("set the host name"))?;
@@ -188,6 +192,16 @@ fn close(boot_socket: &OwnedFd) -> Result<(Context, Vec<Layer>), StageError> {
         reaps_orphans: true,
     };
     Ok((context, layers))
+}
+
+fn packet(boot_socket: &OwnedFd) -> Result<(Boot, Handed), StageError> {
+    let packet = receive(boot_socket, BOOT_BYTES)
+        .map_err(step("receive the boot packet"))?
+        .ok_or_else(|| StageError { step: "wait for the boot packet".to_owned(), source: nix::Error::EPIPE })?;
+    let boot = Boot::decode(packet.bytes.as_slice())
+        .map_err(|_| StageError { step: "read the boot packet".to_owned(), source: nix::Error::EBADMSG })?;
+    let handed = Handed::new(&boot.roles, packet.descriptors);
+    Ok((boot, handed))
 }
 
 fn spawn_step(error: spawn::SpawnStepError) -> StageError {

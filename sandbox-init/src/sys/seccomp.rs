@@ -45,7 +45,7 @@ mod tests {
     #[test]
     fn the_running_kernel_gives_the_errno_of_the_policy_for_every_number_it_refuses() {
         for profile in Profile::ALL {
-            let options = Options { profile, shared_identity: false };
+            let options = Options { profile, shared_identity: false, no_namespaces: false };
             let answers = std::thread::spawn(move || {
                 nix::sys::prctl::set_no_new_privs().expect("no_new_privs");
                 for filter in filters(Arch::NATIVE, &options) {

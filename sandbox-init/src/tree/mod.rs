@@ -8,4 +8,4 @@ mod remove;
 mod worker;
 
 pub use remove::{Tally, measure, remove_contents};
-pub use worker::remove_below;
+pub use worker::{remove_below, remove_owned};

@@ -41,6 +41,38 @@ pub fn remove_below(parent: &Path, name: &str, base: u32, count: u32) {
     let _ = unlinkat(&parent, name, UnlinkatFlags::RemoveDir);
 }
 
+/// Removes the directory `name` below `parent`, whose `entries` belong each to the user of all that is in it. For a
+/// container that allows no namespace: each is emptied by a worker that has become that user.
+pub fn remove_owned(parent: &Path, name: &str, entries: &[&str]) {
+    let directory =
+        File::options().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(parent.join(name));
+    let Ok(directory) = directory else { return };
+    for entry in entries {
+        if matches!(unlinkat(&directory, *entry, UnlinkatFlags::RemoveDir), Ok(()) | Err(Errno::ENOENT)) {
+            continue;
+        }
+        let Ok(inner) = nix::fcntl::openat(&directory, *entry, open_flags(), nix::sys::stat::Mode::empty()) else {
+            continue;
+        };
+        run_as_owner(&inner);
+        let _ = unlinkat(&directory, *entry, UnlinkatFlags::RemoveDir);
+    }
+    let Ok(parent) = File::open(parent) else { return };
+    let _ = unlinkat(&parent, name, UnlinkatFlags::RemoveDir);
+}
+
+fn run_as_owner(tree: &OwnedFd) {
+    let Ok(found) = nix::sys::stat::fstat(tree) else { return };
+    let arguments = CloneArguments { exit_signal: libc::SIGCHLD, ..CloneArguments::default() };
+    match clone3(&arguments) {
+        Ok(Cloned::Child) => exit_now(i32::from(work(tree, found.st_uid, found.st_gid).is_err())),
+        Ok(Cloned::Parent { pidfd, .. }) => {
+            let _ = waitid(Id::PIDFd(pidfd.as_fd()), WaitPidFlag::WEXITED);
+        }
+        Err(_) => {}
+    }
+}
+
 fn open_flags() -> nix::fcntl::OFlag {
     use nix::fcntl::OFlag;
     OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC
@@ -84,7 +116,7 @@ fn run_in_range(tree: &OwnedFd, base: u32, count: u32) {
     match clone3(&arguments) {
         Ok(Cloned::Child) => {
             drop(gate_write);
-            let status = i32::from(work(tree, &gate_read).is_err());
+            let status = i32::from(wait_at(&gate_read).and_then(|()| work(tree, 0, 0)).is_err());
             exit_now(status)
         }
         Ok(Cloned::Parent { pid, pidfd }) => {
@@ -102,15 +134,18 @@ fn run_in_range(tree: &OwnedFd, base: u32, count: u32) {
     }
 }
 
-fn work(tree: &OwnedFd, gate: &OwnedFd) -> nix::Result<()> {
+/// The map is written when the gate opens.
+fn wait_at(gate: &OwnedFd) -> nix::Result<()> {
     let mut byte = [0_u8; 1];
-    if nix::unistd::read(gate, &mut byte)? != 1 {
-        return Err(nix::Error::EPIPE);
-    }
+    if nix::unistd::read(gate, &mut byte)? == 1 { Ok(()) } else { Err(nix::Error::EPIPE) }
+}
+
+fn work(tree: &OwnedFd, uid: u32, gid: u32) -> nix::Result<()> {
     // A single-id map forbids setgroups; there are no groups to drop then.
     let _ = setgroups(&[]);
-    setresgid(Gid::from_raw(0), Gid::from_raw(0), Gid::from_raw(0))?;
-    setresuid(Uid::from_raw(0), Uid::from_raw(0), Uid::from_raw(0))?;
+    let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+    setresgid(gid, gid, gid)?;
+    setresuid(uid, uid, uid)?;
     setrlimit(Resource::RLIMIT_NOFILE, 1024, 1024)?;
     let raw = crate::sys::process::duplicate_above(tree.as_fd(), 16)?;
     place_descriptor(std::os::fd::AsRawFd::as_raw_fd(&raw), 3)?;

@@ -88,16 +88,28 @@ fn assert_table(caller: Caller, profile: &str, options: Options) {
 
 #[test]
 fn every_call_of_the_standard_table_is_answered_as_written() {
-    assert_table(Caller::Root, "root", Options { profile: Profile::Standard, shared_identity: false });
+    assert_table(
+        Caller::Root,
+        "root",
+        Options { profile: Profile::Standard, shared_identity: false, no_namespaces: false },
+    );
 }
 
 #[test]
 fn every_call_of_the_strict_table_is_answered_as_written() {
-    assert_table(Caller::Root, "strict", Options { profile: Profile::Strict, shared_identity: false });
+    assert_table(
+        Caller::Root,
+        "strict",
+        Options { profile: Profile::Strict, shared_identity: false, no_namespaces: false },
+    );
 }
 
 /// With a single id, process 1 and the workload are one user to the kernel, and the table refuses more.
 #[test]
 fn every_call_is_answered_as_written_for_an_ordinary_user() {
-    assert_table(Caller::Nobody, "root", Options { profile: Profile::Standard, shared_identity: true });
+    assert_table(
+        Caller::Nobody,
+        "root",
+        Options { profile: Profile::Standard, shared_identity: true, no_namespaces: false },
+    );
 }

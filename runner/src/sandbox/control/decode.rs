@@ -14,7 +14,8 @@ use crate::work::{
 
 const LONGEST_TEXT: usize = 4096;
 const MOST_NOTES: usize = 32;
-const SPOOL_ROOT: &str = "/run/sandbox-runner/output/";
+/// Where a sandbox with a root filesystem of its own shows the output of its calls.
+pub(super) const OUTPUT_ROOT: &str = "/run/sandbox-runner/output";
 
 type Checked<T> = Result<T, Violation>;
 
@@ -59,14 +60,14 @@ pub(super) fn output(data: wire::OutputData, asked: Stream, from: u64, at_most: 
     Ok(OutputChunk { stream, offset: data.offset, bytes: data.data, end: data.end })
 }
 
-/// The end of a call.
-pub(super) fn call_end(finished: wire::CallFinished) -> Checked<CallEnd> {
+/// The end of a call of a sandbox that shows its output below `output_root`.
+pub(super) fn call_end(finished: wire::CallFinished, output_root: &str) -> Checked<CallEnd> {
     let outcome =
         finished.outcome.and_then(|outcome| outcome.kind).ok_or(Violation::Malformed("without an outcome"))?;
     if finished.notes.len() > MOST_NOTES {
         return Err(Violation::impossible("notes", format!("{} notes", finished.notes.len())));
     }
-    let streams = finished.streams.into_iter().map(summary).collect::<Checked<Vec<_>>>()?;
+    let streams = finished.streams.into_iter().map(|one| summary(one, output_root)).collect::<Checked<Vec<_>>>()?;
     if streams.iter().enumerate().any(|(index, one)| streams[..index].iter().any(|other| other.stream == one.stream)) {
         return Err(Violation::impossible("streams", "the same stream twice"));
     }
@@ -200,7 +201,7 @@ fn note(note: wire::Note) -> Checked<Note> {
     Ok(Note { kind, text: text("note.text", note.text)? })
 }
 
-fn summary(summary: wire::StreamSummary) -> Checked<StreamSummary> {
+fn summary(summary: wire::StreamSummary, output_root: &str) -> Checked<StreamSummary> {
     let stream = stream(summary.stream)?;
     let kept = summary.head_bytes.checked_add(summary.tail_bytes);
     if kept.is_none_or(|kept| kept > summary.total_bytes) {
@@ -220,7 +221,7 @@ fn summary(summary: wire::StreamSummary) -> Checked<StreamSummary> {
         .map_err(|_| Violation::impossible("sha256", format!("{} bytes", summary.sha256.len())))?;
     let spool_path = text("spool_path", summary.spool_path)?;
     let below_root = |path: &str| {
-        path.strip_prefix(SPOOL_ROOT).is_some_and(|rest| {
+        path.strip_prefix(output_root).and_then(|rest| rest.strip_prefix('/')).is_some_and(|rest| {
             !rest.is_empty() && rest.split('/').all(|part| !matches!(part, "" | "." | "..")) && !rest.contains('\0')
         })
     };
@@ -241,6 +242,10 @@ fn summary(summary: wire::StreamSummary) -> Checked<StreamSummary> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn call_end(finished: wire::CallFinished) -> Checked<CallEnd> {
+        super::call_end(finished, OUTPUT_ROOT)
+    }
 
     fn finished(kind: wire::outcome::Kind) -> wire::CallFinished {
         wire::CallFinished { outcome: Some(wire::Outcome { kind: Some(kind) }), ..Default::default() }
@@ -303,7 +308,7 @@ mod tests {
             wire::StreamSummary { inline_complete: false, ..stdout() },
             wire::StreamSummary { sha256: vec![0; 31], ..stdout() },
             wire::StreamSummary { spool_path: "/etc/passwd".into(), ..stdout() },
-            wire::StreamSummary { spool_path: format!("{SPOOL_ROOT}../../etc/passwd"), ..stdout() },
+            wire::StreamSummary { spool_path: format!("{OUTPUT_ROOT}/../../etc/passwd"), ..stdout() },
             wire::StreamSummary { inline: vec![0; 70_000], total_bytes: 70_000, ..stdout() },
         ];
         for case in cases {

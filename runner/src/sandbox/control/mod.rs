@@ -127,6 +127,7 @@ struct Shared {
     socket: PacketSocket,
     generation: u64,
     patience: Patience,
+    output_root: String,
     next_id: AtomicU64,
     state: Mutex<State>,
     end: watch::Sender<Option<ControlEnd>>,
@@ -147,13 +148,19 @@ struct Waiting {
 }
 
 impl Control {
-    /// Connects to the socket at `path` and greets process 1.
+    /// Connects to the socket at `path` and greets process 1. `output_root` is where its workload sees the output of calls;
+    /// empty is the usual place.
     ///
     /// # Errors
     /// [`ControlEnd`] when nobody answers or the answer is not a welcome.
-    pub async fn connect(path: &Path, generation: u64, patience: Patience) -> Result<(Self, Greeting), ControlEnd> {
+    pub async fn connect(
+        path: &Path,
+        output_root: &str,
+        generation: u64,
+        patience: Patience,
+    ) -> Result<(Self, Greeting), ControlEnd> {
         let socket = PacketSocket::connect(path, LARGEST_PACKET, Descriptors::Refused).map_err(end_of)?;
-        Self::greet(socket, generation, patience).await
+        Self::greet(socket, output_root, generation, patience).await
     }
 
     /// The same over a connected socket.
@@ -166,14 +173,21 @@ impl Control {
         patience: Patience,
     ) -> Result<(Self, Greeting), ControlEnd> {
         let socket = PacketSocket::new(connection, LARGEST_PACKET, Descriptors::Refused).map_err(end_of)?;
-        Self::greet(socket, generation, patience).await
+        Self::greet(socket, "", generation, patience).await
     }
 
-    async fn greet(socket: PacketSocket, generation: u64, patience: Patience) -> Result<(Self, Greeting), ControlEnd> {
+    async fn greet(
+        socket: PacketSocket,
+        output_root: &str,
+        generation: u64,
+        patience: Patience,
+    ) -> Result<(Self, Greeting), ControlEnd> {
+        let output_root = if output_root.is_empty() { decode::OUTPUT_ROOT } else { output_root };
         let shared = Arc::new(Shared {
             socket,
             generation,
             patience,
+            output_root: output_root.trim_end_matches('/').to_owned(),
             next_id: AtomicU64::new(1),
             state: Mutex::default(),
             end: watch::channel(None).0,
@@ -559,7 +573,7 @@ impl Shared {
             }
             wire::frame::Body::CallFinished(finished) => {
                 let call_id = finished.call_id.clone();
-                let end = decode::call_end(finished)?;
+                let end = decode::call_end(finished, &self.output_root)?;
                 let (Ended { observer, unannounced, ahead }, shell_generation) = {
                     let mut state = self.state();
                     state.shell_generation = end.shell_generation.max(state.shell_generation);

@@ -17,7 +17,7 @@ use super::Confinement;
 use crate::init::tool_worker::{read_all, serve};
 use crate::policy::seccomp::BpfProgram;
 use crate::stage::identity::become_workload;
-use crate::stage::mount::OWN_DIRECTORY;
+use crate::stage::nested::Neighbours;
 use crate::sys::process::{
     close_range_on_exec, duplicate_above, execute_path, exit_now, inherited_descriptor, place_descriptor,
     set_controlling_terminal,
@@ -66,7 +66,7 @@ const PROBE: &str = "probe";
 const ABOVE: RawFd = 256;
 
 /// Runs the whole life of a spare. Returns only when there is nothing to do.
-pub(super) fn run(socket: OwnedFd, nested: &OwnedFd, confinement: &Confinement, programs: &[BpfProgram; 2]) {
+pub(super) fn run(socket: OwnedFd, nested: Option<&OwnedFd>, confinement: &Confinement, programs: &[BpfProgram; 2]) {
     let socket = match harden(socket, nested, confinement, programs) {
         Ok(socket) => socket,
         Err(errno) => exit_now(errno as i32 & 0x7f),
@@ -87,12 +87,18 @@ pub(super) fn run(socket: OwnedFd, nested: &OwnedFd, confinement: &Confinement, 
 
 fn harden(
     socket: OwnedFd,
-    nested: &OwnedFd,
+    nested: Option<&OwnedFd>,
     confinement: &Confinement,
     programs: &[BpfProgram; 2],
 ) -> nix::Result<OwnedFd> {
     setsid()?;
-    become_workload(nested, confinement.root, confinement.single_id(), confinement.capabilities)?;
+    match (&confinement.nested, nested) {
+        (Some(users), _) => Neighbours::at(users.base).become_workload(confinement.capabilities)?,
+        (None, Some(nested)) => {
+            become_workload(nested, confinement.root, confinement.single_id(), confinement.capabilities)?;
+        }
+        (None, None) => return Err(Errno::EBADF),
+    }
     // Only now, because everything else of the spawner may go: its socket, U2.
     let socket = keep_only(socket)?;
     if confinement.seccomp {
@@ -211,7 +217,7 @@ fn run_tool(task: &Task, confinement: &Confinement) -> i32 {
     }
     let context = context(confinement);
     let result = if task.tool == PROBE {
-        let text = Some(proto::init::v1::content_block::Kind::Text(crate::probe::run()));
+        let text = Some(proto::init::v1::content_block::Kind::Text(crate::probe::run(confinement.nested.is_none())));
         ToolResult { is_error: false, content: vec![ContentBlock { kind: text }] }
     } else {
         tool::run(&task.tool, &task.input_json, &context)
@@ -223,7 +229,7 @@ fn run_tool(task: &Task, confinement: &Confinement) -> i32 {
 
 fn context(confinement: &Confinement) -> tool::Context {
     let mut context = tool::Context::new(PathBuf::from(OsStr::from_bytes(&confinement.working_directory)));
-    context.read_only_roots.push(PathBuf::from(OWN_DIRECTORY).join("output"));
+    context.read_only_roots.push(confinement.output_directory());
     context
 }
 

@@ -18,10 +18,13 @@ mod client;
 mod process;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
+use crate::boot::Nested;
 use crate::policy::Profile;
+use crate::stage::mount::OWN_DIRECTORY;
 use crate::sys::process::{CloneArguments, Cloned, clone3, exit_now};
 use crate::sys::socket::send;
 
@@ -54,6 +57,9 @@ pub struct Confinement {
     /// Where the file tools are confined to.
     #[prost(bytes = "vec", tag = "8")]
     pub working_directory: Vec<u8>,
+    /// The users and the directory of a sandbox without namespaces.
+    #[prost(message, optional, tag = "9")]
+    pub nested: Option<Nested>,
 }
 
 impl Confinement {
@@ -63,6 +69,14 @@ impl Confinement {
 
     fn single_id(&self) -> bool {
         self.id_count == 1
+    }
+
+    /// Where the workload finds the output of earlier calls.
+    fn output_directory(&self) -> PathBuf {
+        match &self.nested {
+            Some(nested) => Path::new(&nested.directory).join("output"),
+            None => Path::new(OWN_DIRECTORY).join("output"),
+        }
     }
 }
 
@@ -150,11 +164,12 @@ struct Answer {
 }
 
 /// Makes the spawner, which waits to be told how to confine itself. Must come before any other child but the one that
-/// made U2, and while this process is dumpable: the spawner opens its own score for the out-of-memory killer.
+/// made U2, and while this process is dumpable: the spawner opens its own score for the out-of-memory killer. `nested` is
+/// U2, where there is one.
 ///
 /// # Errors
 /// [`SpawnStepError`] names the step.
-pub fn park(nested: &OwnedFd) -> Result<Waiting, SpawnStepError> {
+pub fn park(nested: Option<&OwnedFd>) -> Result<Waiting, SpawnStepError> {
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
         .map_err(SpawnStepError::new("make the spawner's socket"))?;
     let arguments = CloneArguments { flags: 0, exit_signal: libc::SIGCHLD, cgroup: None, ..CloneArguments::default() };
@@ -165,7 +180,7 @@ pub fn park(nested: &OwnedFd) -> Result<Waiting, SpawnStepError> {
             exit_now(0)
         }
         Cloned::Parent { pid, pidfd } => {
-            if pid.as_raw() != SPAWNER_PID {
+            if nested.is_some() && pid.as_raw() != SPAWNER_PID {
                 // The filter of a single-id sandbox protects this number; any other would be open to the workload.
                 return Err(SpawnStepError {
                     step: format!("give the spawner pid {SPAWNER_PID}"),

@@ -14,8 +14,10 @@ use prost::Message;
 use super::{Answer, Confinement, Domain, ORDER, PACKET_BYTES, SpawnStepError, child};
 use crate::policy::seccomp::{Arch, BpfProgram, Options, filters};
 use crate::policy::{Profile, landlock};
+use crate::stage::StageError;
 use crate::stage::identity::become_keeper;
-use crate::stage::limit::{OomScore, WORKLOAD_OOM_SCORE};
+use crate::stage::limit::{OomScore, WORKLOAD_OOM_SCORE, apply_nested};
+use crate::stage::nested::{Neighbours, WRITABLE};
 use crate::sys::process::{CloneArguments, Cloned, clone3, close_range, exit_now, reset_signals, set_affinity};
 use crate::sys::socket::{receive, send};
 
@@ -23,8 +25,8 @@ use crate::sys::socket::{receive, send};
 const CONFINEMENT_BYTES: usize = 16 * 1024;
 
 /// Runs until process 1 is gone.
-pub(super) fn run(socket: &OwnedFd, nested: &OwnedFd) {
-    if close_others(socket.as_raw_fd(), nested.as_raw_fd()).is_err() {
+pub(super) fn run(socket: &OwnedFd, nested: Option<&OwnedFd>) {
+    if close_others(socket.as_raw_fd(), nested.unwrap_or(socket).as_raw_fd()).is_err() {
         return;
     }
     reset_signals();
@@ -32,7 +34,7 @@ pub(super) fn run(socket: &OwnedFd, nested: &OwnedFd) {
     // Now: later this process is not dumpable, and its files in /proc belong to somebody else.
     let score = OomScore::open();
     // Nearly every sandbox has these; another profile is compiled when it is asked for.
-    let usual = Options { profile: Profile::Standard, shared_identity: false };
+    let usual = Options { profile: Profile::Standard, shared_identity: false, no_namespaces: nested.is_none() };
     let usual_programs = filters(Arch::NATIVE, &usual);
     let confinement = loop {
         match receive(socket, CONFINEMENT_BYTES) {
@@ -57,7 +59,11 @@ pub(super) fn run(socket: &OwnedFd, nested: &OwnedFd) {
     if send(socket, &answer.encode_to_vec(), &[]).is_err() || answer.errno != 0 {
         return;
     }
-    let options = Options { profile: confinement.profile(), shared_identity: confinement.single_id() };
+    let options = Options {
+        profile: confinement.profile(),
+        shared_identity: confinement.single_id(),
+        no_namespaces: confinement.nested.is_some(),
+    };
     // Compiled once; every spare inherits the memory.
     let programs = if options == usual { usual_programs } else { filters(Arch::NATIVE, &options) };
     let workshop = Workshop { nested, confinement: &confinement, programs: &programs, score: &score };
@@ -67,20 +73,24 @@ pub(super) fn run(socket: &OwnedFd, nested: &OwnedFd) {
                 serve(socket, packet.descriptors.into_iter().next().as_ref(), &workshop);
             }
             Err(Errno::EINTR) => {}
-            Ok(_) | Err(_) => return,
+            Ok(_) | Err(_) => break,
         }
+    }
+    // Process 1 is gone. Where a pid namespace goes with it, so is everybody by now.
+    if let Some(nested) = &confinement.nested {
+        Neighbours::at(nested.base).end_workload();
     }
 }
 
 /// What every spare is made of.
 struct Workshop<'a> {
-    nested: &'a OwnedFd,
+    nested: Option<&'a OwnedFd>,
     confinement: &'a Confinement,
     programs: &'a [BpfProgram; 2],
     score: &'a OomScore,
 }
 
-/// Closes every descriptor but 0 to 2 and these two.
+/// Closes every descriptor but 0 to 2 and these two, which may be the same.
 fn close_others(one: RawFd, other: RawFd) -> nix::Result<()> {
     let (low, high) = (one.min(other), one.max(other));
     for (first, last) in [(3, low - 1), (low + 1, high - 1), (high + 1, RawFd::MAX)] {
@@ -95,7 +105,22 @@ fn close_others(one: RawFd, other: RawFd) -> nix::Result<()> {
 fn enter(confinement: &Confinement) -> Result<Option<Domain>, SpawnStepError> {
     // `pivot_root` moved the root and, as it was there, the working directory of this process too.
     chdir("/").map_err(SpawnStepError::new("enter the root"))?;
-    become_keeper(confinement.id_count).map_err(|error| SpawnStepError { step: error.step, source: error.source })?;
+    let stage = |error: StageError| SpawnStepError { step: error.step, source: error.source };
+    let refused = |error: landlock::LandlockError| SpawnStepError { step: error.to_string(), source: Errno::EPERM };
+    let mut prepared = None;
+    match &confinement.nested {
+        Some(nested) => {
+            if confinement.landlock {
+                // As root, who can open every directory of the sandbox.
+                let directory = Path::new(&nested.directory);
+                let domain = landlock::prepare_nested(confinement.profile(), directory, &WRITABLE).map_err(refused)?;
+                prepared = Some(domain);
+            }
+            apply_nested(nested).map_err(stage)?;
+            Neighbours::at(nested.base).become_keeper().map_err(stage)?;
+        }
+        None => become_keeper(confinement.id_count).map_err(stage)?,
+    }
     if !confinement.processors.is_empty() {
         let processors: Vec<usize> = confinement.processors.iter().filter_map(|cpu| (*cpu).try_into().ok()).collect();
         set_affinity(&processors).map_err(SpawnStepError::new("bind the workload to its processors"))?;
@@ -103,8 +128,10 @@ fn enter(confinement: &Confinement) -> Result<Option<Domain>, SpawnStepError> {
     if !confinement.landlock || landlock::kernel_abi().is_none() {
         return Ok(None);
     }
-    let refused = |error: landlock::LandlockError| SpawnStepError { step: error.to_string(), source: Errno::EPERM };
-    let prepared = landlock::prepare(confinement.profile(), Path::new("/")).map_err(refused)?;
+    let prepared = match prepared {
+        Some(prepared) => prepared,
+        None => landlock::prepare(confinement.profile(), Path::new("/")).map_err(refused)?,
+    };
     if prepared.achieved().not_applied.is_some() {
         return Ok(None);
     }

@@ -14,6 +14,7 @@ use crate::policy::Profile;
 const STANDARD: When = When::Profile(Profile::Standard);
 const STRICT: When = When::Profile(Profile::Strict);
 const SHARED: When = When::SharedIdentity;
+const NESTED: When = When::NoNamespaces;
 
 /// Process 1 and the spawner.
 const PROTECTED: &[u32] = &[1, 2];
@@ -64,8 +65,19 @@ pub(super) const CLONE: &[Clause] =
     &[Clause::on(&[Test::AnyBit { argument: 0, bits: CLONE_NEW_ANY }], REFUSE), Clause::otherwise(ALLOW)];
 pub(super) const CLONE_NEW_ANY: u32 = 0x7e02_0000;
 
+/// Refused where the workload has no namespaces of its own: the object would be the container's, and outlive the sandbox.
+pub(super) const NAMESPACED_ONLY: &[Clause] = &[Clause::otherwise(REFUSE).only(NESTED), Clause::otherwise(ALLOW)];
+
+/// `connect(descriptor, address, length)`. Without a network namespace only unix sockets exist, and every socket file of the
+/// container could be reached: landlock does not cover them below ABI 9, and the address is behind a pointer.
+pub(super) const CONNECT: &[Clause] =
+    &[Clause::otherwise(Verdict::Errno(Errno::EACCES)).only(NESTED), Clause::otherwise(ALLOW)];
+
 /// `socket(domain, type, protocol)`.
 pub(super) const SOCKET: &[Clause] = &[
+    // Datagram sockets send to an address without connecting.
+    Clause::on(&[Test::is(0, &[AF_UNIX]), STREAM_OR_SEQUENCED], ALLOW).only(NESTED),
+    Clause::otherwise(Verdict::Errno(Errno::EAFNOSUPPORT)).only(NESTED),
     Clause::on(&[Test::is(0, &[AF_UNIX])], ALLOW),
     Clause::on(&[INTERNET, STREAM_OR_DATAGRAM, Test::is(2, INTERNET_PROTOCOLS)], ALLOW),
     // MPTCP, SCTP, SMC, L2TP and others: large kernel code that is loaded on demand. This errno makes callers fall
@@ -83,6 +95,8 @@ pub(super) const SOCKET: &[Clause] = &[
 const INTERNET: Test = Test::is(0, &[AF_INET, AF_INET6]);
 /// The upper bits of the type are CLOEXEC and NONBLOCK.
 const STREAM_OR_DATAGRAM: Test = Test::In { argument: 1, mask: 0xf, values: &[1, 2] };
+/// The same bits.
+const STREAM_OR_SEQUENCED: Test = Test::In { argument: 1, mask: 0xf, values: &[1, 5] };
 /// Default, ICMP (ping sockets), TCP, UDP, ICMPv6.
 const INTERNET_PROTOCOLS: &[u32] = &[0, 1, 6, 17, 58];
 const AF_UNIX: u32 = 1;
@@ -92,8 +106,13 @@ const AF_NETLINK: u32 = 16;
 const NETLINK_ROUTE: u32 = 0;
 
 /// `socketpair(domain, ...)`: the kernel makes sockets of the family before it finds that most have no pairs.
-pub(super) const SOCKETPAIR: &[Clause] =
-    &[Clause::on(&[Test::is(0, &[AF_UNIX])], ALLOW), Clause::otherwise(Verdict::Errno(Errno::EAFNOSUPPORT))];
+pub(super) const SOCKETPAIR: &[Clause] = &[
+    // One end of a datagram pair sends to any address.
+    Clause::on(&[Test::is(0, &[AF_UNIX]), STREAM_OR_SEQUENCED], ALLOW).only(NESTED),
+    Clause::otherwise(Verdict::Errno(Errno::EAFNOSUPPORT)).only(NESTED),
+    Clause::on(&[Test::is(0, &[AF_UNIX])], ALLOW),
+    Clause::otherwise(Verdict::Errno(Errno::EAFNOSUPPORT)),
+];
 
 /// `ioctl(descriptor, command, argument)`.
 pub(super) const IOCTL: &[Clause] = &[

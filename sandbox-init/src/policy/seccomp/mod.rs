@@ -73,6 +73,9 @@ pub struct Options {
     /// The workload has the host user id of process 1, because the host gives us a single id. Then the kernel's own
     /// permission checks do not protect process 1 and the spawner (pids 1 and 2), and the filter does it instead.
     pub shared_identity: bool,
+    /// The workload is in the network and IPC namespaces of the container around it, because none can be made. Then the
+    /// filter keeps it from every socket that leads out of its own processes, and from System V IPC.
+    pub no_namespaces: bool,
 }
 
 /// The answer to one system call.

@@ -39,6 +39,8 @@ pub(super) enum When {
     Profile(Profile),
     /// Where the workload has the same user id as process 1.
     SharedIdentity,
+    /// Where the workload has no namespaces of its own.
+    NoNamespaces,
 }
 
 /// One question about the low 32 bits of an argument.
@@ -118,6 +120,7 @@ impl When {
             Self::Always => true,
             Self::Profile(profile) => profile == options.profile,
             Self::SharedIdentity => options.shared_identity,
+            Self::NoNamespaces => options.no_namespaces,
         }
     }
 }

@@ -15,7 +15,14 @@ const ARCHES: [Arch; 2] = [Arch::X86_64, Arch::Aarch64];
 fn all_options() -> Vec<Options> {
     Profile::ALL
         .into_iter()
-        .flat_map(|profile| [false, true].map(|shared_identity| Options { profile, shared_identity }))
+        .flat_map(|profile| {
+            // No sandbox without namespaces shares its identity with process 1.
+            [(false, false), (true, false), (false, true)].map(|(shared_identity, no_namespaces)| Options {
+                profile,
+                shared_identity,
+                no_namespaces,
+            })
+        })
         .collect()
 }
 
@@ -140,7 +147,9 @@ fn numbers_of_another_architecture_kill_the_process() {
     const ARM: u32 = 0x4000_0028;
     for arch in ARCHES {
         let other = if arch == Arch::X86_64 { Arch::Aarch64 } else { Arch::X86_64 };
-        for filter in filters(arch, &Options { profile: Profile::Standard, shared_identity: false }) {
+        for filter in
+            filters(arch, &Options { profile: Profile::Standard, shared_identity: false, no_namespaces: false })
+        {
             for audit in [I386, ARM, other.audit(), 0, u32::MAX] {
                 let call = Call { audit, number: number(arch, "getpid"), arguments: [0; 6] };
                 assert_eq!(single(&filter, &call).0, Answer::KillProcess, "{arch:?} entered as {audit:#x}");
@@ -210,7 +219,7 @@ fn allowlist(arch: Arch, profile: Profile) -> SeccompFilter {
 #[test]
 fn the_short_form_allows_exactly_what_a_plain_allowlist_allows() {
     for (arch, profile) in ARCHES.into_iter().flat_map(|arch| Profile::ALL.map(|profile| (arch, profile))) {
-        let options = Options { profile, shared_identity: false };
+        let options = Options { profile, shared_identity: false, no_namespaces: false };
         let [first, last] = filters(arch, &options);
         let plain: BpfProgram = allowlist(arch, profile).try_into().expect("a program");
         for number in 0..=600 {
@@ -303,7 +312,7 @@ fn socket_families_and_protocols_beyond_the_common_ones_are_refused() {
     ];
     for (domain, kind, protocol, standard, strict) in cases {
         for (profile, expected) in [(Profile::Standard, standard), (Profile::Strict, strict)] {
-            let options = Options { profile, shared_identity: false };
+            let options = Options { profile, shared_identity: false, no_namespaces: false };
             // The kernel ignores the upper half of an `int`, so it must not open a way around.
             for high in [0, 0xffff_ffff_0000_0000] {
                 let arguments = [domain | high, kind | high, protocol | high, 0, 0, 0];
@@ -375,8 +384,10 @@ fn with_a_shared_identity_nothing_can_be_aimed_at_process_1_or_the_spawner() {
         let arguments = [*a, *b, *c, 0, 0, 0];
         for (arch, profile) in ARCHES.into_iter().flat_map(|arch| Profile::ALL.map(|profile| (arch, profile))) {
             let number = number(arch, name);
-            let shared = ask(arch, &Options { profile, shared_identity: true }, number, arguments);
-            let separate = ask(arch, &Options { profile, shared_identity: false }, number, arguments);
+            let shared =
+                ask(arch, &Options { profile, shared_identity: true, no_namespaces: false }, number, arguments);
+            let separate =
+                ask(arch, &Options { profile, shared_identity: false, no_namespaces: false }, number, arguments);
             assert_eq!(shared, Answer::Errno(Errno::EPERM as u32), "{arch:?} {name} {arguments:x?}");
             assert_eq!(separate, Answer::Allow, "the kernel itself decides on {name} where ids differ");
         }
@@ -385,7 +396,7 @@ fn with_a_shared_identity_nothing_can_be_aimed_at_process_1_or_the_spawner() {
 
 #[test]
 fn with_a_shared_identity_ordinary_use_goes_on() {
-    let options = Options { profile: Profile::Standard, shared_identity: true };
+    let options = Options { profile: Profile::Standard, shared_identity: true, no_namespaces: false };
     let uses: &[(&str, [u64; 3])] = &[
         ("kill", [0, 15, 0]),
         ("kill", [4711, 9, 0]),
@@ -436,7 +447,7 @@ mod real_kernel {
     fn confined<T: Send + 'static>(profile: Profile, body: impl FnOnce() -> T + Send + 'static) -> T {
         std::thread::spawn(move || {
             nix::sys::prctl::set_no_new_privs().expect("no_new_privs");
-            for filter in filters(Arch::NATIVE, &Options { profile, shared_identity: false }) {
+            for filter in filters(Arch::NATIVE, &Options { profile, shared_identity: false, no_namespaces: false }) {
                 sys::seccomp::install(&filter).expect("the kernel takes the filter");
             }
             body()
@@ -469,7 +480,10 @@ mod real_kernel {
             line.trim().parse::<u32>().expect("a number")
         };
         let before = count();
-        let again = filters(Arch::NATIVE, &Options { profile: Profile::Standard, shared_identity: false });
+        let again = filters(
+            Arch::NATIVE,
+            &Options { profile: Profile::Standard, shared_identity: false, no_namespaces: false },
+        );
         let (inside, third) = confined(Profile::Strict, move || (count(), sys::seccomp::install(&again[0])));
         assert_eq!(inside, before + 2);
         assert_eq!(third, Err(Errno::EPERM));
