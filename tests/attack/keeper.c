@@ -25,6 +25,15 @@ extern char **environ;
 static pid_t keepers[8] = {1};
 static size_t keeper_count = 1;
 
+/* Without a pid namespace the keepers share the session of the runner and of the launcher, which are keepers as well. */
+static bool is_keeper(pid_t pid) {
+    /* A thread has a session too, but only a process can be named twice here. */
+    if (syscall(SYS_tgkill, pid, pid, 0) < 0 && errno == ESRCH)
+        return false;
+    pid_t session = getsid(pid), maker = settings.maker > 1 ? getsid(settings.maker) : 0;
+    return session == 0 || session == 1 || (session > 0 && session == maker && maker != getsid(0));
+}
+
 static void find_keepers(void) {
     if (settings.bare) {
         keepers[1] = 2;
@@ -33,13 +42,14 @@ static void find_keepers(void) {
     }
     pid_t found[64];
     size_t count = 0;
-    for (pid_t pid = 2; pid < 64; pid++)
-        if (getsid(pid) == 0 || getsid(pid) == 1)
+    pid_t last = settings.maker > 1 ? settings.maker + 64 : 64;
+    for (pid_t pid = 2; pid < last && count < COUNT(found); pid++)
+        if (is_keeper(pid))
             found[count++] = pid;
     /* A process of the workload that is just being made has not left its maker's session yet. */
     usleep(200000);
     for (size_t i = 0; i < count && keeper_count < COUNT(keepers); i++)
-        if (getsid(found[i]) == 0 || getsid(found[i]) == 1)
+        if (is_keeper(found[i]))
             keepers[keeper_count++] = found[i];
     report("I00", "keepers found", keeper_count > 1 ? HELD : FAILED, 0, "%zu, the second is %d", keeper_count, keepers[1]);
 }

@@ -240,6 +240,7 @@ static int usage(void) {
 int main(int argc, char **argv) {
     /* Rows from children must come out even when a reader has gone. */
     signal(SIGPIPE, SIG_IGN);
+    settings.maker = getppid();
     int i = 1;
     for (; i < argc && strncmp(argv[i], "--", 2) == 0; i++) {
         const char *name = argv[i] + 2;

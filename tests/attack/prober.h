@@ -38,6 +38,7 @@ struct settings {
     int port;      /* canary TCP listener */
     bool bare;     /* running on the bare host as a negative control */
     bool external; /* addresses outside this machine may be tried */
+    pid_t maker;   /* who started this program: process 1 of the sandbox */
 };
 
 extern struct settings settings;
