@@ -284,7 +284,7 @@ async fn inputs_that_only_the_sandbox_can_judge_are_errors_of_their_call() {
         ("not-there", edit("nowhere"), "twice"),
         ("nothing-to-find", edit(""), "old_string"),
         ("bad-glob", Input::Glob(pb::GlobInput { pattern: "[".into(), path: None }), "pattern"),
-        ("bad-expression", Input::Grep(pb::GrepInput { pattern: "(".into(), path: None }), "pattern"),
+        ("bad-expression", Input::Grep(pb::GrepInput { pattern: "(".into(), path: None }), "invalid regex"),
         ("no-program", exec("exec /no/such/program"), "/no/such/program"),
     ];
     let mut problems = Vec::new();

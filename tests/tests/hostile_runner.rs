@@ -630,6 +630,9 @@ fn launcher_whose_helper_was_killed_ends_with_its_sandboxes_instead_of_serving_n
     let helper = host::children_of(bench.launcher.pid()).into_iter().find(|pid| host::inner_pid(*pid).is_none());
 
     host::kill_now(helper.expect("the background process"));
+    // A request that comes while it ends must not keep it from ending.
+    let request = Request { request_id: 1, body: Some(request::Body::CreateSandbox(plain_sandbox("late"))) };
+    let _ = connection.send(&request.encode_to_vec());
 
     let deadline = std::time::Instant::now() + Duration::from_secs(20);
     while bench.launcher.is_alive() {

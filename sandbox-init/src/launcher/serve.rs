@@ -873,6 +873,10 @@ impl<'a> Launcher<'a> {
     }
 
     fn refill(&mut self) {
+        // Requests that wait hear of the end when their connection closes.
+        if self.stopping.is_some() {
+            return;
+        }
         let idle = self.last_request.elapsed() >= REFILL_DELAY;
         while self.blanks() < if idle { self.wanted_blanks() } else { self.waiting.len() } {
             match self.parts.slots.take() {
