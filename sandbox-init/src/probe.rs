@@ -170,14 +170,48 @@ fn files(attempts: &mut Vec<Attempt>) {
     attempts.push(refused("private_devices", "mknod /dev/probe c 1 1", node));
     let memory = io(fs::File::open("/dev/mem"));
     attempts.push(refused("private_devices", "open /dev/mem", memory));
-    // An overlay takes the 0:0 node for "deleted" and the kernel lets everybody make it: only landlock refuses.
-    let whiteout = mknod("/tmp/probe-whiteout", SFlag::S_IFCHR, Mode::S_IRWXU, 0);
-    if whiteout.is_ok() {
-        let _ = fs::remove_file("/tmp/probe-whiteout");
-    }
-    attempts.push(refused_with("landlock", "mknod /tmp/probe-whiteout c 0 0", whiteout, &[Errno::EACCES]));
+    attempts.push(landlock());
     let owner = fs::metadata("/etc").map(|found| std::os::unix::fs::MetadataExt::uid(&found));
     attempts.push(fact("idmapped_lowers", "stat /etc", matches!(owner, Ok(0)), format!("owner {owner:?}")));
+}
+
+/// First ABI that knows commands to devices.
+const DEVICE_COMMANDS_ABI: i32 = 5;
+/// Domains that the kernel stacks on one process.
+const STACKED_DOMAINS: i32 = 16;
+
+/// What landlock alone stops, which depends on the kernel.
+fn landlock() -> Attempt {
+    let layer = "landlock";
+    let abi = crate::sys::landlock::abi().unwrap_or(0);
+    // What `/proc` must not show is covered by a device that is not below `/dev`.
+    if abi >= DEVICE_COMMANDS_ABI
+        && let Ok(device) = fs::File::open("/proc/cmdline")
+        && device.metadata().is_ok_and(|found| std::os::unix::fs::FileTypeExt::is_char_device(&found.file_type()))
+    {
+        let command = nix::unistd::isatty(&device);
+        return refused_with(layer, "ioctl(TCGETS) on a device outside of /dev", command, &[Errno::EACCES]);
+    }
+    // An overlay takes the 0:0 node for "deleted". The kernel lets everybody make it, and so do the domains of newer kernels.
+    let path = "/tmp/probe-whiteout";
+    let whiteout = mknod(path, SFlag::S_IFCHR, Mode::S_IRWXU, 0);
+    if whiteout.is_err() {
+        return refused_with(layer, "mknod /tmp/probe-whiteout c 0 0", whiteout, &[Errno::EACCES]);
+    }
+    let _ = fs::remove_file(path);
+    let stacked = child_code(stack_domains).unwrap_or(STACKED_DOMAINS);
+    fact(layer, "stack 16 domains", stacked < STACKED_DOMAINS, format!("{stacked} more domains entered"))
+}
+
+/// Enters domains until the kernel refuses, and says how many.
+fn stack_domains() -> i32 {
+    use landlock::{AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr};
+    let enter = || {
+        let ruleset = Ruleset::default().set_compatibility(CompatLevel::HardRequirement);
+        ruleset.handle_access(AccessFs::MakeBlock)?.create()?.restrict_self()
+    };
+    let entered = (0..STACKED_DOMAINS).take_while(|_| enter().is_ok()).count();
+    i32::try_from(entered).unwrap_or(STACKED_DOMAINS)
 }
 
 fn system_calls(attempts: &mut Vec<Attempt>) {
@@ -232,6 +266,15 @@ fn child(work: impl FnOnce()) -> nix::Result<(nix::unistd::Pid, std::os::fd::Own
             exit_now(0)
         }
         Cloned::Parent { pid, pidfd } => Ok((pid, pidfd)),
+    }
+}
+
+/// Runs `work` in a child and returns what it returned.
+fn child_code(work: impl FnOnce() -> i32) -> nix::Result<i32> {
+    let (_, pidfd) = child(|| exit_now(work()))?;
+    match waitid(Id::PIDFd(pidfd.as_fd()), WaitPidFlag::WEXITED)? {
+        WaitStatus::Exited(_, code) => Ok(code),
+        _ => Err(Errno::ECHILD),
     }
 }
 

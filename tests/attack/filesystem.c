@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
@@ -15,6 +16,7 @@
 #include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <sys/xattr.h>
+#include <termios.h>
 #include <unistd.h>
 
 /* A directory of our own to work in; the working directory first, because that is what a session writes to. */
@@ -291,8 +293,18 @@ static void whiteout(void) {
         rmdir(dir);
 }
 
-/* What nothing but landlock stops: the 0:0 node needs no capability anywhere, and an overlay takes it for a deletion. */
-static void landlock_node(void) {
+/* What nothing but landlock stops: a command to a device that is not below /dev, such as what covers a file of /proc. Before
+   ABI 5 the 0:0 node, which needs no capability anywhere. */
+static void landlock_device(void) {
+    if (syscall(SYS_landlock_create_ruleset, NULL, 0, 1) >= 5) {
+        int fd = open("/proc/cmdline", O_RDONLY | O_CLOEXEC);
+        struct termios settings;
+        long rc = ioctl(fd, TCGETS, &settings);
+        /* "Not a terminal" is the device's own answer. */
+        static const int proof[] = {ENOTTY, 0};
+        report_reach("L01", "ioctl(TCGETS) on a device outside of /dev", rc, proof);
+        return;
+    }
     const char *path = "/tmp/prober-whiteout";
     int rc = mknod(path, S_IFCHR | 0600, 0);
     int error_number = errno;
@@ -331,7 +343,7 @@ static void file_handle(void) {
 
 /* Made by name only: what they show depends on the profile. */
 const struct attack landlock_attacks[] = {
-    {"L01", "device nodes by landlock", landlock_node, false},
+    {"L01", "devices by landlock", landlock_device, false},
     {"L02", "writes by landlock", landlock_write, false},
     {0},
 };

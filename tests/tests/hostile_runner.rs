@@ -19,6 +19,7 @@ use sandbox_runner_tests::launcher::{Connection, Launcher, Setup, plain_sandbox}
 use sandbox_runner_tests::needs_root;
 use sandbox_runner_tests::rootfs::Rootfs;
 use sandbox_runner_tests::runner::{finish, wait};
+use sha2::{Digest, Sha256};
 
 const MIB: u64 = 1 << 20;
 
@@ -660,6 +661,70 @@ fn sandbox_whose_runner_left_before_the_answer_is_not_kept() {
     kill(&connection, "second");
     drop(connection);
     bench.assert_serves();
+}
+
+#[test]
+fn launcher_that_is_to_be_followed_leaves_its_sandboxes_to_the_next() {
+    needs_root!();
+    let rootfs = Rootfs::with_prober();
+    let setup = Setup::new(2, rootfs.path());
+    let (again, socket) = (setup.command(), setup.socket());
+    let mut first = setup.start().expect("the launcher starts");
+    let created = create(&Connection::greeted(&socket).expect("served"), plain_sandbox("left"));
+
+    let pid = nix::unistd::Pid::from_raw(first.pid().cast_signed());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGUSR1).expect("signalled");
+
+    let ended = (0..400).any(|_| {
+        std::thread::sleep(Duration::from_millis(50));
+        !first.is_alive()
+    });
+    assert!(ended, "the launcher does not end");
+    assert_eq!(host::inner_pid(created.pid), Some(1), "process 1 went with its launcher");
+    let (second, connection) = Successor::start(again, &socket);
+    let listed = list(&connection);
+    assert_eq!(listed.len(), 1, "{listed:?}");
+    assert!(listed[0].adopted && listed[0].sandbox_id == "left" && listed[0].pid == created.pid, "{listed:?}");
+    kill(&connection, "left");
+    assert!(host::is_ended_orphan(created.pid), "process 1 still runs");
+    second.stop(&connection);
+}
+
+#[test]
+fn launcher_that_is_stopped_while_it_starts_leaves_nothing() {
+    needs_root!();
+    let rootfs = Rootfs::with_prober();
+    let setup = Setup::new(2, rootfs.path());
+    let directories = setup.directories();
+    let [_, run] = &directories;
+    let group = group_of_launcher(run);
+    for delay in 0..20 {
+        let mut process = setup.command().spawn().expect("spawned");
+        std::thread::sleep(Duration::from_millis(2 * delay));
+
+        let pid = nix::unistd::Pid::from_raw(process.id().cast_signed());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("signalled");
+
+        wait(&mut process, Duration::from_secs(15)).expect("the launcher ends when it is told to");
+        let left = || -> Vec<PathBuf> {
+            directories.iter().flat_map(|path| host::files_below(&path.join("sandboxes"))).collect()
+        };
+        let is_clean = || left().is_empty() && !host::launcher_groups().contains(&group);
+        let clean = (0..200).any(|_| {
+            let clean = is_clean();
+            if !clean {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            clean
+        });
+        assert!(clean, "stopped after {} ms: {:?}, {:?}", 2 * delay, left(), host::launcher_groups());
+    }
+}
+
+/// How a launcher with this run directory names its groups.
+fn group_of_launcher(run: &Path) -> String {
+    let digest = Sha256::digest(run.as_os_str().as_encoded_bytes());
+    digest.iter().take(4).fold("sandbox-runner-".to_owned(), |name, byte| format!("{name}{byte:02x}"))
 }
 
 #[test]

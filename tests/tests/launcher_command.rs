@@ -84,6 +84,19 @@ fn a_launcher_replaced_by_the_installed_command_keeps_pid_and_sandboxes() {
 }
 
 #[test]
+fn a_policy_that_does_not_hold_ends_with_78_so_that_nobody_tries_again() {
+    needs_root!();
+    let rootfs = Rootfs::with_prober();
+    let mut setup = Setup::new(1, rootfs.path());
+    setup.policy = format!("colour = \"red\"\n{}", setup.policy);
+
+    let finished = finish(command(binary(), &setup), Duration::from_secs(10)).expect("ends");
+
+    assert_eq!(finished.status.code(), Some(78), "{}", finished.errors());
+    assert!(finished.errors().contains("colour"), "{}", finished.errors());
+}
+
+#[test]
 fn without_a_policy_the_usage_is_shown_and_the_code_is_2() {
     let mut command = Command::new(binary());
     command.arg("launcher").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());

@@ -56,6 +56,8 @@ pub(crate) struct Counters {
 #[derive(Debug)]
 pub struct Slots {
     work: Option<OwnedFd>,
+    /// Refused forks of the whole sandbox, where the unified tree has the process limit.
+    refused: Option<File>,
     v1: Option<V1Files>,
     /// Orphans in this pid namespace become our children, so a child we did not start is an orphan of some call.
     sees_orphans: bool,
@@ -112,13 +114,14 @@ const LEFT_LIMIT: usize = 64;
 impl Slots {
     /// Slots are directories in `work`, in which this process may make directories.
     pub fn cgroup(work: OwnedFd) -> Self {
-        Self { work: Some(work), ..Self::scan() }
+        Self { refused: open_read(&work, "pids.events"), work: Some(work), ..Self::scan() }
     }
 
     /// No cgroups: slots are read from /proc.
     pub fn scan() -> Self {
         Self {
             work: None,
+            refused: None,
             v1: None,
             sees_orphans: false,
             next: 0,
@@ -167,12 +170,26 @@ impl Slots {
 
     /// An empty slot for a new call.
     pub(crate) fn take(&mut self) -> Result<SlotId, nix::Error> {
-        let Some(slot) = self.spare.take() else { return self.make() };
-        // These numbers go on while the slot is empty; those of its own cgroup do not.
+        let Some(id) = self.spare.take() else { return self.make() };
+        // Numbers of the whole sandbox go on while the slot is empty; those of its own cgroup do not.
         if self.work.is_none() || self.v1.is_some() {
-            self.mark(slot, None);
+            self.mark(id, None);
+        } else {
+            let refused = self.slots.get(&id).and_then(|slot| self.forks_refused(slot));
+            if let Some(slot) = self.slots.get_mut(&id) {
+                slot.mark.forks_refused = refused;
+            }
         }
-        Ok(slot)
+        Ok(id)
+    }
+
+    /// Forks refused so far. Up to Linux 6.10 the kernel counts them where the fork was tried, in the slot; from 6.11 on where
+    /// the limit is, for the whole sandbox. Each keeps the other number at 0.
+    fn forks_refused(&self, slot: &Slot) -> Option<u64> {
+        let cgroup = slot.cgroup.as_ref()?;
+        let max = |file: &Option<File>| field(&read_text(file.as_ref()?), "max");
+        let (own, shared) = (max(&cgroup.pids_events), max(&self.refused));
+        own.map_or(shared, |own| Some(own.saturating_add(shared.unwrap_or(0))))
     }
 
     fn make(&mut self) -> Result<SlotId, nix::Error> {
@@ -363,12 +380,12 @@ impl Slots {
         if let Some(v1) = &self.v1 {
             return v1.counters();
         }
-        let cgroup = self.slots.get(&id).and_then(|slot| slot.cgroup.as_ref());
-        let of_slot = cgroup.map(Cgroup::counters).unwrap_or_default();
+        let Some(slot) = self.slots.get(&id) else { return Counters::default() };
+        let of_slot = slot.cgroup.as_ref().map(Cgroup::counters).unwrap_or_default();
         // Only asked for after a kill, because it costs an open.
         let work = self.work.as_ref().filter(|_| of_slot.memory_kills > Some(0));
         let memory_limit = work.and_then(|work| number(&read_at(work, "memory.max")));
-        Counters { memory_limit, ..of_slot }
+        Counters { memory_limit, forks_refused: self.forks_refused(slot), ..of_slot }
     }
 
     /// The call is over. The slot is removed by a later sweep, as soon as it is empty.
@@ -495,7 +512,7 @@ impl Cgroup {
             memory_peak: number(&text(&self.memory_peak)),
             memory_limit: None,
             cpu_usec: field(&text(&self.cpu_stat), "usage_usec"),
-            forks_refused: field(&text(&self.pids_events), "max"),
+            forks_refused: None,
             shared: false,
         }
     }

@@ -85,6 +85,8 @@ impl CgroupError {
     }
 }
 
+/// Controllers that we use in the unified tree.
+const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpu"];
 /// v1 controllers that we use.
 pub(super) const V1_CONTROLLERS: [&str; 4] = ["memory", "pids", "cpu", "cpuacct"];
 /// Slots that process 1 may make: one for each of its calls (128), for each finished call that left processes (64), for the
@@ -231,7 +233,7 @@ impl Tree {
             make_directory(directory)?;
         }
         if self.mode == Mode::Unified {
-            enable(&sandbox, &["memory", "pids", "cpu"]);
+            enable(&sandbox, &CONTROLLERS);
             enable(&work, &["memory", "pids"]);
             write(&init.join("memory.max"), INIT_MEMORY_BYTES).or_else(absent)?;
             write(&init.join("pids.max"), "16").or_else(absent)?;
@@ -265,7 +267,10 @@ impl Tree {
                 other => return other.map_err(failed),
             }
             if fs::create_dir(base).is_ok() && self.mode == Mode::Unified {
-                enable(base, &["memory", "pids", "cpu"]);
+                // While there was no base, a service manager may have taken back what nobody used above it.
+                for directory in base.parent().into_iter().chain([base]) {
+                    enable(directory, &CONTROLLERS);
+                }
             }
         }
         fs::create_dir(directory).map_err(failed)
@@ -566,19 +571,18 @@ fn prepare_unified(mount: &Path, own_directory: &Path, tag: &str) -> Result<Path
     } else {
         mount.to_owned()
     };
-    let controllers = ["memory", "pids", "cpu"];
-    if !enable(&parent, &controllers) && parent.join("cgroup.type").exists() {
+    if !enable(&parent, &CONTROLLERS) && parent.join("cgroup.type").exists() {
         let leaf = parent.join("sandbox-runner-host");
         make_directory(&leaf)?;
         for pid in read(&parent.join("cgroup.procs")).split_whitespace() {
             // A process that ended in between is no problem, and one that cannot be moved shows in the next step.
             let _ = write(&leaf.join("cgroup.procs"), pid);
         }
-        enable(&parent, &controllers);
+        enable(&parent, &CONTROLLERS);
     }
     let base = parent.join(format!("sandbox-runner-{tag}"));
     make_directory(&base)?;
-    enable(&base, &controllers);
+    enable(&base, &CONTROLLERS);
     Ok(base)
 }
 

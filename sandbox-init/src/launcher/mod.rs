@@ -23,3 +23,10 @@ pub mod spawn;
 pub mod start;
 pub mod state;
 pub mod validate;
+
+/// One line for the operator, on standard error: the service manager's journal, or the runner's own.
+fn log(message: &str) {
+    use std::io::Write;
+    // There is nobody left to tell when standard error is closed.
+    let _ = writeln!(std::io::stderr(), "sandbox-init: {message}");
+}

@@ -16,6 +16,7 @@ use nix::sys::socket::{SockFlag, accept4, getsockopt, sockopt::PeerCredentials};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use prost::Message;
 use proto::launch::v1 as wire;
+use proto::launch::v1::Failure;
 use proto::launch::v1::{reply::Body as Answer, request::Body as Question};
 
 use super::background::{Order, PACKET_BYTES, Report, blank_from, chain, root_errno};
@@ -176,6 +177,8 @@ pub enum End {
     Stopped,
     /// The program is to be replaced; sandboxes live.
     Reexecute,
+    /// Another launcher follows and adopts; sandboxes live.
+    Left,
 }
 
 /// The loop's state.
@@ -205,6 +208,20 @@ pub struct Launcher<'a> {
     listener_rests: bool,
 }
 
+/// Holds back the signals that the loop reads, until it does. One that comes while the launcher still starts is obeyed then:
+/// there may be sandboxes of an earlier launcher to end, and our own groups are made already.
+///
+/// # Errors
+/// What the kernel says.
+pub fn hold_signals() -> nix::Result<SigSet> {
+    let mut mask = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR1] {
+        mask.add(signal);
+    }
+    mask.thread_block()?;
+    Ok(mask)
+}
+
 impl<'a> Launcher<'a> {
     /// Prepares the loop.
     ///
@@ -212,12 +229,7 @@ impl<'a> Launcher<'a> {
     /// What the kernel says.
     pub fn new(parts: Parts, program: Option<&'a Program>) -> nix::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        let mut mask = SigSet::empty();
-        for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
-            mask.add(signal);
-        }
-        mask.thread_block()?;
-        let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+        let signals = SignalFd::with_flags(&hold_signals()?, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         let watch =
             |fd: &dyn AsFdDyn, event: Event| epoll.add(fd.fd(), EpollEvent::new(EpollFlags::EPOLLIN, event.token()));
         watch(&signals, Event::Signal)?;
@@ -744,11 +756,18 @@ impl<'a> Launcher<'a> {
 
     fn signal(&mut self) {
         while let Ok(Some(info)) = self.signals.read_signal() {
-            let reload = i32::try_from(info.ssi_signo).is_ok_and(|number| number == libc::SIGHUP);
-            if !reload {
-                self.stop(End::Stopped);
-            } else if self.may_replace().is_ok() {
-                self.stop(End::Reexecute);
+            let signal = i32::try_from(info.ssi_signo).ok().and_then(|number| Signal::try_from(number).ok());
+            match signal {
+                Some(Signal::SIGHUP) => match self.may_replace() {
+                    Ok(()) => self.stop(End::Reexecute),
+                    Err(failure) => {
+                        let Failure { message, remediation, .. } = failure;
+                        super::log(&format!("the program was not replaced: {message}; {remediation}"));
+                    }
+                },
+                // Nobody could adopt the sandboxes of an embedded launcher.
+                Some(Signal::SIGUSR1) if !self.embedded => self.stop(End::Left),
+                _ => self.stop(End::Stopped),
             }
         }
     }

@@ -27,7 +27,7 @@ use super::ids::{IdsError, Slots};
 use super::nested;
 use super::policy_file::{self, Policy, PolicyError};
 use super::replace::{Handover, Program, ReplaceError};
-use super::serve::{End, Launcher, Parts};
+use super::serve::{End, Launcher, Parts, hold_signals};
 use super::shape::{self, Refusal, Shape};
 use super::state;
 use crate::policy::landlock;
@@ -100,6 +100,30 @@ pub enum StartError {
     NoSocket,
 }
 
+impl StartError {
+    /// Exit code: what only the operator can heal is told apart, so that a service manager does not try again.
+    fn code(&self) -> u8 {
+        match self {
+            Self::Policy(_) | Self::LowIds { .. } | Self::NoSocket | Self::Foreign { .. } => CONFIGURATION,
+            Self::Ids(_)
+            | Self::Host(_)
+            | Self::Replace(_)
+            | Self::Step { .. }
+            | Self::File { .. }
+            | Self::FewDescriptors { .. }
+            | Self::NoNamespaces(_)
+            | Self::NotEvenNested(_) => FAILED,
+        }
+    }
+}
+
+/// What trying again may heal.
+const FAILED: u8 = 1;
+/// Wrong usage.
+const USAGE: u8 = 2;
+/// `EX_CONFIG` of sysexits.h.
+const CONFIGURATION: u8 = 78;
+
 fn step(step: &'static str) -> impl FnOnce(nix::Error) -> StartError {
     move |source| StartError::Step { step, source }
 }
@@ -129,6 +153,7 @@ struct Beginning {
 /// [`StartError`] says what is missing.
 pub fn run(policy_path: &Path) -> Result<(), StartError> {
     reset_signals();
+    hold_signals().map_err(step("hold signals"))?;
     umask(Mode::from_bits_truncate(0o022));
     close_range(3, i32::MAX).map_err(step("close inherited descriptors"))?;
     let image = own_image()?;
@@ -200,6 +225,7 @@ pub fn run(policy_path: &Path) -> Result<(), StartError> {
 /// Goes on where the program before was replaced.
 fn resume(name: CString) -> Result<(), StartError> {
     reset_signals();
+    hold_signals().map_err(step("hold signals"))?;
     umask(Mode::from_bits_truncate(0o022));
     let handover = Handover::receive(name).map_err(step("take over from the program before"))?;
     close_range(7, i32::MAX).map_err(step("close inherited descriptors"))?;
@@ -317,6 +343,8 @@ fn begin(beginning: Beginning, image: OwnedFd) -> Result<(), StartError> {
     let arguments = CloneArguments { flags: 0, exit_signal: libc::SIGCHLD, cgroup: None, ..CloneArguments::default() };
     let background_process = match clone3(&arguments).map_err(step("start the background process"))? {
         Cloned::Child => {
+            // It ends with the launcher's end of the socket; what it starts begins with every signal open.
+            reset_signals();
             drop((ours, connection, listener, slots, program));
             Background { tree, image, socket: theirs, embedded, prefix: kind, owners, shape, places }.run();
             crate::sys::process::exit_now(0)
@@ -365,6 +393,7 @@ fn begin(beginning: Beginning, image: OwnedFd) -> Result<(), StartError> {
             let file = checked(&handover)?;
             Err(handover.execute(&file).into())
         }
+        (End::Left, _) => Ok(()),
         (End::Stopped | End::Reexecute, _) => {
             tree.close(&kind_prefix(embedded));
             if !embedded {
@@ -541,16 +570,17 @@ fn cgroup_remedy(rootless: bool) -> &'static str {
 /// Arguments of the launcher role.
 ///
 /// # Errors
-/// What is wrong with them, for the caller's standard error.
-pub fn main(arguments: &[CString]) -> Result<(), String> {
-    let usage = "usage: sandbox-init launcher --policy FILE";
-    let [flag, path] = arguments else { return Err(usage.to_owned()) };
+/// What is wrong, for the caller's standard error, and the exit code.
+pub fn main(arguments: &[CString]) -> Result<(), (String, u8)> {
+    let usage = || ("usage: sandbox-init launcher --policy FILE".to_owned(), USAGE);
+    let failed = |error: StartError| (chain(&error), error.code());
+    let [flag, path] = arguments else { return Err(usage()) };
     if flag.as_bytes() == b"--resume" {
-        return resume(path.clone()).map_err(|error| chain(&error));
+        return resume(path.clone()).map_err(failed);
     }
     if flag.as_bytes() != b"--policy" {
-        return Err(usage.to_owned());
+        return Err(usage());
     }
-    let path = std::str::from_utf8(path.as_bytes()).map_err(|_| usage.to_owned())?;
-    run(Path::new(path)).map_err(|error| chain(&error))
+    let path = std::str::from_utf8(path.as_bytes()).map_err(|_| usage())?;
+    run(Path::new(path)).map_err(failed)
 }

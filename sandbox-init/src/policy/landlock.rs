@@ -1,9 +1,10 @@
 //! The landlock domain of a sandbox: one ruleset, entered once by the spawner and inherited by all that runs below it.
 //!
 //! It is the second fence behind the mounts. It keeps writes where the profile says, refuses `mount` in any form,
-//! device commands outside of `/dev`, device nodes (also the 0:0 node, which an overlay takes for "deleted"), and
-//! from ABI 6 on abstract unix sockets and signals across the border of the domain: so nothing inside can signal
-//! process 1, whatever ids are in use.
+//! device nodes, from ABI 5 on device commands outside of `/dev`, and from ABI 6 on abstract unix sockets and signals
+//! across the border of the domain: so nothing inside can signal process 1, whatever ids are in use. The 0:0 node, which
+//! an overlay takes for "deleted", is a device node to some kernels and a regular file to others; it hides nothing but
+//! a file of the same sandbox.
 //!
 //! What the domain forbids includes opening files that are not below the root, whoever holds the directory: a process
 //! inside cannot open `cgroup.procs` of its slot, but can use a descriptor that was opened outside. The spawner is
@@ -404,20 +405,21 @@ mod tests {
     #[test]
     fn device_commands_work_below_dev_only_and_device_nodes_cannot_be_made() {
         let directory = tempfile::tempdir().expect("a directory");
-        let (node, new) = (directory.path().join("null"), directory.path().join("whiteout"));
+        let (node, new) = (directory.path().join("null"), directory.path().join("new"));
         let made = mknod(&node, SFlag::S_IFCHR, Mode::from_bits_truncate(0o666), makedev(1, 3));
         let usable = made.is_ok() && fs::File::open(&node).is_ok();
         let achieved = prepare(Profile::Standard, Path::new("/")).expect("a ruleset").achieved().clone();
 
-        let (in_dev, elsewhere, whiteout) = confined(Profile::Standard, Path::new("/"), move || {
+        let (in_dev, elsewhere, made) = confined(Profile::Standard, Path::new("/"), move || {
             let command = |path: &Path| fs::File::open(path).map(|file| isatty(&file));
-            let whiteout = mknod(&new, SFlag::S_IFCHR, Mode::from_bits_truncate(0o600), 0);
-            (command(Path::new("/dev/null")), command(&node), whiteout)
+            let made = mknod(&new, SFlag::S_IFCHR, Mode::from_bits_truncate(0o600), makedev(1, 3));
+            (command(Path::new("/dev/null")), command(&node), made)
         });
 
         // "Not a terminal" is the device's own answer, so the command has reached it.
         assert_eq!(in_dev.expect("/dev/null"), Ok(false));
-        assert_eq!(whiteout, Err(Errno::EACCES));
+        // The domain's answer, which comes before the kernel asks for the right to make nodes (EPERM).
+        assert_eq!(made, Err(Errno::EACCES));
         if usable && achieved.ioctl_dev {
             assert_eq!(elsewhere.expect("the node"), Err(Errno::EACCES));
         } else {

@@ -202,4 +202,23 @@ mod tests {
         remove_below(parent.path(), "s-1", 2_130_000_000, 65536);
         assert!(!sandbox.exists());
     }
+
+    #[test]
+    fn a_spool_of_a_group_outside_of_the_range_is_removed_whole() {
+        if !Uid::effective().is_root() {
+            println!("SKIPPED: needs root to own a foreign range");
+            return;
+        }
+        let parent = tempfile::tempdir().expect("temporary directory");
+        let sandbox = parent.path().join("s-1");
+        std::fs::create_dir_all(sandbox.join("output/below")).expect("mkdir");
+        std::fs::write(sandbox.join("output/stdout"), "x").expect("write");
+        std::fs::write(sandbox.join("output/below/stdout"), "x").expect("write");
+        let (keeper, runner) = (2_130_065_535, 64_013);
+        for path in ["output", "output/stdout", "output/below", "output/below/stdout"] {
+            std::os::unix::fs::chown(sandbox.join(path), Some(keeper), Some(runner)).expect("chown");
+        }
+        remove_below(parent.path(), "s-1", 2_130_000_000, 65536);
+        assert!(!sandbox.exists());
+    }
 }
