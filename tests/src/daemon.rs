@@ -18,7 +18,7 @@ use crate::faultproxy::FaultProxy;
 use crate::host;
 use crate::launcher::{Connection, RUNNER_UID, Setup};
 use crate::rootfs::Rootfs;
-use crate::runner::{binary, wait};
+use crate::runner::{binary, scaled, wait};
 
 /// Nothing that these suites wait for takes longer on a machine that is not broken.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -179,7 +179,7 @@ level = "info"
         let mut command = self.setup.command();
         command.stderr(self.log_file());
         let mut process = command.spawn().expect("the launcher starts");
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + scaled(PATIENCE);
         while Connection::greeted(&self.setup.socket()).is_err() {
             let status = process.try_wait().expect("own child");
             assert!(status.is_none(), "the launcher ended with {status:?}: {}", self.end_of_log());
@@ -222,7 +222,7 @@ level = "info"
                 self.runner = Some(command.spawn().expect("the runner starts"));
             }
         }
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + scaled(PATIENCE);
         while self.orchestrator.links() == links {
             let status = self.runner.as_mut().and_then(|process| process.try_wait().expect("own child"));
             assert!(status.is_none(), "the runner ended with {status:?}: {}", self.end_of_log());
@@ -352,7 +352,8 @@ impl Drop for Daemon {
 /// # Panics
 /// When it takes longer than [`PATIENCE`].
 pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("{what}: not within {PATIENCE:?}"))
+    let patience = scaled(PATIENCE);
+    tokio::time::timeout(patience, future).await.unwrap_or_else(|_| panic!("{what}: not within {patience:?}"))
 }
 
 /// The working directory of a session, seen from the host. It stays readable after the sandbox has gone, because an open

@@ -93,7 +93,7 @@ impl Snapshot {
 /// # Panics
 /// With every difference, when it does not.
 pub fn assert_restored(earlier: &Snapshot, directories: &[&Path], patience: Duration) {
-    let deadline = Instant::now() + patience;
+    let deadline = Instant::now() + crate::runner::scaled(patience);
     loop {
         let difference = Snapshot::take(directories).difference(earlier);
         if difference.is_empty() {
@@ -189,7 +189,7 @@ pub struct SandboxPids {
 /// When it does not appear.
 #[must_use]
 pub fn wait_for_sandbox(token: &str, patience: Duration) -> SandboxPids {
-    let deadline = Instant::now() + patience;
+    let deadline = Instant::now() + crate::runner::scaled(patience);
     loop {
         if let Some(found) = sandbox_with(token) {
             return found;

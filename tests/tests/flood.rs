@@ -14,7 +14,7 @@ use runner::dev::{Link, LinkSettings};
 use sandbox_runner_tests::daemon::{Daemon, MARKER, Options, Workspace, bash, within};
 use sandbox_runner_tests::host;
 use sandbox_runner_tests::needs_root;
-use sandbox_runner_tests::runner::{Caller, Exec, wait};
+use sandbox_runner_tests::runner::{Caller, Exec, scaled, wait};
 
 /// What buffers, allocators and page tables may add once a flood runs.
 const GROWTH: u64 = 16 << 20;
@@ -55,7 +55,7 @@ fn flood(caller: Caller, reader: Reader, seconds: u64) {
     let mut next = Duration::from_millis(500);
     let mut buffer = vec![0; 1 << 20];
     let mut at_end = false;
-    let patience = Duration::from_secs(seconds + 60);
+    let patience = Duration::from_secs(seconds) + scaled(Duration::from_secs(60));
     while !at_end {
         assert!(begin.elapsed() < patience, "the flood has no end");
         if reader == Reader::Stalled && read >= 1 << 20 && begin.elapsed() < Duration::from_secs(seconds) {
@@ -170,7 +170,7 @@ async fn daemon_flood(taker: Taker, time: Duration) {
         if let Ok(ended) = tokio::time::timeout(Duration::from_millis(20), &mut over).await {
             break ended.expect("an end");
         }
-        assert!(begin.elapsed() < time + Duration::from_secs(60), "the flood has no end");
+        assert!(begin.elapsed() < time + scaled(Duration::from_secs(60)), "the flood has no end");
     };
     let total = ended.streams.iter().map(|stream| stream.total_bytes).sum::<u64>();
     assert!(matches!(ended.outcome.and_then(|outcome| outcome.kind), Some(pb::outcome::Kind::TimedOut(_))));

@@ -140,5 +140,11 @@ impl Wire {
 }
 
 pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(Duration::from_secs(60), future).await.unwrap_or_else(|_| panic!("{what}: not within 60 s"))
+    let patience = Duration::from_secs(60) * patience();
+    tokio::time::timeout(patience, future).await.unwrap_or_else(|_| panic!("{what}: not within {patience:?}"))
+}
+
+/// How many times slower than a real one this machine is: `SANDBOX_TEST_PATIENCE`, for emulated ones.
+fn patience() -> u32 {
+    std::env::var("SANDBOX_TEST_PATIENCE").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
 }

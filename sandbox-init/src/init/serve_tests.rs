@@ -5,7 +5,7 @@ use proto::init::v1::{
 use sha2::{Digest as _, Sha256};
 
 use super::ExitReason;
-use super::testing::{Client, TestSandbox, bash, exec};
+use super::testing::{Client, TestSandbox, bash, exec, patience};
 
 fn snapshot(client: &mut Client) -> proto::init::v1::SnapshotReply {
     match client.ask(request::Body::Snapshot(Snapshot {})) {
@@ -223,7 +223,7 @@ fn late_output_goes_to_a_file_of_its_own_call() {
     let text = &result.finished.notes.iter().find(|note| note.kind() == NoteKind::ProcessesLeft).unwrap().text;
     let path = text.rsplit(' ').next().unwrap();
     std::fs::write(sandbox.work().join("go"), "").unwrap();
-    let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    let until = std::time::Instant::now() + patience();
     while std::fs::read_to_string(path).unwrap_or_default() != "late\n" {
         assert!(std::time::Instant::now() < until, "nothing late in {path}");
         std::thread::sleep(std::time::Duration::from_millis(5));
@@ -414,7 +414,7 @@ fn a_long_call_has_a_file_that_can_be_read_along() {
     let mut client = sandbox.connect(1);
     let call = client.call(exec(&["sh", "-c", "echo early; while [ ! -e go ]; do sleep 0.01; done"]));
     let call_id = client.start(call);
-    let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    let until = std::time::Instant::now() + patience();
     let path = loop {
         let calls = snapshot(&mut client).calls;
         if let Some(path) =
@@ -425,7 +425,11 @@ fn a_long_call_has_a_file_that_can_be_read_along() {
         assert!(std::time::Instant::now() < until, "no file was made");
         std::thread::sleep(std::time::Duration::from_millis(10));
     };
-    assert_eq!(std::fs::read_to_string(&path).unwrap(), "early\n");
+    // The file is made after a time, whether or not there is anything to put into it yet.
+    while std::fs::read_to_string(&path).unwrap() != "early\n" {
+        assert!(std::time::Instant::now() < until, "the output does not reach the file");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
     std::fs::write(sandbox.work().join("go"), "").unwrap();
     let result = client.finish(&call_id);
     assert_eq!((result.text().as_str(), result.finished.streams[0].spool_path.as_str()), ("early\n", path.as_str()));
@@ -442,7 +446,7 @@ fn the_dead_man_deadline_ends_the_sandbox_and_every_process() {
     let boottime_ns = super::clock::now() + 30_000_000;
     client.done(request::Body::Deadline(proto::init::v1::Deadline { boottime_ns }));
     assert_eq!(sandbox.join(), ExitReason::DeadlinePassed);
-    let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    let until = std::time::Instant::now() + patience();
     loop {
         // A killed process is seen for a moment longer, and as a zombie until this test process ends.
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim())).unwrap_or_default();

@@ -4,11 +4,11 @@ use std::time::{Duration, Instant};
 use proto::init::v1::{Bash, CancelMode, NoteKind, OutputMode, StartCall, Stream, outcome::Kind, request, start_call};
 
 use super::slot::Slots;
-use super::testing::{Client, TestResult, TestSandbox, bash};
+use super::testing::{Client, TestResult, TestSandbox, bash, patience, scaled};
 
 /// Waits until `path` exists.
 fn wait_for_file(path: &Path) {
-    let until = Instant::now() + Duration::from_secs(20);
+    let until = Instant::now() + patience();
     while !path.exists() {
         assert!(Instant::now() < until, "{} was not made", path.display());
         std::thread::sleep(Duration::from_millis(2));
@@ -23,7 +23,7 @@ fn interrupted(sandbox: &TestSandbox, client: &mut Client, command: &str) -> Tes
     wait_for_file(&ready);
     // An interrupt that reaches bash between two commands, or a subshell that is still being made, is another case: bash
     // itself may then let the list go on. This one is meant to reach what comes after the file.
-    std::thread::sleep(Duration::from_millis(60));
+    std::thread::sleep(scaled(Duration::from_millis(60)));
     client.cancel(&call_id, CancelMode::Interrupt);
     client.finish(&call_id)
 }
@@ -332,7 +332,7 @@ fn a_shell_that_died_between_two_commands_is_replaced_and_the_next_result_says_s
     let sandbox = TestSandbox::start();
     let mut client = sandbox.connect(1);
     client.bash("cd /usr; (sleep 0.05; kill -9 $$; echo x >/dev/null) & disown");
-    let until = Instant::now() + Duration::from_secs(20);
+    let until = Instant::now() + patience();
     loop {
         let result = client.bash("pwd");
         assert_eq!(result.text(), "/usr\n");

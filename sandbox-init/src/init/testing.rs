@@ -19,8 +19,15 @@ use super::local_spawner::LocalSpawner;
 use super::slot::Slots;
 use super::{Context, ExitReason, run};
 
-/// How long a test waits for something before it fails.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Nothing takes so long.
+pub(crate) fn patience() -> Duration {
+    scaled(Duration::from_secs(30))
+}
+
+/// A time on this machine. `SANDBOX_TEST_PATIENCE` says how many times slower than a real one an emulated one is.
+pub(crate) fn scaled(time: Duration) -> Duration {
+    time * std::env::var("SANDBOX_TEST_PATIENCE").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
+}
 
 /// A sandbox without a sandbox: the engine in a thread, processes of this machine.
 pub(crate) struct TestSandbox {
@@ -98,7 +105,7 @@ impl TestSandbox {
     pub(crate) fn connect_silently(&self, generation: u64) -> Client {
         let socket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
         connect(socket.as_raw_fd(), &UnixAddr::new(&self.directory.path().join("socket")).unwrap()).unwrap();
-        let timeout = nix::sys::time::TimeVal::new(i64::try_from(PATIENCE.as_secs()).unwrap(), 0);
+        let timeout = nix::sys::time::TimeVal::new(i64::try_from(patience().as_secs()).unwrap(), 0);
         nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::ReceiveTimeout, &timeout).unwrap();
         Client { socket, next_request: 1, next_call: 1, generation, events: Vec::new() }
     }
@@ -205,7 +212,7 @@ impl Client {
 
     /// Waits for an event.
     pub(crate) fn wait_for<Wanted>(&mut self, pick: impl Fn(&frame::Body) -> Option<Wanted>) -> Wanted {
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + patience();
         loop {
             if let Some(at) = self.events.iter().position(|event| pick(event).is_some()) {
                 return pick(&self.events.remove(at)).unwrap();
@@ -306,7 +313,7 @@ impl Client {
 
     /// Waits until a running call has printed `text`.
     pub(crate) fn wait_for_output(&mut self, call_id: &str, text: &str) {
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + patience();
         loop {
             let data = self.read_output(call_id, Stream::Stdout, 0, 65536);
             if String::from_utf8_lossy(&data.data).contains(text) {
@@ -367,7 +374,7 @@ fn make_cgroup() -> Option<PathBuf> {
 }
 
 fn remove_cgroup(path: &Path) {
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + patience();
     loop {
         for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
             let _ = std::fs::write(entry.path().join("cgroup.kill"), "1");
