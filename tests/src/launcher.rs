@@ -241,7 +241,15 @@ impl Connection {
     /// # Errors
     /// When the launcher does not welcome us.
     pub fn greeted(path: &Path) -> anyhow::Result<Self> {
-        let connection = Self::open(path)?;
+        Self::greeted_as(path, RUNNER_UID)
+    }
+
+    /// The same with another uid.
+    ///
+    /// # Errors
+    /// When the launcher does not welcome us.
+    pub fn greeted_as(path: &Path, uid: u32) -> anyhow::Result<Self> {
+        let connection = Self::open_as(path, uid)?;
         match connection.ask(request::Body::Hello(Hello { major: 1 }))?.body {
             Some(reply::Body::Welcome(_)) => Ok(connection),
             other => bail!("no welcome but {other:?}"),
