@@ -18,7 +18,7 @@ use sandbox_runner_tests::runner::{Caller, Exec, scaled, wait};
 
 /// What buffers, allocators and page tables may add once a flood runs.
 const GROWTH: u64 = 16 << 20;
-/// More than the head and tail that are kept of a stream, and far less than a second of the flood.
+/// More than the quarter of the disk limit that output may take, and far less than a second of the flood.
 const ON_DISK: u64 = 256 << 20;
 /// Exit code of `exec` for a command that reached its time limit.
 const TIMED_OUT: i32 = 124;
@@ -45,7 +45,7 @@ fn on_disk(directory: &Path) -> u64 {
 }
 
 fn flood(caller: Caller, reader: Reader, seconds: u64) {
-    let exec = Exec::new(caller).option("--timeout", format!("{seconds}s"));
+    let exec = Exec::new(caller).option("--timeout", format!("{seconds}s")).option("--disk", "512M");
     let mut child =
         exec.command(["yes", "0123456789abcdef0123456789abcdef0123456789abcdef"]).spawn().expect("the command starts");
     let mut stdout = child.stdout.take().expect("a pipe");

@@ -165,17 +165,22 @@ async fn storm(kills: u64) {
 async fn assert_works(daemon: &mut Daemon) {
     let mut attempts = 0;
     let session = loop {
-        // Who was killed last may still be about to end, and is started again then.
+        // Who was killed last may still be about to end, and is started again then; a session may begin before that.
         daemon.tend().await;
         attempts += 1;
         let request = pb::OpenSession { session_id: format!("afterwards-{attempts}"), ..Default::default() };
-        match within("session", daemon.orchestrator.open_session(request)).await {
-            Ok(session) => break session,
-            Err(error) => assert!(attempts < 5, "{error}: {}", daemon.end_of_log()),
-        }
+        let error = match within("session", daemon.orchestrator.open_session(request)).await {
+            Ok(session) => match within("last call", session.bash(&format!("last-{attempts}"), "echo alive")).await {
+                Ok(finished) if finished.streams.get(&1).is_some_and(|stream| stream.bytes == b"alive\n") => {
+                    break session;
+                }
+                Ok(finished) => format!("{:?}", finished.message.outcome),
+                Err(error) => error.to_string(),
+            },
+            Err(error) => error.to_string(),
+        };
+        assert!(attempts < 5, "{error}: {}", daemon.end_of_log());
     };
-    let finished = within("last call", session.bash("afterwards", "echo alive")).await.expect("the last call");
-    assert_eq!(finished.streams[&1].bytes, b"alive\n");
     within("close", session.close(Duration::ZERO)).await.expect("the session ends");
     within("empty launcher", async {
         while !daemon.sandboxes().is_empty() {

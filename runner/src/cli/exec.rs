@@ -389,7 +389,7 @@ async fn print_up_to(
         let from = output.position(stream);
         let chunk = sandbox.read_output(call_id, stream, from, limits::CHUNK_BYTES).await.map_err(ExecError::Call)?;
         if chunk.offset > from {
-            say(&format!("sandbox-runner: note: {} bytes of output were dropped here", chunk.offset - from));
+            output.dropped[index(stream)] += chunk.offset - from;
         }
         if chunk.bytes.is_empty() {
             output.skip_to(stream, if chunk.end { total } else { chunk.offset });
@@ -406,11 +406,13 @@ struct Output {
     positions: [u64; 2],
     kept: [Vec<u8>; 2],
     cut: [bool; 2],
+    /// Bytes that were gone before they could be printed.
+    dropped: [u64; 2],
 }
 
 impl Output {
     fn new(json: bool) -> Self {
-        Self { json, positions: [0; 2], kept: [Vec::new(), Vec::new()], cut: [false; 2] }
+        Self { json, positions: [0; 2], kept: [Vec::new(), Vec::new()], cut: [false; 2], dropped: [0; 2] }
     }
 
     fn position(&self, stream: Stream) -> u64 {
@@ -446,6 +448,15 @@ impl Output {
     }
 
     async fn finish(&self, end: &CallEnd, receipt: &Receipt) -> Result<(), ExecError> {
+        for (name, dropped) in ["standard output", "standard error"].into_iter().zip(self.dropped) {
+            // Once: a flood has a hole at every look, and whoever does not read our notes must not be held up by them.
+            if dropped > 0 {
+                say(&format!(
+                    "sandbox-runner: note: {dropped} bytes of {name} were dropped: they were written faster than read, and \
+                     exceed what a quarter of --disk keeps"
+                ));
+            }
+        }
         if !self.json {
             return Ok(());
         }
