@@ -157,8 +157,16 @@ async fn storm(kills: u64) {
     daemon.end_with_nothing_left();
     drop(daemon);
     host::assert_restored(&before, &[], PATIENCE);
-    let left: Vec<_> = host::namespaces(&foreign).difference(&namespaces).cloned().collect();
-    assert!(left.is_empty(), "namespaces are left: {left:?}");
+    // A namespace is gone when its last process has been reaped, which may be a moment later.
+    let begin = std::time::Instant::now();
+    loop {
+        let left: Vec<_> = host::namespaces(&foreign).difference(&namespaces).cloned().collect();
+        if left.is_empty() {
+            return;
+        }
+        assert!(begin.elapsed() < PATIENCE, "namespaces are left: {left:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// After all of it a new session works, and nothing of the others is left in the launcher.

@@ -21,8 +21,8 @@ use super::registry::Registry;
 use super::{Outputs, present};
 use crate::journal::{Journal, JournalError};
 use crate::work::{
-    BoxFuture, CallEnd, CallId, CallResult, Progress, Sandbox, SandboxId, SandboxRequest, Sandboxes, SessionId,
-    SessionOpen, Stream, StreamSummary, ToolFailure, ToolInput, ToolResult, Update, WorkItem, limits,
+    BoxFuture, CallEnd, CallId, CallResult, Code, Gate, Progress, Sandbox, SandboxId, SandboxRequest, Sandboxes,
+    SessionId, SessionOpen, Stream, StreamSummary, ToolFailure, ToolInput, ToolResult, Update, WorkItem, limits,
 };
 use board::{Board, Line};
 pub use view::{View, ViewCall, ViewSession};
@@ -396,12 +396,13 @@ impl Loop {
                 };
                 self.outputs.insert_call(call_id.clone(), Arc::clone(&sandbox));
                 let observer = Board::observer(&self.board, session_id, call_id.clone());
+                let has_gate = call.gate == Gate::Held;
                 let prepared = sandbox.start_call(call, observer);
-                self.beside(prepared, |result| {
-                    Done::Input(match result {
-                        Ok(()) => Input::Prepared { call_id },
-                        Err(failure) => Input::PrepareFailed { call_id, failure },
-                    })
+                self.beside(prepared, move |result| match result {
+                    Ok(()) => Done::Input(Input::Prepared { call_id }),
+                    // Without a gate the call may have run before its sandbox was lost; what the loss brings settles it.
+                    Err(failure) if failure.code == Code::SandboxLost && !has_gate => Done::Nothing,
+                    Err(failure) => Done::Input(Input::PrepareFailed { call_id, failure }),
                 });
             }
             Action::Go { session_id, call_id } => {

@@ -16,6 +16,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{Pid, read};
 use prost::Message as _;
 
+use crate::sys::process::pidfd_signal;
 use crate::sys::socket::{Packet, receive, send};
 
 use super::event::Key;
@@ -76,6 +77,8 @@ pub(crate) enum Look {
 impl ToolWorker {
     /// Hands it a call. On failure it has not seen it.
     pub(crate) fn ask(&self, request: &ToolRequest) -> nix::Result<()> {
+        // The workload may have stopped it, which is one of its own, with everything else (`kill -STOP -1`).
+        let _ = pidfd_signal(self.pidfd.as_fd(), nix::libc::SIGCONT);
         let encoded = request.encode_to_vec();
         if encoded.len() <= INLINE_BYTES {
             return send(&self.socket, &encoded, &[]);
