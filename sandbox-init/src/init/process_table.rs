@@ -29,6 +29,12 @@ impl ProcessTable {
         self.by_pid.values()
     }
 
+    /// How many processes of the table are above this one.
+    pub(crate) fn depth(&self, pid: Pid) -> usize {
+        let parent = |pid: &Pid| self.by_pid.get(pid).map(|process| process.parent);
+        std::iter::successors(parent(&pid), parent).take(self.by_pid.len()).count()
+    }
+
     /// When this process was started.
     pub(crate) fn start_time(&self, pid: Pid) -> Option<u64> {
         self.by_pid.get(&pid).map(|process| process.start_time)

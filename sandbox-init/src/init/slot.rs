@@ -108,6 +108,36 @@ struct Cgroup {
     pids_events: Option<File>,
 }
 
+/// A slot whose processes do not run until this is dropped (`cgroup.freeze`, Documentation/admin-guide/cgroup-v2.rst).
+struct Standstill(Option<File>);
+
+impl Standstill {
+    /// The kernel stops processes one by one, which takes less than a millisecond; one that is busy in the kernel is not
+    /// waited for.
+    fn begin(cgroup: &Cgroup) -> Self {
+        let mut switch = open_write(&cgroup.directory, "cgroup.freeze");
+        if switch.as_mut().is_none_or(|file| file.write_all(b"1").is_err()) {
+            return Self(None);
+        }
+        for _ in 0..20 {
+            if read_at(&cgroup.directory, "cgroup.events").lines().any(|line| line == "frozen 1") {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_micros(200));
+        }
+        Self(switch)
+    }
+}
+
+impl Drop for Standstill {
+    fn drop(&mut self) {
+        if let Some(file) = &mut self.0 {
+            // The same file took the other value a moment ago.
+            let _ = file.write_all(b"0");
+        }
+    }
+}
+
 /// Slots of finished calls that may keep processes; beyond it the oldest is killed.
 const LEFT_LIMIT: usize = 64;
 
@@ -315,18 +345,28 @@ impl Slots {
                 && !all_roots.iter().any(|root| descends_from(process.pid, *root, &table))
                 && descends_from(process.pid, me, &table)
         };
-        table.iter().filter(|process| !process.is_zombie && mine(process)).map(|process| process.pid).collect()
+        let mut found: Vec<Pid> =
+            table.iter().filter(|process| !process.is_zombie && mine(process)).map(|process| process.pid).collect();
+        // Parents first, of children the youngest first: see `signal`.
+        found.sort_by_key(|pid| (table.depth(*pid), std::cmp::Reverse(pid.as_raw())));
+        found
     }
 
-    /// Sends a signal to every process of a slot except one, to the youngest first: of a pipeline the last member decides
-    /// the status, and it must not end by itself because an earlier one was hit before it.
+    /// Sends a signal to every process of a slot except one.
+    ///
+    /// A shell in there must have it before its child dies of it, or it goes on with the rest of its list; and the last member
+    /// of a pipeline must not end by itself because an earlier one was hit before it. So the slot stands still meanwhile;
+    /// where that is not to be had, parents come first and of children the youngest.
     pub(crate) fn signal(&self, id: SlotId, signal: Signal, except: Option<Pid>) {
-        for pid in self.processes(id).into_iter().rev() {
+        let cgroup = self.slots.get(&id).and_then(|slot| slot.cgroup.as_ref()).filter(|_| signal != Signal::SIGKILL);
+        let still = cgroup.map(Standstill::begin);
+        for pid in self.processes(id) {
             if Some(pid) != except {
                 // A process that has just ended is what we wanted.
                 let _ = kill(pid, signal);
             }
         }
+        drop(still);
     }
 
     /// Kills every process of a slot.
