@@ -3,7 +3,7 @@
 //! It answers three questions: which piece of output is due next under the credit there is, what to tell a new link
 //! about the state of things, and when a call is delivered in full, so that it may be forgotten everywhere.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use proto::runner::v1 as pb;
@@ -217,9 +217,11 @@ impl Book {
     /// A new link: output is sent again from what is acknowledged.
     pub(super) fn link_opened(&mut self, link_credit: u64, call_credit: Option<u64>) {
         (self.link_max, self.link_sent, self.call_max) = (link_credit, 0, call_credit);
-        self.due.clear();
-        let ids: Vec<_> = self.calls.keys().cloned().collect();
-        for call_id in ids {
+        // Whose turn it was keeps it: where links are short, those at the end of a fixed order would never get one.
+        let mut order: Vec<_> = self.due.drain(..).filter(|call_id| self.calls.contains_key(call_id)).collect();
+        let turn: BTreeSet<_> = order.iter().cloned().collect();
+        order.extend(self.calls.keys().filter(|call_id| !turn.contains(*call_id)).cloned());
+        for call_id in order {
             if let Some(call) = self.calls.get_mut(&call_id) {
                 (call.reading, call.credit, call.last_sent) = (false, None, None);
                 for stream in &mut call.streams {
@@ -559,6 +561,24 @@ mod tests {
         book.output_acknowledged(&call(), Stream::Stdout, 20);
         book.link_opened(1 << 20, None);
         assert_eq!(read(&mut book, NOW).unwrap().offset, 20);
+    }
+
+    #[test]
+    fn calls_keep_their_turn_over_short_links() {
+        let mut book = book(1 << 20, 1 << 20);
+        let other = CallId::new("d").unwrap();
+        book.call_requested(other.clone(), SessionId::new("s").unwrap(), RequestDigest([2; 32]), false);
+        let mut lengths = StreamLengths::default();
+        lengths.advance(Stream::Stdout, 1 << 20);
+        book.advanced(&other, &lengths);
+        let first = read(&mut book, NOW).unwrap();
+
+        book.link_opened(1 << 20, None);
+        let second = read(&mut book, NOW).unwrap();
+        book.link_opened(1 << 20, None);
+        let third = read(&mut book, NOW).unwrap();
+
+        assert_eq!([first.call_id, second.call_id, third.call_id], [call(), other, call()]);
     }
 
     #[test]
