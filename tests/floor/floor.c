@@ -645,6 +645,9 @@ static _Noreturn void sleepers(int count) {
     for (;;) pause();
 }
 
+/* Interrupts what waits, which then ends in order: a program that dies of a signal removes no cgroup. */
+static void wake(int number) { (void)number; }
+
 int main(int argc, char **argv) {
     const char *slash = argc > 0 ? strrchr(argv[0], '/') : NULL;
     const char *name = slash ? slash + 1 : argc > 0 ? argv[0] : "";
@@ -679,6 +682,10 @@ int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOFBF, 0);
     prepare();
     atexit(clean_up);
+    /* SIGPIPE as well: whoever started this may be gone in the middle of an answer. A program executed from here is not
+       affected, because handlers do not survive execve. */
+    struct sigaction action = {.sa_handler = wake};
+    for (int k = 0; k < 4; k++) sigaction((int[]){SIGTERM, SIGINT, SIGHUP, SIGPIPE}[k], &action, NULL);
     if (!strcmp(mode, "serve")) serve();
     else if (!strcmp(mode, "compare")) compare(&o, argc - i, argv + i);
     else if (!strcmp(mode, "kill")) create_alone(&o, o.sleepers);
