@@ -148,19 +148,26 @@ fn nothing_is_left_when_the_workload_is_killed() {
 /// as on a host that has too little.
 struct ShortOfMemory {
     directory: std::path::PathBuf,
+    /// Where a process goes. In the unified tree a leaf by this name, so that the groups of the sandbox are made beside it,
+    /// below the limit, and not at the root of the tree.
+    members: std::path::PathBuf,
 }
 
 impl ShortOfMemory {
     fn new(bytes: u64) -> Option<Self> {
         let name = format!("sbr-short-{}", std::process::id());
-        let make = |root: &str, file: &str| {
+        let make = |root: &str, leaf: &str, file: &str| {
             let directory = Path::new(root).join(&name);
             std::fs::create_dir(&directory).ok()?;
-            let group = Self { directory };
+            let group = Self { members: directory.join(leaf), directory };
+            if !leaf.is_empty() {
+                std::fs::create_dir(&group.members).ok()?;
+            }
             std::fs::write(group.directory.join(file), bytes.to_string()).ok()?;
             Some(group)
         };
-        make("/sys/fs/cgroup/memory", "memory.limit_in_bytes").or_else(|| make("/sys/fs/cgroup", "memory.max"))
+        make("/sys/fs/cgroup/memory", "", "memory.limit_in_bytes")
+            .or_else(|| make("/sys/fs/cgroup", "launcher", "memory.max"))
     }
 
     fn limit(&self, bytes: u64) {
@@ -176,7 +183,12 @@ impl ShortOfMemory {
 impl Drop for ShortOfMemory {
     fn drop(&mut self) {
         let deadline = Instant::now() + PATIENCE;
-        while std::fs::remove_dir(&self.directory).is_err() {
+        let gone = || {
+            // The leaf may have gone the time before.
+            let _ = (self.members != self.directory).then(|| std::fs::remove_dir(&self.members));
+            std::fs::remove_dir(&self.directory).is_ok()
+        };
+        while !gone() {
             // A group of a sandbox that stays in it keeps it from going.
             if Instant::now() > deadline {
                 assert!(std::thread::panicking(), "something is left in {}", self.directory.display());
@@ -202,7 +214,7 @@ fn nothing_is_left_when_the_host_runs_out_of_memory() {
     let inner = exec.command([PROBER, "memory", "1500"]);
     let mut command = std::process::Command::new("sh");
     command.arg("-c").arg("echo $$ > \"$1\" && shift && exec \"$@\"").arg("sh");
-    command.arg(group.directory.join("cgroup.procs")).arg(inner.get_program()).args(inner.get_args());
+    command.arg(group.members.join("cgroup.procs")).arg(inner.get_program()).args(inner.get_args());
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     let mut child = Sleeping(command.spawn().expect("sh starts"));
 

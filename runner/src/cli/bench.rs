@@ -154,8 +154,7 @@ fn try_run(arguments: &BenchArguments) -> Result<(), Failure> {
         say(&format!("sandbox-runner: {name} is left out: {reason}"));
     }
     let started = start(arguments, settings.tree.as_deref())?;
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(Failure::Runtime)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Failure::Runtime)?;
     let rounds = usize::try_from(arguments.rounds).unwrap_or(usize::MAX);
     let pattern = arguments.pattern.clone();
     let (wanted, directory) = (arguments.goals.clone(), certificates.path().to_owned());

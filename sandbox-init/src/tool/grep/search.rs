@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io,
+    io::{self, Read},
     os::{
         fd::{AsFd, OwnedFd},
         unix::ffi::OsStrExt,
@@ -49,7 +49,8 @@ impl Search {
     /// Searches one file that was named; its lines carry no name, and it is searched even if it is binary.
     pub(crate) fn single(&self, file: &File) {
         let mut worker = self.worker(BinaryDetection::convert(b'\0'));
-        worker.search(file, None, Path::new(""));
+        // One file, so whatever its length does to the searcher, no other file sees it.
+        worker.search(file, 0, None, Path::new(""));
     }
 
     /// Searches the tree at `path`, which `root` holds open.
@@ -144,15 +145,16 @@ impl Worker {
         let Ok(entry) = entry else { return WalkState::Continue };
         if entry.file_type().is_some_and(|kind| kind.is_file())
             && !self.collector.is_beyond(entry.path())
-            && let Some(file) = open_regular(root, base, entry.path())
+            && let Some((file, length)) = open_regular(root, base, entry.path())
         {
-            self.search(&file, Some(entry.path()), entry.path());
+            self.search(&file, length, Some(entry.path()), entry.path());
         }
         WalkState::Continue
     }
 
-    /// Collects the matching lines of `file`; `label` goes in front of each, `key` is its position in the result.
-    fn search(&mut self, file: &File, label: Option<&Path>, key: &Path) {
+    /// Collects the matching lines of `file`, which had `length` bytes when it was opened; `label` goes in front of each,
+    /// `key` is its position in the result.
+    fn search(&mut self, file: &File, length: u64, label: Option<&Path>, key: &Path) {
         self.lines.clear();
         let mut sink = Lines {
             label: label.map(|path| path.as_os_str().as_bytes()),
@@ -163,23 +165,44 @@ impl Worker {
             lines: &mut self.lines,
         };
         // A read that fails in the middle ends the file; the lines before it stay.
-        let _ = self.searcher.search_file(&self.matcher, file, &mut sink);
+        let whole = Whole { file, left: (length > 0).then_some(length) };
+        let _ = self.searcher.search_reader(&self.matcher, whole, &mut sink);
         if !self.lines.is_empty() {
             self.collector.add(key, &self.lines);
         }
         // A long line makes the searcher read in larger pieces from then on, and a NUL is noticed a piece at a time. With
         // a new searcher the result for a file does not depend on the files before it.
-        if file.metadata().is_ok_and(|metadata| metadata.len() > READ_BYTES) {
+        if length > READ_BYTES {
             self.searcher = searcher(self.searcher.binary_detection().clone());
         }
     }
 }
 
-fn open_regular(root: &OwnedFd, base: &Path, path: &Path) -> Option<File> {
+/// A file as long as it was when it was opened: its end is known, so nobody has to read beyond it to find out.
+struct Whole<'a> {
+    file: &'a File,
+    /// Bytes until the end; `None` where the length says nothing, as in /proc.
+    left: Option<u64>,
+}
+
+impl Read for Whole<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.left == Some(0) {
+            return Ok(0);
+        }
+        let length = self.file.read(buffer)?;
+        self.left = self.left.map(|left| left.saturating_sub(length as u64));
+        Ok(length)
+    }
+}
+
+/// The file and its length.
+fn open_regular(root: &OwnedFd, base: &Path, path: &Path) -> Option<(File, u64)> {
     let relative = path.strip_prefix(base).ok()?;
     let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
     let file = open_beneath(root.as_fd(), relative, flags).ok()?;
-    is_regular(&fstat(&file).ok()?).then(|| File::from(file))
+    let status = fstat(&file).ok()?;
+    is_regular(&status).then(|| (File::from(file), u64::try_from(status.st_size).unwrap_or(0)))
 }
 
 /// Writes `path:number:line`.
