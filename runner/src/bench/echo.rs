@@ -58,8 +58,11 @@ impl Echo {
         let acceptor = TlsAcceptor::from(Arc::new(config));
         let (sender, connections) = mpsc::channel::<std::io::Result<Connection>>(1);
         tokio::spawn(async move {
-            // One connection is all there will be.
-            let _ = sender.send(accept_one(&listener, acceptor).await).await;
+            // One connection is all there will be, but a server whose connections have an end turns new streams away, also
+            // those of the connection it has.
+            if sender.send(accept_one(&listener, acceptor).await).await.is_ok() {
+                sender.closed().await;
+            }
         });
         let service = RunnerLinkServiceServer::new(Answering).max_decoding_message_size(TRANSPORT_BYTES);
         let serving = Server::builder()

@@ -101,6 +101,7 @@ impl Engine {
         if let Some(body) = running.shell() {
             body.nonce = Some(files.nonce);
         }
+        self.attend();
         if !is_fed {
             // Its end, which this brings about, is handled like any other end of a shell.
             self.kill_shell();

@@ -29,6 +29,8 @@ use super::{Context, ExitReason};
 
 /// Requests of one wake-up; the rest waits for the next, so that output is read in between.
 const REQUESTS_PER_WAKE: usize = 32;
+/// How long the answer to a call is looked for without sleeping. A short command of a shell takes a tenth of a millisecond.
+const ATTENTION: u64 = MILLISECOND / 5;
 /// How often slots of finished calls are looked at again.
 const SWEEP_INTERVAL: u64 = 500 * MILLISECOND;
 
@@ -61,6 +63,8 @@ pub(crate) struct Engine {
     pub(super) alone_since: Option<Moment>,
     pub(super) shutdown: Option<Shutdown>,
     pub(super) next_sweep: Option<Moment>,
+    /// Until then the loop does not sleep while a call runs.
+    attentive_until: Moment,
     /// The slot for which a spare process was ordered last.
     parked_in: Option<SlotId>,
     /// The worker of the file tools while no call is with it.
@@ -155,6 +159,7 @@ impl Engine {
             alone_since: Some(now()),
             shutdown: None,
             next_sweep: None,
+            attentive_until: 0,
             parked_in: None,
             worker: None,
             worker_needs_mark: false,
@@ -187,8 +192,7 @@ impl Engine {
                 self.tear_down();
                 return reason;
             }
-            let timeout = self.sleep_until(self.next_due());
-            let count = match self.epoll.wait(&mut events, timeout) {
+            let count = match self.wait(&mut events) {
                 Ok(count) => count,
                 Err(Errno::EINTR) => 0,
                 Err(error) => {
@@ -202,6 +206,24 @@ impl Engine {
                 }
             }
         }
+    }
+
+    /// Waits for events. Right after a call was handed on it looks again and again for a moment, because waking a process
+    /// whose processor has gone to sleep takes longer than most short commands; whoever else can run there goes first.
+    fn wait(&mut self, events: &mut [EpollEvent]) -> nix::Result<usize> {
+        while now() < self.attentive_until && self.has_running() {
+            match self.epoll.wait(events, EpollTimeout::ZERO)? {
+                0 => nix::sched::sched_yield()?,
+                count => return Ok(count),
+            }
+        }
+        let timeout = self.sleep_until(self.next_due());
+        self.epoll.wait(events, timeout)
+    }
+
+    /// A call was handed on: its answer is awaited attentively.
+    pub(super) fn attend(&mut self) {
+        self.attentive_until = now().saturating_add(ATTENTION);
     }
 
     /// How long to wait for events. What is due within a second is a timeout, which costs nothing; only for the rest the

@@ -67,6 +67,7 @@ impl Engine {
         if let Some(call) = self.calls.get_mut(&key) {
             call.phase = Phase::Running(Box::new(running));
         }
+        self.attend();
         true
     }
 
