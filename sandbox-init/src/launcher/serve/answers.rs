@@ -1,0 +1,75 @@
+//! Privileged by its place only: the words of the answers, and of the refusals that more than one request can get.
+
+use proto::launch::v1 as wire;
+use proto::launch::v1::reply::Body as Answer;
+
+use super::process::Process;
+use crate::launcher::background::{chain, root_errno};
+use crate::launcher::cgroup::Tree;
+use crate::launcher::shape::Shape;
+use crate::launcher::validate::refusal;
+
+/// The sandboxes that are ready.
+pub(super) fn sandbox_list<'a>(processes: impl Iterator<Item = &'a Process>) -> Answer {
+    Answer::SandboxList(wire::SandboxList { sandboxes: processes.filter_map(entry).collect() })
+}
+
+fn entry(process: &Process) -> Option<wire::SandboxEntry> {
+    Some(wire::SandboxEntry {
+        sandbox_id: process.sandbox_id()?.to_owned(),
+        socket_name: format!("{}.sock", process.name),
+        pid: u32::try_from(process.pid).unwrap_or(0),
+        adopted: process.adopted,
+        id_base: process.slot.base,
+    })
+}
+
+/// What one sandbox uses now.
+pub(super) fn inspection(tree: &Tree, process: &Process) -> Answer {
+    let account = tree.account(&process.name);
+    Answer::Inspection(wire::SandboxInspection {
+        sandbox_id: process.sandbox_id().unwrap_or_default().to_owned(),
+        memory_bytes: account.memory_bytes,
+        memory_peak_bytes: account.memory_peak_bytes,
+        oom_kills: account.oom_kills,
+        pids: account.pids,
+        pids_refused: account.pids_refused,
+        cpu_usec: account.cpu_usec,
+        limits: Some(wire::Limits {
+            memory_bytes: account.memory_limit,
+            pids: account.pids_limit,
+            cpu_millis: 0,
+            disk_bytes: 0,
+        }),
+        host_pids: tree.processes(&process.name),
+    })
+}
+
+/// Nothing here has this id.
+pub(super) fn unknown(sandbox_id: &str) -> Answer {
+    Answer::Failure(refusal("SANDBOX_UNKNOWN", format!("there is no sandbox {sandbox_id:?}"), "list the sandboxes"))
+}
+
+/// Why there is no place for one sandbox more.
+pub(super) fn no_slot_left(shape: Shape) -> wire::Failure {
+    match shape {
+        Shape::Nested => refusal(
+            "NO_SLOT",
+            "this container allows no namespace, so it holds one sandbox at a time, and that one is in use",
+            "end it first, start another container, or give this one what the tier pod needs",
+        ),
+        Shape::Privileged | Shape::Unprivileged => no_slot("every id range is in use"),
+    }
+}
+
+/// No place, for a reason of this moment.
+pub(super) fn no_slot(message: &str) -> wire::Failure {
+    refusal("NO_SLOT", message, "end a sandbox or raise ids.slots in the policy file")
+}
+
+/// A step of the host failed: what it was, with all its causes and the errno.
+pub(super) fn host_error(error: &(dyn std::error::Error + 'static)) -> wire::Failure {
+    let mut failure = refusal("HOST_ERROR", chain(error), "run `sandbox-runner doctor`");
+    failure.errno = root_errno(error);
+    failure
+}
