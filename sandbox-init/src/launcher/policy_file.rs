@@ -288,10 +288,11 @@ fn check(policy: &Policy) -> Option<String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    const GOOD: &str = r#"
+    /// A policy in which nothing is wrong.
+    pub(in crate::launcher) const GOOD: &str = r#"
         version = 1
         runner_uid = 7
         runner_gid = 7

@@ -13,6 +13,7 @@ use super::answers::unknown;
 use super::process::Phase;
 use super::{End, Launcher};
 use crate::launcher::background::{Order, chain};
+use crate::launcher::ids::Slot;
 use crate::launcher::shape::Shape;
 use crate::launcher::validate::refusal;
 use crate::sys::process::pidfd_signal;
@@ -76,27 +77,27 @@ impl Launcher<'_> {
                 (None, None)
             }
         };
-        let order = Order {
-            remove: process.name.clone(),
-            slot: process.slot.number,
-            base: process.slot.base,
-            count: process.slot.count,
-            ..Order::default()
-        };
-        self.order(&order);
+        let removed = self.remove(process.name.clone(), process.slot);
         let ended = sandbox_id.map(|sandbox_id| wire::SandboxEnded { sandbox_id, wait_status: status, oom_kills });
         let farewell = Farewell { ended, answer };
-        // Without the background process nobody will report the removal, and nobody may wait for it.
-        let removed = !self.background_gone;
         if removed && self.parts.shape == Shape::Nested {
             // Others of the sandbox may outlive its process 1 for a moment: nobody is told before they are gone.
-            self.farewells.insert(process.name.clone(), farewell);
+            self.farewells.insert(process.name, farewell);
         } else {
             self.say(farewell);
         }
-        if removed {
-            self.removing.insert(process.name, process.slot);
+    }
+
+    /// Has removed what a sandbox held; its ids are free when that is reported. False: there is nobody to do and report it, and
+    /// nobody may wait for it.
+    pub(super) fn remove(&mut self, name: String, slot: Slot) -> bool {
+        let order =
+            Order { remove: name.clone(), slot: slot.number, base: slot.base, count: slot.count, ..Order::default() };
+        self.order(&order);
+        if !self.background_gone {
+            self.removing.insert(name, slot);
         }
+        !self.background_gone
     }
 
     /// Tells whoever has to know that a sandbox is gone.
@@ -148,6 +149,12 @@ impl Launcher<'_> {
             self.processes.values().any(|process| end == End::Stopped || !matches!(process.phase, Phase::Ready { .. }));
         (!busy && self.removing.is_empty() && self.making.is_empty()).then_some(end)
     }
+}
+
+/// Reaps a child of ours. False: it lives.
+pub(super) fn reaped(pidfd: &OwnedFd) -> bool {
+    let ended = waitid(Id::PIDFd(pidfd.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG);
+    !matches!(ended, Ok(WaitStatus::StillAlive))
 }
 
 /// Wait status as in wait(2); -1 for a process that is not our child.

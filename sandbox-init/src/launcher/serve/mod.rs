@@ -136,6 +136,8 @@ pub struct Launcher<'a> {
     making: BTreeMap<String, Slot>,
     /// What is said when the processes of these are gone.
     farewells: BTreeMap<String, Farewell>,
+    /// Of processes whose end no event will tell; whether they can be reaped is tried with every report.
+    unwatched: Vec<OwnedFd>,
     next: u32,
     embedded: bool,
     last_request: Instant,
@@ -186,6 +188,7 @@ impl<'a> Launcher<'a> {
             removing: BTreeMap::new(),
             making: BTreeMap::new(),
             farewells: BTreeMap::new(),
+            unwatched: Vec::new(),
             next: 1,
             embedded,
             last_request: Instant::now(),

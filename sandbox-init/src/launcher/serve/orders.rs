@@ -5,6 +5,7 @@
 use nix::errno::Errno;
 use prost::Message;
 
+use super::ending::reaped;
 use super::{End, Launcher};
 use crate::launcher::background::{Order, PACKET_BYTES, Report};
 use crate::launcher::nested;
@@ -42,6 +43,7 @@ impl Launcher<'_> {
             Err(Errno::EMSGSIZE | Errno::ENOBUFS) => return,
             Ok(None) | Err(_) => return self.lose_background(),
         };
+        self.unwatched.retain(|pidfd| !reaped(pidfd));
         let Ok(report) = Report::decode(packet.bytes.as_slice()) else { return };
         if !report.removed.is_empty() {
             if let Some(farewell) = self.farewells.remove(&report.removed) {

@@ -3,7 +3,8 @@
 //! Keeps as many blanks as requests wait, and when nobody asks for anything as many as the policy wants on top. A host on
 //! which blanks fail one after the other has its requests refused instead of tried for ever.
 
-use std::os::fd::OwnedFd;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use nix::sys::epoll::EpollTimeout;
@@ -13,7 +14,10 @@ use super::answers::no_slot_left;
 use super::process::{Phase, Process};
 use super::{Event, Launcher};
 use crate::launcher::background::{Order, Report, blank_from};
+use crate::launcher::ids::Slot;
+use crate::launcher::spawn::Blank;
 use crate::launcher::validate::refusal;
+use crate::sys::process::pidfd_signal;
 
 /// Time without a request before the pool is filled again: on a small machine a refill competes with the sandbox that was
 /// just handed out.
@@ -63,16 +67,20 @@ impl Launcher<'_> {
 
     /// A blank is there: the first request that waits gets it.
     pub(super) fn made(&mut self, report: Report, descriptors: Vec<OwnedFd>) {
-        let Some(slot) = self.making.remove(&report.made) else { return };
-        let Some(blank) = blank_from(report, descriptors) else { return self.parts.slots.release(slot) };
+        let Some((name, slot)) = self.making.remove_entry(&report.made) else { return };
+        let Some(blank) = blank_from(report, descriptors) else {
+            // It ends by itself, because its boot socket has just been closed.
+            self.remove(name, slot);
+            return self.count_failure("a blank came without its descriptors", libc::EBADMSG);
+        };
         let number = self.number();
-        let (Ok(pidfd), Ok(boot)) = (blank.pidfd.try_clone(), blank.boot.try_clone()) else { return };
-        if self.watch(&pidfd, Event::Ended(number)).is_err() || self.watch(&boot, Event::Boot(number)).is_err() {
-            return;
-        }
+        let (pidfd, boot) = match self.watch_blank(number, &blank) {
+            Ok(watched) => watched,
+            Err(error) => return self.give_up(blank, slot, &error),
+        };
         self.failures = 0;
         let process = Process {
-            name: blank.name.clone(),
+            name,
             pid: blank.pid.as_raw(),
             pidfd,
             boot: Some(boot),
@@ -90,9 +98,29 @@ impl Launcher<'_> {
         }
     }
 
+    /// Watches the boot socket and the end of a blank, or neither.
+    fn watch_blank(&self, number: u32, blank: &Blank) -> io::Result<(OwnedFd, OwnedFd)> {
+        let (pidfd, boot) = (blank.pidfd.try_clone()?, blank.boot.try_clone()?);
+        self.watch(&boot, Event::Boot(number))?;
+        if let Err(error) = self.watch(&pidfd, Event::Ended(number)) {
+            // Closing the duplicate is not enough: it is watched for as long as any descriptor of it is open.
+            let _ = self.epoll.delete(&boot);
+            return Err(error.into());
+        }
+        Ok((pidfd, boot))
+    }
+
+    /// Ends a blank that is not watched. Its ids are free when nothing of it is left.
+    fn give_up(&mut self, blank: Blank, slot: Slot, error: &io::Error) {
+        let _ = pidfd_signal(blank.pidfd.as_fd(), libc::SIGKILL);
+        self.parts.tree.kill(&blank.name);
+        self.unwatched.push(blank.pidfd);
+        self.remove(blank.name, slot);
+        self.count_failure(&format!("cannot watch process 1: {error}"), error.raw_os_error().unwrap_or(0));
+    }
+
     /// A blank could not be made: its ids are free again.
     pub(super) fn make_failed(&mut self, report: &Report) {
-        self.failures += 1;
         let names: Vec<String> =
             self.making.iter().filter(|(_, slot)| slot.number == report.slot).map(|(n, _)| n.clone()).collect();
         for name in names {
@@ -100,14 +128,20 @@ impl Launcher<'_> {
                 self.parts.slots.release(slot);
             }
         }
+        self.count_failure(&report.failure, report.errno);
+    }
+
+    /// One blank less than was wanted. When none is on its way or too many have failed, the oldest request is refused.
+    fn count_failure(&mut self, message: &str, errno: i32) {
+        self.failures += 1;
         if self.failures >= MAX_FAILURES || self.blanks() == 0 {
             if let Some(waiting) = self.waiting.pop_front() {
                 let mut failure = refusal(
                     "LAYER_MISSING",
-                    format!("no sandbox can be prepared: {}", report.failure),
+                    format!("no sandbox can be prepared: {message}"),
                     "run `sandbox-runner doctor`",
                 );
-                failure.errno = report.errno;
+                failure.errno = errno;
                 self.answer(waiting.connection, waiting.request_id, Answer::Failure(failure));
             }
         }
@@ -134,5 +168,97 @@ impl Launcher<'_> {
         } else {
             EpollTimeout::NONE
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::path::Path;
+    use std::process::Command;
+
+    use nix::sys::epoll::EpollEvent;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+    use prost::Message;
+    use proto::launch::v1::HostReport;
+
+    use super::*;
+    use crate::launcher::background::PACKET_BYTES;
+    use crate::launcher::cgroup::Tree;
+    use crate::launcher::host::{HostRoot, Places};
+    use crate::launcher::ids::Slots;
+    use crate::launcher::policy_file::{self, tests::GOOD};
+    use crate::launcher::serve::Parts;
+    use crate::launcher::shape::Shape;
+    use crate::sys::process::pidfd_open;
+    use crate::sys::socket::{receive, send};
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).expect("a socket pair")
+    }
+
+    /// A launcher with one id range, at the other ends of `background` and `connection`.
+    fn launcher(directory: &Path, background: OwnedFd, connection: OwnedFd) -> Launcher<'static> {
+        let policy = GOOD.replace("slots = 4", "slots = 1");
+        let policy = policy_file::parse(&policy, Path::new("/p")).expect("valid policy");
+        let parts = Parts {
+            tree: Tree::nothing(),
+            slots: Slots::open(directory, policy.ids.clone(), false).expect("a lock directory"),
+            host_root: HostRoot { directories: Vec::new() },
+            report: HostReport::default(),
+            background,
+            listener: None,
+            connection: Some(connection),
+            rootless: false,
+            shape: Shape::Privileged,
+            places: Places::of(&policy),
+            processors: Vec::new(),
+            prefix: "s-test".to_owned(),
+            replaceable: false,
+            policy,
+        };
+        Launcher::new(parts, None).expect("a loop")
+    }
+
+    #[test]
+    fn a_blank_that_cannot_be_watched_is_ended_removed_and_reaped_and_its_ids_come_back() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let ((background, theirs), (connection, _runner)) = (pair(), pair());
+        let mut launcher = launcher(directory.path(), background, connection);
+        let slot = launcher.parts.slots.take().expect("lock").expect("free");
+        launcher.making.insert("s-test-1".to_owned(), slot);
+        let mut child = Command::new("sleep").arg("600").spawn().expect("a process");
+        let pid = i32::try_from(child.id()).expect("a pid");
+        let pidfd = pidfd_open(pid).expect("a pidfd");
+        // epoll refuses regular files.
+        let boot = File::create(directory.path().join("boot")).expect("a file");
+
+        let report = Report { made: "s-test-1".to_owned(), pid, ..Report::default() };
+        launcher.made(report, vec![pidfd, boot.into()]);
+
+        let order = receive(&theirs, PACKET_BYTES).expect("a packet").expect("an order");
+        assert_eq!(Order::decode(order.bytes.as_slice()).expect("an order").remove, "s-test-1");
+        assert!(launcher.processes.is_empty());
+        assert!(launcher.parts.slots.take().expect("lock").is_none(), "nothing has been removed yet");
+        let report = Report { removed: "s-test-1".to_owned(), ..Report::default() };
+        send(&theirs, &report.encode_to_vec(), &[]).expect("room");
+        launcher.report();
+        assert!(launcher.parts.slots.take().expect("lock").is_some());
+        // It may still be on its way out; any report is another try.
+        for _ in 0..5000 {
+            if launcher.unwatched.is_empty() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+            send(&theirs, &Report { slot: 1, ..Report::default() }.encode_to_vec(), &[]).expect("room");
+            launcher.report();
+        }
+        assert!(child.wait().is_err(), "it was left for somebody else to reap");
+        let mut events = [EpollEvent::empty(); 4];
+        assert_eq!(
+            launcher.epoll.wait(&mut events, EpollTimeout::ZERO),
+            Ok(0),
+            "somebody is watched whom nobody knows"
+        );
     }
 }
