@@ -1,0 +1,129 @@
+//! What the processes of a slot have used.
+//!
+//! Numbers of a slot are its own where the unified tree has the controllers. With v1 controllers they are those of the whole
+//! sandbox, by difference, and shared with every other slot of the moment.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
+use super::cgroup::{Cgroup, field, number, open_read, read_at, read_text};
+use super::{Slot, SlotId, Slots};
+
+/// Where usage is counted for the whole sandbox on a host with cgroup v1 controllers.
+#[derive(Debug)]
+pub struct V1Counters {
+    /// Directory of the sandbox in the memory hierarchy.
+    pub memory: OwnedFd,
+    /// Directory of the sandbox in the pids hierarchy.
+    pub pids: OwnedFd,
+    /// Directory of the sandbox in the cpuacct hierarchy.
+    pub cpuacct: OwnedFd,
+}
+
+/// Numbers of a slot at one moment; `None` where the host does not measure.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counters {
+    /// Processes killed for memory.
+    pub(crate) memory_kills: Option<u64>,
+    /// Most memory used, bytes.
+    pub(crate) memory_peak: Option<u64>,
+    /// Memory limit that applies, bytes.
+    pub(crate) memory_limit: Option<u64>,
+    /// Processor time, microseconds.
+    pub(crate) cpu_usec: Option<u64>,
+    /// Forks refused because of the process limit.
+    pub(crate) forks_refused: Option<u64>,
+    /// The numbers are those of the whole sandbox.
+    pub(crate) shared: bool,
+}
+
+/// Counters of the whole sandbox, opened once.
+#[derive(Debug)]
+pub(super) struct V1Files {
+    memory_kills: Option<File>,
+    memory_peak: Option<File>,
+    memory_limit: Option<File>,
+    cpu_usage: Option<File>,
+    forks_refused: Option<File>,
+}
+
+impl Slots {
+    /// What was used since [`Slots::mark`].
+    pub(crate) fn used(&mut self, id: SlotId) -> Counters {
+        let now = self.read_counters(id);
+        let mark = match self.slots.get_mut(&id) {
+            Some(slot) => {
+                slot.last = now;
+                slot.mark
+            }
+            None => Counters::default(),
+        };
+        let difference = |now: Option<u64>, then: Option<u64>| Some(now?.saturating_sub(then?));
+        Counters {
+            memory_kills: difference(now.memory_kills, mark.memory_kills),
+            // The peak cannot be taken apart: it is that of this call only if it has grown during it.
+            memory_peak: now.memory_peak.filter(|peak| mark.memory_peak.is_none_or(|before| *peak > before)),
+            memory_limit: now.memory_limit,
+            cpu_usec: difference(now.cpu_usec, mark.cpu_usec),
+            forks_refused: difference(now.forks_refused, mark.forks_refused),
+            shared: now.shared && self.slots.len() > 1,
+        }
+    }
+
+    pub(super) fn read_counters(&self, id: SlotId) -> Counters {
+        if let Some(v1) = &self.v1 {
+            return v1.counters();
+        }
+        let Some(slot) = self.slots.get(&id) else { return Counters::default() };
+        let of_slot = slot.cgroup.as_ref().map(Cgroup::counters).unwrap_or_default();
+        // Only asked for after a kill, because it costs an open.
+        let work = self.work.as_ref().filter(|_| of_slot.memory_kills > Some(0));
+        let memory_limit = work.and_then(|work| number(&read_at(work, "memory.max")));
+        Counters { memory_limit, forks_refused: self.forks_refused(slot), ..of_slot }
+    }
+
+    /// Forks refused so far. Up to Linux 6.10 the kernel counts them where the fork was tried, in the slot; from 6.11 on where
+    /// the limit is, for the whole sandbox. Each keeps the other number at 0.
+    pub(super) fn forks_refused(&self, slot: &Slot) -> Option<u64> {
+        let cgroup = slot.cgroup.as_ref()?;
+        let max = |file: &Option<File>| field(&read_text(file.as_ref()?), "max");
+        let (own, shared) = (max(&cgroup.pids_events), max(&self.refused));
+        own.map_or(shared, |own| Some(own.saturating_add(shared.unwrap_or(0))))
+    }
+}
+
+impl Slot {
+    /// Numbers of this slot count from here.
+    pub(super) fn begin_from(&mut self, counters: Counters) {
+        let is_new = self.cgroup.as_ref().is_some_and(Cgroup::reset_peak);
+        // A peak that begins anew is that of the coming call, however low it is.
+        let memory_peak = counters.memory_peak.filter(|_| !is_new);
+        self.mark = Counters { memory_peak, ..counters };
+    }
+}
+
+impl V1Files {
+    pub(super) fn open(directories: &V1Counters) -> Self {
+        Self {
+            memory_kills: open_read(&directories.memory, "memory.oom_control"),
+            memory_peak: open_read(&directories.memory, "memory.max_usage_in_bytes"),
+            memory_limit: open_read(&directories.memory, "memory.limit_in_bytes"),
+            cpu_usage: open_read(&directories.cpuacct, "cpuacct.usage"),
+            forks_refused: open_read(&directories.pids, "pids.events"),
+        }
+    }
+
+    fn counters(&self) -> Counters {
+        let text = |file: &Option<File>| file.as_ref().map(read_text).unwrap_or_default();
+        let memory_kills = field(&text(&self.memory_kills), "oom_kill");
+        Counters {
+            memory_kills,
+            memory_peak: number(&text(&self.memory_peak)),
+            // Only told after a kill.
+            memory_limit: memory_kills.filter(|kills| *kills > 0).and_then(|_| number(&text(&self.memory_limit))),
+            cpu_usec: number(&text(&self.cpu_usage)).map(|nanoseconds| nanoseconds / 1000),
+            forks_refused: field(&text(&self.forks_refused), "max"),
+            shared: true,
+        }
+    }
+}
