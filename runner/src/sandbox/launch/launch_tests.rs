@@ -7,6 +7,8 @@ use std::os::fd::AsFd;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use wire::reply::Body;
 
+use crate::sandbox::spec::Rootfs;
+
 /// A launcher as a thread that answers each request by a script.
 pub(crate) fn launcher(mut script: impl FnMut(wire::Request) -> Vec<wire::Reply> + Send + 'static) -> Launcher {
     let (ours, theirs) =
@@ -137,7 +139,7 @@ fn greeting_of_another_version_is_refused_by_number() {
 fn request_for_a_sandbox_names_no_path_and_no_network() {
     let spec = Spec { rootfs: Rootfs::Directory("debian".into()), ..Spec::throw_away("a") };
 
-    let request = create_to_wire(&spec);
+    let request = frames::create(&spec);
 
     assert_eq!(request.network, i32::from(wire::Network::None));
     assert_eq!(request.rootfs, Some(wire::create_sandbox::Rootfs::Directory("debian".into())));

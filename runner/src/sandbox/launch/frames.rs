@@ -1,0 +1,98 @@
+//! Frames become our own types, and a specification becomes a frame.
+//!
+//! Nothing is judged here: whoever asked checks that an answer fits the question.
+
+use std::time::Duration;
+
+use proto::launch::v1 as wire;
+
+use super::{HostReport, InspectedLimits, Inspection, MissingLayer, ReportedLayer};
+use crate::sandbox::spec::{Limits, Rootfs, Spec};
+
+pub(super) fn host_report(welcome: wire::Welcome) -> HostReport {
+    let host = welcome.host.unwrap_or_default();
+    let missing = host.missing.into_iter().map(|entry| MissingLayer {
+        layer: entry.layer,
+        attempt: entry.attempt,
+        errno: entry.errno,
+        remedy: entry.remedy,
+    });
+    HostReport {
+        launcher_version: welcome.version,
+        cgroup_mode: host.cgroup_mode,
+        cgroup_controllers: host.cgroup_controllers,
+        landlock_abi: host.landlock_abi,
+        ids_per_sandbox: host.ids_per_sandbox,
+        slots: host.slots,
+        rootless: host.rootless,
+        image_source: host.image_source,
+        idmapped_lowers: host.idmapped_lowers,
+        missing: missing.collect(),
+        switched_off: host.switched_off,
+        shape: host.shape,
+    }
+}
+
+pub(super) fn create(spec: &Spec) -> wire::CreateSandbox {
+    let rootfs = match &spec.rootfs {
+        Rootfs::Host => wire::create_sandbox::Rootfs::Host(wire::HostRootfs {}),
+        Rootfs::Directory(name) => wire::create_sandbox::Rootfs::Directory(name.clone()),
+        Rootfs::Layers(digests) => wire::create_sandbox::Rootfs::Layers(wire::LayerList { digest: digests.clone() }),
+    };
+    let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    let variable = |name: &str, value: &[u8]| [name.as_bytes(), b"=", value].concat();
+    wire::CreateSandbox {
+        sandbox_id: spec.sandbox_id.clone(),
+        profile: spec.profile.clone(),
+        rootfs: Some(rootfs),
+        limits: Some(limits(spec.limits)),
+        network: wire::Network::None.into(),
+        volumes: spec
+            .volumes
+            .iter()
+            .map(|volume| wire::Volume { name: volume.name.clone(), read_only: volume.read_only })
+            .collect(),
+        ephemeral: spec.ephemeral,
+        orphan_timeout_ms: spec.orphan_timeout.map_or(0, milliseconds),
+        environment: spec.environment.iter().map(|entry| variable(&entry.name, &entry.value)).collect(),
+        working_directory: spec.working_directory.clone(),
+        hostname: spec.hostname.clone(),
+    }
+}
+
+fn limits(limits: Limits) -> wire::Limits {
+    wire::Limits {
+        memory_bytes: limits.memory_bytes,
+        cpu_millis: limits.cpu_millis,
+        pids: limits.pids,
+        disk_bytes: limits.disk_bytes,
+    }
+}
+
+pub(super) fn layer(layer: wire::Layer) -> ReportedLayer {
+    ReportedLayer {
+        name: layer.name,
+        requested: layer.requested,
+        enforced: Some(layer.enforced).filter(|text| !text.is_empty()),
+        errno: layer.errno,
+    }
+}
+
+pub(super) fn inspection(seen: wire::SandboxInspection) -> Inspection {
+    let limits = seen.limits.unwrap_or_default();
+    Inspection {
+        memory_bytes: seen.memory_bytes,
+        memory_peak_bytes: seen.memory_peak_bytes,
+        oom_kills: seen.oom_kills,
+        pids: seen.pids,
+        pids_refused: seen.pids_refused,
+        cpu_usec: seen.cpu_usec,
+        limits: InspectedLimits {
+            memory_bytes: limits.memory_bytes,
+            cpu_millis: limits.cpu_millis,
+            pids: limits.pids,
+            disk_bytes: limits.disk_bytes,
+        },
+        host_pids: seen.host_pids,
+    }
+}
