@@ -8,7 +8,8 @@ use proto::runner::v1::runner_frame::Body as Said;
 use tokio::sync::mpsc;
 use tonic::{Status, Streaming};
 
-use super::orchestrator::{Link, LinkOut, Shared, State};
+use super::orchestrator::Link;
+use super::state::{LinkOut, Shared, State};
 
 type Sender = mpsc::Sender<Result<pb::OrchestratorFrame, Status>>;
 

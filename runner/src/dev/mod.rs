@@ -8,8 +8,11 @@ mod intake;
 mod orchestrator;
 pub mod pki;
 mod server;
+mod session;
+mod state;
 mod transcript;
 
-pub use orchestrator::{CallOutcome, DevError, Link, LinkSettings, Orchestrator, Session};
+pub use orchestrator::{DevError, Link, LinkSettings, Orchestrator};
 pub(crate) use server::{Connection, accept_one, listen};
+pub use session::{CallOutcome, Session};
 pub use transcript::{Finished, StreamText};

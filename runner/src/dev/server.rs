@@ -17,7 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::orchestrator::Shared;
+use super::state::Shared;
 use crate::work::limits::FRAME_BYTES;
 
 const STREAM_WINDOW: u32 = 4 * 1024 * 1024;
