@@ -2,6 +2,7 @@
 //!
 //! It also owns the order of the end: no new work, calls end, results are delivered and acknowledged, goodbye.
 
+pub mod loopback;
 pub mod settings;
 
 use std::path::PathBuf;

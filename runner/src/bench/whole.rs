@@ -6,19 +6,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use nix::sys::resource::{Resource, getrlimit};
 use proto::runner::v1 as pb;
 use proto::runner::v1::call::Input;
 use proto::runner::v1::outcome::Kind;
 
 use super::BenchError;
 use super::subject::milliseconds;
-use crate::config::file::{ConfigFile, OrchestratorSection, RunnerSection};
 use crate::config::launcher_policy::HostSize;
-use crate::config::resolve::{Host, resolve};
-use crate::daemon::{Daemon, Parts, settings};
+use crate::daemon::Daemon;
+use crate::daemon::loopback::Loopback;
 use crate::dev::{CallOutcome, LinkSettings, Orchestrator, Session};
-use crate::journal::Volatile;
 use crate::sandbox::HostSandboxes;
 use crate::work::Sandboxes;
 
@@ -137,7 +134,6 @@ pub fn complaints(orchestrator: &Orchestrator) -> Result<(), BenchError> {
     }
 }
 
-/// Configured as any other daemon, only in memory.
 fn daemon(
     sandboxes: HostSandboxes,
     orchestrator: &Orchestrator,
@@ -147,39 +143,15 @@ fn daemon(
     let failed = |error: String| BenchError::Link(format!("the daemon cannot be configured: {error}"));
     let files = orchestrator.write_client_files(directory, RUNNER_ID)?;
     std::fs::create_dir_all(directory.join("identity")).map_err(|error| failed(error.to_string()))?;
-    let file = ConfigFile {
-        orchestrator: Some(OrchestratorSection {
-            endpoint: Some(format!("https://{dialled}")),
-            ca_file: Some(files.authorities),
-            certificate_file: Some(files.certificate),
-            key_file: Some(files.key),
-            server_name: Some("localhost".to_owned()),
-            ..OrchestratorSection::default()
-        }),
-        runner: RunnerSection {
-            id: Some(RUNNER_ID.to_owned()),
-            state_directory: Some(directory.to_owned()),
-            run_directory: Some(directory.to_owned()),
-            ..RunnerSection::default()
-        },
-        ..ConfigFile::default()
+    let loopback = Loopback {
+        runner_id: RUNNER_ID,
+        dialled,
+        files,
+        state_directory: directory.to_owned(),
+        run_directory: directory.to_owned(),
+        // Large enough for a few sessions; admission is not what is measured.
+        size: HostSize { memory_bytes: 16 << 30, processors: 2 },
+        receipt: sandboxes.receipt(),
     };
-    // Large enough for a few sessions; admission is not what is measured.
-    let size = HostSize { memory_bytes: 16 << 30, processors: 2 };
-    let host = Host { size, free_disk_bytes: 64 << 30, pids: 32_768, hostname: RUNNER_ID.to_owned() };
-    let config = resolve("(bench)".as_ref(), &file, &host)
-        .map_err(|problems| failed(problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")))?;
-    let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(now, _)| now);
-    let receipt = sandboxes.receipt();
-    let link = settings::link(&config, receipt, true).map_err(|error| failed(error.to_string()))?;
-    let parts = Parts {
-        sandboxes: Arc::new(sandboxes),
-        journal: Arc::new(Volatile),
-        reserve: settings::reserve(&config, descriptors),
-        defaults: settings::defaults(&config),
-        link,
-        admin: None,
-        drain_time: Duration::from_secs(5),
-    };
-    Daemon::start(parts).map_err(|error| failed(error.to_string()))
+    loopback.start(Arc::new(sandboxes)).map_err(|error| failed(error.to_string()))
 }

@@ -5,7 +5,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::signal::Signal;
 use proto::runner::v1 as pb;
 use serde_json::json;
@@ -16,12 +15,9 @@ use super::call::Actor;
 use super::latency::{self, Latency};
 use super::screen::Screen;
 use super::{INTERRUPTED, interactive, steps};
-use crate::config::file::{ConfigFile, OrchestratorSection, RunnerSection};
-use crate::config::resolve::{Host, resolve};
-use crate::daemon::settings::{self, SettingsError};
-use crate::daemon::{Daemon, DaemonError, Parts};
+use crate::daemon::Daemon;
+use crate::daemon::loopback::{Loopback, LoopbackError};
 use crate::dev::{DevError, LinkSettings, Orchestrator, Session};
-use crate::journal::Volatile;
 use crate::sandbox::home::Home;
 use crate::sandbox::host::settings as host_settings;
 use crate::sandbox::launch::LaunchError;
@@ -57,12 +53,8 @@ enum StageError {
     Measure(#[from] MeasureError),
     #[error(transparent)]
     Dev(#[from] DevError),
-    #[error("the configuration of the demo does not hold: {0}")]
-    Config(String),
     #[error(transparent)]
-    Settings(#[from] SettingsError),
-    #[error(transparent)]
-    Daemon(#[from] DaemonError),
+    Daemon(#[from] LoopbackError),
     #[error("cannot listen for signals")]
     Signals(#[source] std::io::Error),
     #[error("the runner (uid {uid}) cannot read the canary itself, so nothing would be proven")]
@@ -179,7 +171,6 @@ async fn show(plan: &Plan, home: Home, sandboxes: HostSandboxes) -> Result<bool,
     Ok(ok)
 }
 
-/// The runner of the demo is configured as any other, only in memory.
 fn daemon(
     home: Home,
     sandboxes: HostSandboxes,
@@ -188,38 +179,16 @@ fn daemon(
 ) -> Result<Daemon, StageError> {
     let identity = home.state.join("identity");
     let files = orchestrator.write_client_files(&identity, RUNNER_ID)?;
-    let file = ConfigFile {
-        orchestrator: Some(OrchestratorSection {
-            endpoint: Some(format!("https://{}", orchestrator.address())),
-            ca_file: Some(files.authorities),
-            certificate_file: Some(files.certificate),
-            key_file: Some(files.key),
-            server_name: Some("localhost".to_owned()),
-            ..OrchestratorSection::default()
-        }),
-        runner: RunnerSection {
-            id: Some(RUNNER_ID.to_owned()),
-            state_directory: Some(home.state),
-            run_directory: Some(home.run),
-            ..RunnerSection::default()
-        },
-        ..ConfigFile::default()
+    let loopback = Loopback {
+        runner_id: RUNNER_ID,
+        dialled: orchestrator.address(),
+        files,
+        state_directory: home.state,
+        run_directory: home.run,
+        size: embedded::host_size(),
+        receipt: receipt.clone(),
     };
-    let size = embedded::host_size();
-    let host = Host { size, free_disk_bytes: 64 << 30, pids: 32_768, hostname: RUNNER_ID.to_owned() };
-    let config = resolve("(demo)".as_ref(), &file, &host).map_err(|problems| {
-        StageError::Config(problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
-    })?;
-    let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(now, _)| now);
-    Ok(Daemon::start(Parts {
-        sandboxes: Arc::new(sandboxes),
-        journal: Arc::new(Volatile),
-        reserve: settings::reserve(&config, descriptors),
-        defaults: settings::defaults(&config),
-        link: settings::link(&config, receipt.clone(), true)?,
-        admin: None,
-        drain_time: Duration::from_secs(5),
-    })?)
+    Ok(loopback.start(Arc::new(sandboxes))?)
 }
 
 /// Opens both sessions, plays them beside each other, then measures.
