@@ -8,6 +8,7 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
+use prost::Message;
 use proto::launch::v1::Layer;
 
 use super::cgroup::{CgroupError, Tree};
@@ -140,13 +141,23 @@ pub fn boot(
         message.mount_targets.push(target.clone());
         descriptors.push((Role::Mount, mount.as_fd()));
     }
-    message.roles = descriptors.iter().map(|(role, _)| *role as i32).collect();
-    let raw: Vec<i32> = descriptors.iter().map(|(_, fd)| fd.as_raw_fd()).collect();
-    send(&blank.boot, &prost::Message::encode_to_vec(&message), &raw).map_err(step("send the boot packet"))?;
+    send_boot(blank, message, &descriptors)?;
     drop(root.upper);
     Ok(layers(context, request, root.idmapped, !danger("cgroup_limits")))
 }
 
+/// Sends a blank its boot packet with the descriptors that it names.
+pub(super) fn send_boot(
+    blank: &Blank,
+    mut message: Boot,
+    descriptors: &[(Role, BorrowedFd<'_>)],
+) -> Result<(), CreateError> {
+    message.roles = descriptors.iter().map(|(role, _)| *role as i32).collect();
+    let raw: Vec<i32> = descriptors.iter().map(|(_, fd)| fd.as_raw_fd()).collect();
+    send(&blank.boot, &message.encode_to_vec(), &raw).map_err(step("send the boot packet"))
+}
+
+/// What the boot packet says whatever the shape of the sandbox; without descriptors.
 pub(super) fn message(context: &Context<'_>, slot: &Slot, request: &Checked) -> Boot {
     // A whole number of processors is also an affinity, so that nproc and thread pools see the limit.
     let wanted = usize::try_from(request.limits.cpu_millis.div_ceil(1000)).unwrap_or(usize::MAX);

@@ -3,36 +3,31 @@
 //! The launcher's side of a sandbox without namespaces, in a container that allows none: one at a time, an ordinary process
 //! tree of users of its own, with directories of its own in the state directory. See `stage::nested` for the inner side.
 
-use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl, open};
+use nix::fcntl::{OFlag, open};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::stat::Mode;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::chdir;
 use proto::launch::v1::{Failure, Layer, MissingLayer};
 
-use super::create::{Context, CreateError, layer, message, step};
+use super::create::{Context, CreateError, layer, message, send_boot, step};
 use super::files::{FilesError, Owners, file, make_listener};
 use super::ids::Slot;
 use super::policy_file::Ids;
 use super::shape::Refusal;
-use super::spawn::{Blank, Range, SpawnError};
+use super::spawn::{Blank, Range, SpawnError, execute_image};
 use super::validate::{Checked, refusal};
-use crate::boot::{BOOT_DESCRIPTOR, IMAGE_DESCRIPTOR, Nested, Role};
+use crate::boot::{Nested, Role};
 use crate::stage::nested::{Neighbours, WRITABLE};
 use crate::sys::child::{Which, reap};
-use crate::sys::process::{
-    CloneArguments, Cloned, clone3, close_range, duplicate_above, execute_descriptor, exit_now, inherited_descriptor,
-    place_descriptor,
-};
-use crate::sys::socket::send;
+use crate::sys::process::{CloneArguments, Cloned, clone3, exit_now};
 use crate::tree;
 
 /// What is in the directory of one sandbox.
@@ -106,7 +101,7 @@ pub fn make_blank(image: BorrowedFd<'_>, name: String, range: Range) -> Result<B
     };
     match clone3(&arguments).map_err(failed("start process 1"))? {
         Cloned::Child => {
-            let status = execute(image, &theirs).err().map_or(0, |errno| errno as i32);
+            let status = execute_image(image, &theirs, c"nested").err().map_or(0, |errno| errno as i32);
             // The launcher sees the end of the boot socket; there is nobody else to tell.
             exit_now(status & 0x7f)
         }
@@ -114,22 +109,6 @@ pub fn make_blank(image: BorrowedFd<'_>, name: String, range: Range) -> Result<B
             Ok(Blank { name, slot: range.slot, pid, pidfd, boot: ours, private: None, group: None })
         }
     }
-}
-
-/// Executes the image with the boot socket and nothing else of the launcher.
-fn execute(image: BorrowedFd<'_>, boot: &OwnedFd) -> nix::Result<()> {
-    let null = open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())?;
-    let sources = [duplicate_above(null.as_fd(), 64)?, duplicate_above(boot.as_fd(), 64)?, duplicate_above(image, 64)?];
-    for number in 0..3 {
-        place_descriptor(sources[0].as_raw_fd(), number)?;
-    }
-    place_descriptor(sources[1].as_raw_fd(), BOOT_DESCRIPTOR)?;
-    place_descriptor(sources[2].as_raw_fd(), IMAGE_DESCRIPTOR)?;
-    let image = inherited_descriptor(IMAGE_DESCRIPTOR)?;
-    fcntl(&image, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
-    close_range(IMAGE_DESCRIPTOR + 1, i32::MAX)?;
-    let argv = [c"sandbox-init", c"nested"].map(CString::from);
-    Err(execute_descriptor(image.as_fd(), &argv, &[]))
 }
 
 /// What a sandbox without namespaces cannot have is refused by name.
@@ -203,9 +182,7 @@ pub fn boot(
     let mut descriptors =
         vec![(Role::Listener, listener.as_fd()), (Role::Spool, spool.as_fd()), (Role::Calls, calls.as_fd())];
     descriptors.extend(slot.lock().map(|lock| (Role::SlotLock, lock)));
-    message.roles = descriptors.iter().map(|(role, _)| *role as i32).collect();
-    let raw: Vec<i32> = descriptors.iter().map(|(_, fd)| fd.as_raw_fd()).collect();
-    send(&blank.boot, &prost::Message::encode_to_vec(&message), &raw).map_err(step("send the boot packet"))?;
+    send_boot(blank, message, &descriptors)?;
     let limits = &request.limits;
     // Why they are missing is in the host report.
     Ok(vec![

@@ -6,7 +6,7 @@
 //!
 //! Runs in the background process. The blank becomes a child of the launcher (`CLONE_PARENT`), which alone reaps it.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::fs;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -23,7 +23,8 @@ use super::files::{Files, FilesError, Owners};
 use crate::boot::{BOOT_DESCRIPTOR, IMAGE_DESCRIPTOR};
 use crate::sys::network::bring_loopback_up;
 use crate::sys::process::{
-    CloneArguments, Cloned, clone3, close_range, duplicate_above, execute_descriptor, exit_now, place_descriptor,
+    CloneArguments, Cloned, clone3, close_range, duplicate_above, execute_descriptor, exit_now, inherited_descriptor,
+    place_descriptor,
 };
 
 /// A process 1 that waits for its boot packet.
@@ -174,8 +175,7 @@ pub fn make_blank(workshop: &Workshop<'_>, name: String, range: Range) -> Result
     Ok(Blank { name, slot: range.slot, pid, pidfd, boot: ours, private, group })
 }
 
-/// Runs in the child: waits for the id map, becomes root of the new user namespace and executes the image with exactly two
-/// descriptors beside 0 to 2. Nothing of the launcher's memory survives.
+/// Runs in the child: waits for the id map, becomes root of the new user namespace and executes the image.
 fn become_process_one(image: BorrowedFd<'_>, boot: &OwnedFd, gate: &OwnedFd, groups: bool) -> ! {
     let prepare = || -> nix::Result<()> {
         let mut byte = [0_u8; 1];
@@ -188,24 +188,29 @@ fn become_process_one(image: BorrowedFd<'_>, boot: &OwnedFd, gate: &OwnedFd, gro
         let (uid, gid) = (Uid::from_raw(0), Gid::from_raw(0));
         setresgid(gid, gid, gid)?;
         setresuid(uid, uid, uid)?;
-        let null = open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())?;
-        // All sources first move out of the way of the fixed numbers.
-        let sources =
-            [duplicate_above(null.as_fd(), 64)?, duplicate_above(boot.as_fd(), 64)?, duplicate_above(image, 64)?];
-        for number in 0..3 {
-            place_descriptor(sources[0].as_raw_fd(), number)?;
-        }
-        place_descriptor(sources[1].as_raw_fd(), BOOT_DESCRIPTOR)?;
-        place_descriptor(sources[2].as_raw_fd(), IMAGE_DESCRIPTOR)?;
-        let image = crate::sys::process::inherited_descriptor(IMAGE_DESCRIPTOR)?;
-        fcntl(&image, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
-        close_range(IMAGE_DESCRIPTOR + 1, i32::MAX)?;
-        let argv = [c"sandbox-init", c"init"].map(CString::from);
-        Err(execute_descriptor(image.as_fd(), &argv, &[]))
+        execute_image(image, boot, c"init")
     };
     // The launcher sees the end of the boot socket; there is nobody else to tell.
     let status = prepare().map_or_else(|errno| errno as i32, |()| 0);
     exit_now(status & 0x7f)
+}
+
+/// Executes the image in this role with exactly two descriptors beside 0 to 2: the boot socket and the image, which closes with
+/// the call. Nothing of the launcher's memory survives. Returns only if it fails.
+pub(super) fn execute_image(image: BorrowedFd<'_>, boot: &OwnedFd, role: &CStr) -> nix::Result<()> {
+    let null = open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())?;
+    // All sources first move out of the way of the fixed numbers.
+    let sources = [duplicate_above(null.as_fd(), 64)?, duplicate_above(boot.as_fd(), 64)?, duplicate_above(image, 64)?];
+    for number in 0..3 {
+        place_descriptor(sources[0].as_raw_fd(), number)?;
+    }
+    place_descriptor(sources[1].as_raw_fd(), BOOT_DESCRIPTOR)?;
+    place_descriptor(sources[2].as_raw_fd(), IMAGE_DESCRIPTOR)?;
+    let image = inherited_descriptor(IMAGE_DESCRIPTOR)?;
+    fcntl(&image, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+    close_range(IMAGE_DESCRIPTOR + 1, i32::MAX)?;
+    let argv = [c"sandbox-init", role].map(CString::from);
+    Err(execute_descriptor(image.as_fd(), &argv, &[]))
 }
 
 fn write_file(path: &str, text: &str) -> Result<(), SpawnError> {

@@ -21,6 +21,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::sethostname;
 use prost::Message;
@@ -109,6 +110,13 @@ impl Handed {
             source: nix::Error::EBADF,
         })
     }
+
+    /// Leaves the lock open for as long as this process lives: its ids stay taken.
+    fn keep_slot_lock(&mut self) {
+        if let Ok(lock) = self.take(Role::SlotLock) {
+            std::mem::forget(lock);
+        }
+    }
 }
 
 fn close(boot_socket: &OwnedFd) -> Result<(Context, Vec<Layer>), StageError> {
@@ -123,8 +131,6 @@ fn close(boot_socket: &OwnedFd) -> Result<(Context, Vec<Layer>), StageError> {
     let shared_memory = identity::SharedMemory::open(&proc);
     let prebuilt = mount::prebuild(proc, ids - 1)?;
     let (boot, mut handed) = packet(boot_socket)?;
-    let without = |layer: &str| boot.without.iter().any(|name| name == layer);
-
     shared_memory.bound(boot.temporary_bytes / 4);
     let mounts = std::mem::take(&mut handed.mounts);
     let calls = mount::assemble(mount::Assembly {
@@ -135,28 +141,12 @@ fn close(boot_socket: &OwnedFd) -> Result<(Context, Vec<Layer>), StageError> {
         temporary_bytes: boot.temporary_bytes,
         workload: if boot.root { 0 } else { identity::AGENT },
         working_directory: String::from_utf8_lossy(&boot.working_directory).into_owned(),
-        mask: !without("proc_masked"),
+        mask: !is_without(&boot, "proc_masked"),
     })?;
-    let spawner = spawner
-        .begin(&Confinement {
-            strict: boot.strict,
-            root: boot.root,
-            id_count: boot.id_count,
-            processors: boot.processors.clone(),
-            landlock: !without("landlock"),
-            seccomp: !without("seccomp"),
-            capabilities: !without("capabilities"),
-            working_directory: boot.working_directory.clone(),
-            nested: None,
-        })
-        .map_err(spawn_step)?;
+    let spawner = spawner.begin(&confinement(&boot)).map_err(spawn_step)?;
     sethostname(&boot.hostname).map_err(step("set the host name"))?;
     identity::become_keeper(boot.id_count)?;
-    if boot.die_with_launcher {
-        // After the last change of credentials, which clears it.
-        nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(step("tie process 1 to the launcher"))?;
-    }
-    SigSet::from(Signal::SIGCHLD).thread_block().map_err(step("block SIGCHLD"))?;
+    settle(&boot)?;
 
     let work = handed.take(Role::WorkCgroup).ok();
     let mut slots = work.map_or_else(Slots::scan, Slots::cgroup);
@@ -168,10 +158,7 @@ fn close(boot_socket: &OwnedFd) -> Result<(Context, Vec<Layer>), StageError> {
         (Ok(memory), Ok(pids), Ok(cpuacct)) => Some(V1Counters { memory, pids, cpuacct }),
         _ => None,
     };
-    if let Ok(lock) = handed.take(Role::SlotLock) {
-        // Open for as long as this process lives: the id slot stays taken.
-        std::mem::forget(lock);
-    }
+    handed.keep_slot_lock();
     let layers = layers(&boot, spawner.domain);
     let context = Context {
         sandbox_id: boot.sandbox_id,
@@ -202,6 +189,34 @@ fn packet(boot_socket: &OwnedFd) -> Result<(Boot, Handed), StageError> {
         .map_err(|_| StageError { step: "read the boot packet".to_owned(), source: nix::Error::EBADMSG })?;
     let handed = Handed::new(&boot.roles, packet.descriptors);
     Ok((boot, handed))
+}
+
+/// Whether the policy has switched this layer off.
+fn is_without(boot: &Boot, layer: &str) -> bool {
+    boot.without.iter().any(|name| name == layer)
+}
+
+/// How the spawner and the workload are confined.
+fn confinement(boot: &Boot) -> Confinement {
+    Confinement {
+        strict: boot.strict,
+        root: boot.root,
+        id_count: boot.id_count,
+        processors: boot.processors.clone(),
+        landlock: !is_without(boot, "landlock"),
+        seccomp: !is_without(boot, "seccomp"),
+        capabilities: !is_without(boot, "capabilities"),
+        working_directory: boot.working_directory.clone(),
+        nested: None,
+    }
+}
+
+/// How process 1 ends, and how it hears of the end of others. After the last change of credentials, which clears the first.
+fn settle(boot: &Boot) -> Result<(), StageError> {
+    if boot.die_with_launcher {
+        set_pdeathsig(Signal::SIGKILL).map_err(step("tie process 1 to the launcher"))?;
+    }
+    SigSet::from(Signal::SIGCHLD).thread_block().map_err(step("block SIGCHLD"))
 }
 
 fn spawn_step(error: spawn::SpawnStepError) -> StageError {
@@ -239,18 +254,15 @@ fn environment(asked: &[Vec<u8>], root: bool) -> Vec<Vec<u8>> {
     result
 }
 
+fn layer(name: &str, enforced: impl Into<String>, errno: i32) -> Layer {
+    Layer { name: name.to_owned(), requested: "yes".to_owned(), enforced: enforced.into(), errno }
+}
+
 fn layers(boot: &Boot, domain: Option<Domain>) -> Vec<Layer> {
-    let without = |layer: &str| boot.without.iter().any(|name| name == layer);
-    let layer = |name: &str, enforced: &str, errno: i32| Layer {
-        name: name.to_owned(),
-        requested: "yes".to_owned(),
-        enforced: enforced.to_owned(),
-        errno,
-    };
-    let unless = |switch: &str, text: &'static str| if without(switch) { "" } else { text };
+    let unless = |switch: &str, text: &'static str| if is_without(boot, switch) { "" } else { text };
     let single = boot.id_count == 1;
     let mut layers = vec![
-        layer("user_namespace", &format!("{} ids", boot.id_count), 0),
+        layer("user_namespace", format!("{} ids", boot.id_count), 0),
         layer(
             "separate_principals",
             if single { "" } else { "process 1 has an id of its own" },
@@ -272,7 +284,7 @@ fn layers(boot: &Boot, domain: Option<Domain>) -> Vec<Layer> {
     ];
     match domain {
         Some(domain) => {
-            layers.push(layer("landlock", &format!("ABI {}", domain.abi), 0));
+            layers.push(layer("landlock", format!("ABI {}", domain.abi), 0));
             let scoped = domain.scopes;
             layers.push(layer(
                 "landlock_scopes",
@@ -281,7 +293,7 @@ fn layers(boot: &Boot, domain: Option<Domain>) -> Vec<Layer> {
             ));
         }
         None => {
-            let errno = if without("landlock") { 0 } else { libc::ENOSYS };
+            let errno = if is_without(boot, "landlock") { 0 } else { libc::ENOSYS };
             layers.push(layer("landlock", "", errno));
             layers.push(layer("landlock_scopes", "", errno));
         }

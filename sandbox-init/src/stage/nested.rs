@@ -19,12 +19,12 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::prctl;
-use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Gid, Pid, Uid, setgroups, setresgid, setresuid};
 use proto::launch::v1::Layer;
 
 use super::identity::{NO_ROOT, NO_SETUID_FIXUP};
-use super::{StageError, environment, limit, packet, spawn_step, step};
+use super::{StageError, confinement, environment, is_without, layer, limit, packet, settle, spawn_step, step};
 use crate::boot::{Boot, Nested, Role};
 use crate::init::Context;
 use crate::init::slot::Slots;
@@ -180,36 +180,18 @@ fn close(boot_socket: &OwnedFd) -> Result<(Context, Vec<Layer>), StageError> {
         .clone()
         .ok_or_else(|| StageError { step: "find the ids in the boot packet".to_owned(), source: Errno::EBADMSG })?;
     let directory = PathBuf::from(&nested.directory);
-    let without = |layer: &str| boot.without.iter().any(|name| name == layer);
     let spawner = spawner
-        .begin(&Confinement {
-            strict: boot.strict,
-            root: false,
-            id_count: boot.id_count,
-            processors: boot.processors.clone(),
-            landlock: !without("landlock"),
-            seccomp: !without("seccomp"),
-            capabilities: !without("capabilities"),
-            working_directory: boot.working_directory.clone(),
-            nested: Some(nested.clone()),
-        })
+        .begin(&Confinement { root: false, nested: Some(nested.clone()), ..confinement(&boot) })
         .map_err(spawn_step)?;
     Neighbours::at(nested.base).become_keeper()?;
     // It reads what the workload writes, so it must not be worth taking over.
     capability::set(CAP_KILL).map_err(step("drop capabilities of process 1"))?;
-    if boot.die_with_launcher {
-        // After the last change of credentials, which clears it.
-        prctl::set_pdeathsig(Signal::SIGKILL).map_err(step("tie process 1 to the launcher"))?;
-    }
-    SigSet::from(Signal::SIGCHLD).thread_block().map_err(step("block SIGCHLD"))?;
+    settle(&boot)?;
 
     let mut slots = Slots::scan();
     slots.prepare().map_err(step("make the first slot"))?;
     let spawner = spawner.prove(None).map_err(spawn_step)?;
-    if let Ok(lock) = handed.take(Role::SlotLock) {
-        // Open for as long as this process lives: the ids stay taken.
-        std::mem::forget(lock);
-    }
+    handed.keep_slot_lock();
     let layers = layers(&boot, &nested, spawner.domain);
     let context = Context {
         sandbox_id: boot.sandbox_id.clone(),
@@ -243,33 +225,26 @@ fn own_environment(boot: &Boot, directory: &Path) -> Vec<Vec<u8>> {
 }
 
 fn layers(boot: &Boot, nested: &Nested, domain: Option<Domain>) -> Vec<Layer> {
-    let without = |layer: &str| boot.without.iter().any(|name| name == layer);
-    let layer = |name: &str, enforced: String, errno: i32| Layer {
-        name: name.to_owned(),
-        requested: "yes".to_owned(),
-        enforced,
-        errno,
-    };
-    let unless = |switch: &str, text: &str| if without(switch) { String::new() } else { text.to_owned() };
+    let unless = |switch: &str, text: &'static str| if is_without(boot, switch) { "" } else { text };
     let mut layers = vec![
-        layer("separate_principals", "launcher, process 1 and workload are three users".to_owned(), 0),
+        layer("separate_principals", "launcher, process 1 and workload are three users", 0),
         layer("cgroup_pids", format!("{} processes, counted for the user", nested.pids), 0),
-        layer("cgroup_kill", "kill(-1) as the workload's user".to_owned(), 0),
+        layer("cgroup_kill", "kill(-1) as the workload's user", 0),
         layer("capabilities", unless("capabilities", "none"), 0),
-        layer("no_new_privileges", "yes".to_owned(), 0),
+        layer("no_new_privileges", "yes", 0),
         layer("seccomp", unless("seccomp", "two filters, no socket but unix, no connection"), 0),
     ];
     match domain {
         Some(domain) => {
             layers.push(layer("landlock", format!("ABI {}, the only wall around files", domain.abi), 0));
-            layers.push(layer("private_devices", "six nodes, by landlock".to_owned(), 0));
+            layers.push(layer("private_devices", "six nodes, by landlock", 0));
             let (scoped, errno) = if domain.scopes { ("signal, abstract unix socket", 0) } else { ("", libc::ENOSYS) };
-            layers.push(layer("landlock_scopes", scoped.to_owned(), errno));
+            layers.push(layer("landlock_scopes", scoped, errno));
         }
         None => {
-            let errno = if without("landlock") { 0 } else { libc::ENOSYS };
+            let errno = if is_without(boot, "landlock") { 0 } else { libc::ENOSYS };
             for name in ["landlock", "landlock_scopes", "private_devices"] {
-                layers.push(layer(name, String::new(), errno));
+                layers.push(layer(name, "", errno));
             }
         }
     }
