@@ -29,6 +29,8 @@ use super::{Context, ExitReason};
 
 /// Requests of one wake-up; the rest waits for the next, so that output is read in between.
 const REQUESTS_PER_WAKE: usize = 32;
+/// How long after a call has taken the spare slot the next one is made.
+const SPARE_DELAY: u64 = 2 * MILLISECOND;
 /// How long the answer to a call is looked for without sleeping. A short command of a shell takes a tenth of a millisecond.
 const ATTENTION: u64 = MILLISECOND / 5;
 /// How often slots of finished calls are looked at again.
@@ -66,7 +68,9 @@ pub(crate) struct Engine {
     /// Until then the loop does not sleep while a call runs.
     attentive_until: Moment,
     /// The slot for which a spare process was ordered last.
-    parked_in: Option<SlotId>,
+    parked_in: Option<Option<SlotId>>,
+    /// When the spare that is missing is made.
+    spare_at: Option<Moment>,
     /// The worker of the file tools while no call is with it.
     pub(super) worker: Option<ToolWorker>,
     /// A call of the worker has ended since the counters of its slot were marked.
@@ -161,6 +165,7 @@ impl Engine {
             next_sweep: None,
             attentive_until: 0,
             parked_in: None,
+            spare_at: None,
             worker: None,
             worker_needs_mark: false,
             exit: None,
@@ -358,6 +363,7 @@ impl Engine {
             self.next_sweep,
             self.shutdown.map(|shutdown| shutdown.kill_at),
             self.shell_at(),
+            self.spare_at,
         ]
         .into_iter()
         .flatten()
@@ -419,14 +425,7 @@ impl Engine {
         self.settle_shell();
         self.settle_worker();
         if self.shells.wanted {
-            // Without a spare the next call makes its slot itself, and reports what is wrong.
-            let _ = self.slots.prepare();
-            let group = self.slots.prepared_group();
-            if group.is_none() || group != self.parked_in {
-                let parked = self.spawner.park(self.slots.prepared());
-                self.slots.set_parked(parked);
-                self.parked_in = group;
-            }
+            self.settle_spare();
         }
         if self.slots.is_unswept() {
             self.slots.sweep();
@@ -434,6 +433,25 @@ impl Engine {
         if self.slots.has_left() && self.next_sweep.is_none() {
             self.next_sweep = Some(now().saturating_add(SWEEP_INTERVAL));
         }
+    }
+
+    /// Makes the slot and the parked process of the next call, a moment after the last ones were taken: a sandbox that lives
+    /// for one call does not need them, and would have to end them.
+    fn settle_spare(&mut self) {
+        if self.slots.has_spare() && self.parked_in == Some(self.slots.prepared_group()) {
+            self.spare_at = None;
+            return;
+        }
+        let now = now();
+        if *self.spare_at.get_or_insert(now.saturating_add(SPARE_DELAY)) > now {
+            return;
+        }
+        // Without a spare the next call makes its slot itself, and reports what is wrong.
+        let made = self.slots.prepare();
+        let parked = self.spawner.park(self.slots.prepared());
+        self.slots.set_parked(parked);
+        self.parked_in = made.is_ok().then(|| self.slots.prepared_group());
+        self.spare_at = made.is_err().then(|| now.saturating_add(SWEEP_INTERVAL));
     }
 
     fn tear_down(&mut self) {

@@ -320,5 +320,6 @@ pub fn blank_from(report: Report, descriptors: Vec<OwnedFd>) -> Option<Blank> {
         boot,
         private,
         group,
+        upper: None,
     })
 }

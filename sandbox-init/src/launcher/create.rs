@@ -92,7 +92,7 @@ fn temporary(limits: &Limits) -> u64 {
 /// [`CreateError`]; the caller kills the blank.
 pub fn boot(
     context: &mut Context<'_>,
-    blank: &Blank,
+    blank: &mut Blank,
     slot: &Slot,
     request: &Checked,
 ) -> Result<Vec<Layer>, CreateError> {
@@ -142,7 +142,7 @@ pub fn boot(
         descriptors.push((Role::Mount, mount.as_fd()));
     }
     send_boot(blank, message, &descriptors)?;
-    drop(root.upper);
+    blank.upper = Some(root.upper);
     Ok(layers(context, request, root.idmapped, !danger("cgroup_limits")))
 }
 

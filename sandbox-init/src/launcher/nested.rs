@@ -106,7 +106,7 @@ pub fn make_blank(image: BorrowedFd<'_>, name: String, range: Range) -> Result<B
             exit_now(status & 0x7f)
         }
         Cloned::Parent { pid, pidfd } => {
-            Ok(Blank { name, slot: range.slot, pid, pidfd, boot: ours, private: None, group: None })
+            Ok(Blank { name, slot: range.slot, pid, pidfd, boot: ours, private: None, group: None, upper: None })
         }
     }
 }

@@ -75,7 +75,7 @@ pub struct Built {
     /// Whether the lowers are shown through the sandbox's id map.
     pub idmapped: bool,
     /// The mount that the overlay has its own copy of. Dropping it dissolves a mount, which waits for other processors, so
-    /// it is dropped only when the sandbox has what it waits for.
+    /// it is dropped only when nobody waits for the launcher.
     pub upper: OwnedFd,
 }
 

@@ -44,6 +44,8 @@ pub struct Blank {
     pub private: Option<Private>,
     /// Its cgroups; `None` where the host has none for us.
     pub group: Option<Group>,
+    /// The mount that its root filesystem has its own copy of, once it has one.
+    pub upper: Option<OwnedFd>,
 }
 
 /// What a blank has of its own.
@@ -172,7 +174,7 @@ pub fn make_blank(workshop: &Workshop<'_>, name: String, range: Range) -> Result
     workshop.tree.attach_v1(&name, pid.as_raw())?;
     nix::unistd::write(&gate_write, b"g").map_err(step("release process 1"))?;
     let private = Some(Private { user_namespace, files });
-    Ok(Blank { name, slot: range.slot, pid, pidfd, boot: ours, private, group })
+    Ok(Blank { name, slot: range.slot, pid, pidfd, boot: ours, private, group, upper: None })
 }
 
 /// Runs in the child: waits for the id map, becomes root of the new user namespace and executes the image.

@@ -108,6 +108,11 @@ impl Slots {
         Ok(())
     }
 
+    /// Whether a slot was made ahead.
+    pub(crate) fn has_spare(&self) -> bool {
+        self.spare.is_some()
+    }
+
     /// The directory of the slot that was made ahead.
     pub(crate) fn prepared(&self) -> Option<BorrowedFd<'_>> {
         let slot = self.slots.get(self.spare.as_ref()?)?;

@@ -76,7 +76,7 @@ impl Launcher<'_> {
     }
 
     /// Whether a later launcher takes over what lives. In a container that allows no namespace it ends it instead.
-    fn adopts(&self) -> bool {
+    pub(super) fn adopts(&self) -> bool {
         !self.embedded && self.parts.shape != Shape::Nested
     }
 }

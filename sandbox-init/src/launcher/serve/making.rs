@@ -25,6 +25,8 @@ use crate::sys::socket::receive;
 
 /// Requests that may wait for a blank; beyond that NO_SLOT.
 const MAX_WAITING: usize = 64;
+/// Blanks that have become sandboxes and whose mounts may wait for a quiet moment.
+const MAX_SPENT: usize = 4;
 
 /// A request that waits for a blank.
 #[derive(Debug)]
@@ -81,7 +83,7 @@ impl Launcher<'_> {
     /// Tells a blank what to become.
     fn boot(&mut self, number: u32, waiting: Waiting) {
         let Some(process) = self.processes.get_mut(&number) else { return };
-        let Some(blank) = process.blank.as_ref() else { return };
+        let Some(blank) = process.blank.as_mut() else { return };
         let mut context = Context {
             policy: &self.parts.policy,
             tree: &self.parts.tree,
@@ -141,11 +143,12 @@ impl Launcher<'_> {
             return self.kill(number, None);
         }
         layers.extend(booted.layers);
+        let adopts = self.adopts();
         let Some(process) = self.processes.get_mut(&number) else { return };
         // Its namespaces and groups live without our descriptors.
-        process.blank = None;
+        let blank = process.blank.take();
         process.phase = Phase::Ready { sandbox_id: waiting.request.sandbox_id.clone() };
-        process.record = state::start_time(process.pid).map(|start_time| Record {
+        process.record = adopts.then(|| state::start_time(process.pid)).flatten().map(|start_time| Record {
             sandbox_id: waiting.request.sandbox_id.clone(),
             name: process.name.clone(),
             pid: process.pid,
@@ -172,5 +175,9 @@ impl Launcher<'_> {
             self.kill(number, None);
         }
         self.last_request = Instant::now();
+        self.spent.extend(blank);
+        while self.spent.len() > MAX_SPENT {
+            self.spent.pop_front();
+        }
     }
 }

@@ -38,6 +38,7 @@ use super::policy_file::Policy;
 use super::replace::Program;
 use super::rootfs::Builder;
 use super::shape::Shape;
+use super::spawn::Blank;
 
 /// Everything that can wake the loop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,6 +137,9 @@ pub struct Launcher<'a> {
     making: BTreeMap<String, Slot>,
     /// What is said when the processes of these are gone.
     farewells: BTreeMap<String, Farewell>,
+    /// What came with blanks that have become sandboxes. It holds mounts, whose end waits for all processors, so they go when
+    /// nobody has asked for anything for a moment.
+    spent: VecDeque<Blank>,
     /// Of processes whose end no event will tell; whether they can be reaped is tried with every report.
     unwatched: Vec<OwnedFd>,
     next: u32,
@@ -188,6 +192,7 @@ impl<'a> Launcher<'a> {
             removing: BTreeMap::new(),
             making: BTreeMap::new(),
             farewells: BTreeMap::new(),
+            spent: VecDeque::new(),
             unwatched: Vec::new(),
             next: 1,
             embedded,

@@ -33,6 +33,9 @@ impl Launcher<'_> {
             return;
         }
         let idle = self.last_request.elapsed() >= REFILL_DELAY;
+        if idle {
+            self.spent.clear();
+        }
         while self.blanks() < if idle { self.wanted_blanks() } else { self.waiting.len() } {
             match self.parts.slots.take() {
                 Ok(Some(slot)) => {
@@ -163,7 +166,7 @@ impl Launcher<'_> {
     pub(super) fn timeout(&self) -> EpollTimeout {
         if !self.orders.is_empty() {
             EpollTimeout::from(2_u8)
-        } else if self.wanted_blanks() > self.blanks() {
+        } else if self.wanted_blanks() > self.blanks() || !self.spent.is_empty() {
             EpollTimeout::from(u8::try_from(REFILL_DELAY.as_millis()).unwrap_or(u8::MAX))
         } else {
             EpollTimeout::NONE
