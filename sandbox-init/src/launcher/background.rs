@@ -14,6 +14,7 @@ use prost::Message;
 
 use super::cgroup::{Group, Tree};
 use super::files::{Files, Owners};
+use super::forecast::{Forecast, MemoryUpper};
 use super::host::Places;
 use super::nested;
 use super::shape::Shape;
@@ -39,6 +40,9 @@ pub struct Order {
     /// Number of ids.
     #[prost(uint32, tag = "5")]
     pub count: u32,
+    /// What the next request will probably ask.
+    #[prost(message, optional, tag = "6")]
+    pub forecast: Option<Forecast>,
 }
 
 /// Background process to launcher.
@@ -71,6 +75,12 @@ pub struct Report {
     /// Whether a user namespace is among the descriptors.
     #[prost(bool, tag = "9")]
     pub namespaced: bool,
+    /// What was written into the limit files; only `limits` counts.
+    #[prost(message, optional, tag = "10")]
+    pub limited: Option<Forecast>,
+    /// Size of the upper among the descriptors; 0: there is none.
+    #[prost(uint64, tag = "11")]
+    pub upper_bytes: u64,
 }
 
 /// Largest order or report.
@@ -158,8 +168,15 @@ impl Background {
             Shape::Nested => nested::make_blank(workshop.image, order.make.clone(), range),
             Shape::Privileged | Shape::Unprivileged => make_blank(&workshop, order.make.clone(), range),
         };
+        let mut report_limits = None;
         match made {
-            Ok(blank) => self.hand_over(&blank),
+            Ok(mut blank) => {
+                if let Some(forecast) = order.forecast.filter(|_| self.shape != Shape::Nested) {
+                    forecast.prepare(&self.tree, &mut blank, range, self.shape == Shape::Unprivileged);
+                    report_limits = blank.limits.is_some().then_some(forecast);
+                }
+                self.hand_over(&blank, report_limits);
+            }
             Err(error) => {
                 let _ = self.tree.remove(&order.make);
                 self.remove_files(&order.make, order.base, order.count);
@@ -169,7 +186,7 @@ impl Background {
         }
     }
 
-    fn hand_over(&self, blank: &Blank) {
+    fn hand_over(&self, blank: &Blank, limited: Option<Forecast>) {
         let mut descriptors: Vec<RawFd> = vec![blank.pidfd.as_raw_fd(), blank.boot.as_raw_fd()];
         if let Some(Private { user_namespace, files: Files { listener, spool, spool_mount } }) = &blank.private {
             descriptors.extend([user_namespace, listener, spool, spool_mount].map(AsRawFd::as_raw_fd));
@@ -177,6 +194,7 @@ impl Background {
         let mut report =
             Report { made: blank.name.clone(), slot: blank.slot, pid: blank.pid.as_raw(), ..Report::default() };
         report.namespaced = blank.private.is_some();
+        report.limited = limited;
         if let Some(group) = &blank.group {
             report.grouped = true;
             descriptors.extend([group.init.as_raw_fd(), group.work.as_raw_fd()]);
@@ -184,6 +202,10 @@ impl Background {
                 report.v1.push((*name).to_owned());
                 descriptors.push(directory.as_raw_fd());
             }
+        }
+        if let Some(upper) = &blank.upper {
+            report.upper_bytes = upper.bytes;
+            descriptors.push(upper.mount.as_raw_fd());
         }
         self.report(&report, &descriptors);
     }
@@ -312,6 +334,11 @@ pub fn blank_from(report: Report, descriptors: Vec<OwnedFd>) -> Option<Blank> {
     } else {
         None
     };
+    let limits = report.limited.map(|forecast| forecast.limits());
+    let upper = match report.upper_bytes {
+        0 => None,
+        bytes => Some(MemoryUpper { bytes, mount: descriptors.next()? }),
+    };
     Some(Blank {
         name: report.made,
         slot: report.slot,
@@ -320,6 +347,7 @@ pub fn blank_from(report: Report, descriptors: Vec<OwnedFd>) -> Option<Blank> {
         boot,
         private,
         group,
-        upper: None,
+        limits,
+        upper,
     })
 }

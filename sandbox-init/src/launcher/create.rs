@@ -13,10 +13,11 @@ use proto::launch::v1::Layer;
 
 use super::cgroup::{CgroupError, Tree};
 use super::files::{FilesError, directory_of};
+use super::forecast::{MemoryUpper, memory_backed};
 use super::host::{HostRoot, Places, place};
 use super::ids::Slot;
 use super::policy_file::{Limits, Policy};
-use super::rootfs::{Builder, Plan, RootfsError, Upper};
+use super::rootfs::{Builder, Plan, RootfsError, Upper, upper_mount};
 use super::spawn::Blank;
 use super::validate::Checked;
 use crate::boot::{Boot, Role};
@@ -74,13 +75,6 @@ pub struct Context<'a> {
 /// Share of the disk limit that spool files may take on top of it.
 const SPOOL_SHARE: u64 = 4;
 
-/// Bytes of a root filesystem in memory: half of the memory limit at most. With /tmp, a quarter, and /dev/shm, a sixteenth,
-/// the rest is left for processes: files in memory cannot be killed, so if they took all of it, a full disk would end every
-/// process of the sandbox, one after the other, instead of being an error of the command that fills it.
-fn memory_backed(limits: &Limits) -> u64 {
-    limits.disk_bytes.min(limits.memory_bytes / 2)
-}
-
 /// Bytes of /tmp; /dev/shm has a quarter of it.
 fn temporary(limits: &Limits) -> u64 {
     limits.disk_bytes.min(limits.memory_bytes / 4)
@@ -97,7 +91,7 @@ pub fn boot(
     request: &Checked,
 ) -> Result<Vec<Layer>, CreateError> {
     let danger = |layer: &str| context.policy.danger.without.iter().any(|name| name == layer);
-    if !danger("cgroup_limits") {
+    if !danger("cgroup_limits") && blank.limits != Some(request.limits) {
         context.tree.limit(&blank.name, &request.limits)?;
     }
     let upper = if request.ephemeral {
@@ -116,7 +110,12 @@ pub fn boot(
         rootless: context.rootless,
         add_points: context.rootless && !request.host_rootfs,
     };
-    let root = context.builder.build(&plan)?;
+    let ready = blank.upper.take().filter(|ready| request.ephemeral && ready.bytes == memory_backed(&request.limits));
+    let upper = match ready {
+        Some(ready) => ready.mount,
+        None => upper_mount(&plan.upper, slot.base, context.rootless)?,
+    };
+    let root = context.builder.build(&plan, &upper)?;
 
     let mut message = message(context, slot, request);
     let mut descriptors: Vec<(Role, BorrowedFd<'_>)> = vec![
@@ -142,7 +141,7 @@ pub fn boot(
         descriptors.push((Role::Mount, mount.as_fd()));
     }
     send_boot(blank, message, &descriptors)?;
-    blank.upper = Some(root.upper);
+    blank.upper = Some(MemoryUpper { bytes: 0, mount: upper });
     Ok(layers(context, request, root.idmapped, !danger("cgroup_limits")))
 }
 

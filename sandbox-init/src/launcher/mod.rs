@@ -10,6 +10,7 @@ pub mod background;
 pub mod cgroup;
 pub mod create;
 pub mod files;
+pub mod forecast;
 pub mod host;
 pub mod ids;
 pub mod nested;

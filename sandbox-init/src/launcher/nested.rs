@@ -105,9 +105,17 @@ pub fn make_blank(image: BorrowedFd<'_>, name: String, range: Range) -> Result<B
             // The launcher sees the end of the boot socket; there is nobody else to tell.
             exit_now(status & 0x7f)
         }
-        Cloned::Parent { pid, pidfd } => {
-            Ok(Blank { name, slot: range.slot, pid, pidfd, boot: ours, private: None, group: None, upper: None })
-        }
+        Cloned::Parent { pid, pidfd } => Ok(Blank {
+            name,
+            slot: range.slot,
+            pid,
+            pidfd,
+            boot: ours,
+            private: None,
+            group: None,
+            limits: None,
+            upper: None,
+        }),
     }
 }
 

@@ -74,9 +74,6 @@ pub struct Built {
     pub mount: OwnedFd,
     /// Whether the lowers are shown through the sandbox's id map.
     pub idmapped: bool,
-    /// The mount that the overlay has its own copy of. Dropping it dissolves a mount, which waits for other processors, so
-    /// it is dropped only when nobody waits for the launcher.
-    pub upper: OwnedFd,
 }
 
 /// Builds overlays and remembers idmapped lowers per slot: a slot's map never changes, so its trees can be used again.
@@ -96,12 +93,11 @@ impl Builder {
         !self.no_idmap
     }
 
-    /// Builds one.
+    /// Builds one over the mount that holds its upper, of which the overlay gets a copy of its own.
     ///
     /// # Errors
     /// [`RootfsError`] names the step.
-    pub fn build(&mut self, plan: &Plan<'_>) -> Result<Built, RootfsError> {
-        let upper = upper_mount(plan)?;
+    pub fn build(&mut self, plan: &Plan<'_>, upper: &OwnedFd) -> Result<Built, RootfsError> {
         let key = (plan.slot, plan.lower.to_owned());
         if !self.cache.contains_key(&key) {
             let tree = self.lower_tree(plan)?;
@@ -110,8 +106,8 @@ impl Builder {
         let lower = self.cache.get(&key).ok_or(RootfsError { step: "keep the lower", source: Errno::ENOENT })?;
         let idmapped = !self.no_idmap && !plan.rootless;
         if !self.paths_only {
-            match by_descriptors(lower, &upper, plan) {
-                Ok(mount) => return Ok(Built { mount, idmapped, upper }),
+            match by_descriptors(lower, upper, plan) {
+                Ok(mount) => return Ok(Built { mount, idmapped }),
                 Err(Errno::EINVAL | Errno::EBADF | Errno::ENOTDIR) => self.paths_only = true,
                 Err(source) => return Err(RootfsError { step: "mount the overlay", source }),
             }
@@ -119,8 +115,8 @@ impl Builder {
         // The kernel needs a path, so a tree is attached for a moment. Not a copy of the cached one: before 6.15 the
         // kernel refuses to copy a detached tree.
         let fresh = self.lower_tree(plan)?;
-        let mount = by_paths(&fresh, &upper, plan)?;
-        Ok(Built { mount, idmapped, upper })
+        let mount = by_paths(&fresh, upper, plan)?;
+        Ok(Built { mount, idmapped })
     }
 
     /// Forgets the trees of one slot.
@@ -149,10 +145,14 @@ impl Builder {
     }
 }
 
-/// The mount that holds `upper` and `work`.
-fn upper_mount(plan: &Plan<'_>) -> Result<OwnedFd, RootfsError> {
-    let owner = (Some(Uid::from_raw(plan.base)), Some(Gid::from_raw(plan.base)));
-    let holder = match &plan.upper {
+/// Makes the mount that holds `upper` and `work`, both owned by the range from `base` on. Dropping it dissolves it, which
+/// waits for other processors, so that is for when nobody waits for the launcher.
+///
+/// # Errors
+/// [`RootfsError`] names the step.
+pub fn upper_mount(upper: &Upper, base: u32, rootless: bool) -> Result<OwnedFd, RootfsError> {
+    let owner = (Some(Uid::from_raw(base)), Some(Gid::from_raw(base)));
+    let holder = match upper {
         Upper::Memory { bytes } => {
             let size = CString::new(bytes.to_string())
                 .map_err(|_| RootfsError { step: "size the upper", source: Errno::EINVAL })?;
@@ -180,7 +180,7 @@ fn upper_mount(plan: &Plan<'_>) -> Result<OwnedFd, RootfsError> {
             Ok(()) | Err(Errno::EEXIST) => {}
             Err(source) => return Err(RootfsError { step: "make the upper", source }),
         }
-        if !plan.rootless {
+        if !rootless {
             fchownat(&holder, name, owner.0, owner.1, AtFlags::AT_SYMLINK_NOFOLLOW)
                 .map_err(failed("give the upper to the sandbox"))?;
         }

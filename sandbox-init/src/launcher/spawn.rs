@@ -20,6 +20,8 @@ use nix::unistd::{Gid, Pid, Uid, pipe2, read, setgroups, setresgid, setresuid};
 
 use super::cgroup::{CgroupError, Group, Mode as CgroupMode, Tree};
 use super::files::{Files, FilesError, Owners};
+use super::forecast::MemoryUpper;
+use super::policy_file::Limits;
 use crate::boot::{BOOT_DESCRIPTOR, IMAGE_DESCRIPTOR};
 use crate::sys::network::bring_loopback_up;
 use crate::sys::process::{
@@ -44,8 +46,10 @@ pub struct Blank {
     pub private: Option<Private>,
     /// Its cgroups; `None` where the host has none for us.
     pub group: Option<Group>,
-    /// The mount that its root filesystem has its own copy of, once it has one.
-    pub upper: Option<OwnedFd>,
+    /// Limits that its groups have already.
+    pub limits: Option<Limits>,
+    /// An upper made ahead; later the mount that its root filesystem has its own copy of.
+    pub upper: Option<MemoryUpper>,
 }
 
 /// What a blank has of its own.
@@ -174,7 +178,7 @@ pub fn make_blank(workshop: &Workshop<'_>, name: String, range: Range) -> Result
     workshop.tree.attach_v1(&name, pid.as_raw())?;
     nix::unistd::write(&gate_write, b"g").map_err(step("release process 1"))?;
     let private = Some(Private { user_namespace, files });
-    Ok(Blank { name, slot: range.slot, pid, pidfd, boot: ours, private, group, upper: None })
+    Ok(Blank { name, slot: range.slot, pid, pidfd, boot: ours, private, group, limits: None, upper: None })
 }
 
 /// Runs in the child: waits for the id map, becomes root of the new user namespace and executes the image.

@@ -47,9 +47,13 @@ impl Tree {
                     match *controller {
                         "memory" => {
                             let memory_controller = MemController::new(directory.clone(), false);
+                            // Memory plus swap may never be the smaller one, whatever the two were before.
+                            let counts_swap = directory.join("memory.memsw.limit_in_bytes").exists();
+                            if counts_swap {
+                                memory_controller.set_memswap_limit(-1).map_err(|e| failed(e.to_string()))?;
+                            }
                             memory_controller.set_limit(memory).map_err(|e| failed(e.to_string()))?;
-                            // Must follow the memory limit: memory plus swap may not be the smaller one.
-                            if directory.join("memory.memsw.limit_in_bytes").exists() {
+                            if counts_swap {
                                 memory_controller.set_memswap_limit(memory).map_err(|e| failed(e.to_string()))?;
                             }
                         }

@@ -17,6 +17,7 @@ use super::process::Phase;
 use crate::boot::Booted;
 use crate::launcher::background::PACKET_BYTES;
 use crate::launcher::create::{self, Context};
+use crate::launcher::forecast::Forecast;
 use crate::launcher::nested;
 use crate::launcher::shape::Shape;
 use crate::launcher::state::{self, Record};
@@ -101,7 +102,10 @@ impl Launcher<'_> {
             }
         };
         match booted {
-            Ok(layers) => process.phase = Phase::Booting { waiting: Box::new(waiting), layers },
+            Ok(layers) => {
+                self.forecast = Some(Forecast::after(&waiting.request, &self.parts.policy));
+                process.phase = Phase::Booting { waiting: Box::new(waiting), layers };
+            }
             Err(error) => {
                 let failure = host_error(&error);
                 self.answer(waiting.connection, waiting.request_id, Answer::Failure(failure));

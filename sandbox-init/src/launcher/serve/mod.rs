@@ -32,6 +32,7 @@ use self::ending::Farewell;
 use self::making::Waiting;
 use self::process::Process;
 use super::cgroup::Tree;
+use super::forecast::Forecast;
 use super::host::{HostRoot, Places};
 use super::ids::{Slot, Slots};
 use super::policy_file::Policy;
@@ -137,6 +138,8 @@ pub struct Launcher<'a> {
     making: BTreeMap<String, Slot>,
     /// What is said when the processes of these are gone.
     farewells: BTreeMap<String, Farewell>,
+    /// What blanks get ahead of need.
+    forecast: Option<Forecast>,
     /// What came with blanks that have become sandboxes. It holds mounts, whose end waits for all processors, so they go when
     /// nobody has asked for anything for a moment.
     spent: VecDeque<Blank>,
@@ -192,6 +195,7 @@ impl<'a> Launcher<'a> {
             removing: BTreeMap::new(),
             making: BTreeMap::new(),
             farewells: BTreeMap::new(),
+            forecast: Forecast::first(&parts.policy),
             spent: VecDeque::new(),
             unwatched: Vec::new(),
             next: 1,

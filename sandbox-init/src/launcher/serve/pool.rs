@@ -46,6 +46,7 @@ impl Launcher<'_> {
                         slot: slot.number,
                         base: slot.base,
                         count: slot.count,
+                        forecast: self.forecast,
                         ..Order::default()
                     };
                     self.making.insert(name, slot);
