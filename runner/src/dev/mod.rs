@@ -13,6 +13,6 @@ mod state;
 mod transcript;
 
 pub use orchestrator::{DevError, Link, LinkSettings, Orchestrator};
-pub(crate) use server::{Connection, accept_one, listen};
+pub use server::{Connection, accept_one, listen};
 pub use session::{CallOutcome, Session};
 pub use transcript::{Finished, StreamText};

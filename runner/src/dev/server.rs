@@ -24,7 +24,8 @@ const STREAM_WINDOW: u32 = 4 * 1024 * 1024;
 const CONNECTION_WINDOW: u32 = 8 * 1024 * 1024;
 
 /// A connection whose peer has shown a certificate of our authority.
-pub(crate) struct Connection(TlsStream<TcpStream>);
+#[derive(Debug)]
+pub struct Connection(TlsStream<TcpStream>);
 
 impl Connected for Connection {
     type ConnectInfo = ();
@@ -96,7 +97,10 @@ async fn accept(
 }
 
 /// Accepts one connection and checks who is there.
-pub(crate) async fn accept_one(listener: &TcpListener, acceptor: TlsAcceptor) -> io::Result<Connection> {
+///
+/// # Errors
+/// What the socket or the handshake says, or that there was none within 10 s.
+pub async fn accept_one(listener: &TcpListener, acceptor: TlsAcceptor) -> io::Result<Connection> {
     let (stream, _) = listener.accept().await?;
     handshake(acceptor, stream).await.map(Connection)
 }
@@ -108,7 +112,10 @@ async fn handshake(acceptor: TlsAcceptor, stream: TcpStream) -> io::Result<TlsSt
 }
 
 /// A listener on a free port of the loopback address.
-pub(crate) async fn listen() -> io::Result<(TcpListener, SocketAddr)> {
+///
+/// # Errors
+/// What the socket says.
+pub async fn listen() -> io::Result<(TcpListener, SocketAddr)> {
     let listener = TcpListener::bind(std::net::SocketAddr::from(([127, 0, 0, 1], 0))).await?;
     let address = listener.local_addr()?;
     Ok((listener, address))

@@ -17,5 +17,6 @@ mod gate;
 mod local;
 mod mistakes;
 mod proxy;
+mod raw;
 mod slow;
 mod world;

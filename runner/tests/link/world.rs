@@ -51,10 +51,31 @@ impl Default for Options {
 
 impl World {
     pub async fn new(options: Options) -> Self {
-        let orchestrator = Orchestrator::start(options.link).await.unwrap();
+        let orchestrator = Orchestrator::start(options.link.clone()).await.unwrap();
         let directory = tempfile::tempdir().unwrap();
         let files = orchestrator.write_client_files(directory.path(), "runner-1").unwrap();
         let wire = Wire::to(orchestrator.address().port()).await;
+        let Runner { fakes, sessions, connector, stop } = Runner::dial(wire.port, files.clone(), options);
+        Self { orchestrator, fakes, sessions, connector, stop, wire, files, _directory: directory }
+    }
+
+    pub async fn session(&self, session_id: &str) -> runner::dev::Session {
+        let request = pb::OpenSession { session_id: session_id.into(), ..Default::default() };
+        self.orchestrator.open_session(request).await.unwrap()
+    }
+}
+
+/// A runner with sandboxes in memory.
+pub struct Runner {
+    pub fakes: Arc<Fakes>,
+    pub sessions: SessionHandle,
+    pub connector: Handle,
+    pub stop: watch::Sender<Stop>,
+}
+
+impl Runner {
+    /// Starts one that dials a port of this machine.
+    pub fn dial(port: u16, files: TlsFiles, options: Options) -> Self {
         let fakes = Arc::new(Fakes::default());
         let (sessions, updates) = Sessions {
             config: options.core,
@@ -70,13 +91,8 @@ impl World {
             outputs: Arc::new(sessions.outputs.clone()),
             progress: sessions.progress.clone(),
         };
-        let connector = orchestrator::start(settings(wire.port, files.clone()), ports, stopped).unwrap();
-        Self { orchestrator, fakes, sessions, connector, stop, wire, files, _directory: directory }
-    }
-
-    pub async fn session(&self, session_id: &str) -> runner::dev::Session {
-        let request = pb::OpenSession { session_id: session_id.into(), ..Default::default() };
-        self.orchestrator.open_session(request).await.unwrap()
+        let connector = orchestrator::start(settings(port, files), ports, stopped).unwrap();
+        Self { fakes, sessions, connector, stop }
     }
 }
 

@@ -1,0 +1,318 @@
+//! Bytes that are no frame: what no generated encoder would send is answered with the field, and nothing is lost by it.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use prost::Message as _;
+use prost::bytes::BufMut as _;
+use proto::runner::v1 as pb;
+use proto::runner::v1::orchestrator_frame::Body;
+use proto::runner::v1::runner_frame::Body as Said;
+use runner::dev::pki::{Authority, Validity};
+use runner::dev::{Connection, accept_one, listen};
+use tokio::sync::{Mutex, mpsc};
+use tokio_rustls::TlsAcceptor;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
+use tonic::codegen::{BoxFuture, Context, Poll, Service, http};
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::world::{Options, Runner, within};
+
+/// Makes the bytes of a frame from its number.
+type Frame = Box<dyn FnOnce(u64) -> Vec<u8> + Send>;
+
+/// Sends bytes as they are, and decodes what a runner says.
+#[derive(Default)]
+struct Bytes;
+
+impl Codec for Bytes {
+    type Encode = Vec<u8>;
+    type Decode = pb::RunnerFrame;
+    type Encoder = Self;
+    type Decoder = Self;
+
+    fn encoder(&mut self) -> Self {
+        Self
+    }
+
+    fn decoder(&mut self) -> Self {
+        Self
+    }
+}
+
+impl Encoder for Bytes {
+    type Item = Vec<u8>;
+    type Error = Status;
+
+    fn encode(&mut self, item: Vec<u8>, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        buffer.put_slice(&item);
+        Ok(())
+    }
+}
+
+impl Decoder for Bytes {
+    type Item = pb::RunnerFrame;
+    type Error = Status;
+
+    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<pb::RunnerFrame>, Status> {
+        pb::RunnerFrame::decode(buffer).map(Some).map_err(|error| Status::internal(error.to_string()))
+    }
+}
+
+/// One link after the other: greets, then sends what it is given.
+#[derive(Clone)]
+struct Link {
+    frames: Arc<Mutex<mpsc::UnboundedReceiver<Frame>>>,
+    said: mpsc::UnboundedSender<Said>,
+}
+
+impl tonic::server::NamedService for Link {
+    const NAME: &'static str = "sandbox_runner.runner.v1.RunnerLinkService";
+}
+
+impl Service<http::Request<tonic::body::Body>> for Link {
+    type Response = http::Response<tonic::body::Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<Self::Response, Infallible>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<tonic::body::Body>) -> Self::Future {
+        let link = self.clone();
+        Box::pin(async move { Ok(tonic::server::Grpc::new(Bytes).streaming(link, request).await) })
+    }
+}
+
+impl tonic::server::StreamingService<pb::RunnerFrame> for Link {
+    type Response = Vec<u8>;
+    type ResponseStream = ReceiverStream<Result<Vec<u8>, Status>>;
+    type Future = BoxFuture<Response<Self::ResponseStream>, Status>;
+
+    fn call(&mut self, request: Request<Streaming<pb::RunnerFrame>>) -> Self::Future {
+        let Self { frames, said } = self.clone();
+        Box::pin(async move {
+            let (sender, receiver) = mpsc::channel(16);
+            let mut incoming = request.into_inner();
+            tokio::spawn(async move {
+                let welcome = pb::Welcome {
+                    link_id: "raw".into(),
+                    term: 1,
+                    lease_ttl: Some(prost_types::Duration { seconds: 60, nanos: 0 }),
+                    heartbeat_every: Some(prost_types::Duration { seconds: 10, nanos: 0 }),
+                    limits: Some(pb::LinkLimits { link_credit_bytes: 1 << 20, ..Default::default() }),
+                    decision_pages: 1,
+                    ..Default::default()
+                };
+                let Ok(Some(pb::RunnerFrame { body: Some(Said::Hello(hello)), .. })) = incoming.message().await else {
+                    return;
+                };
+                let keep = pb::ResumeDecision {
+                    session_id: "s".into(),
+                    epoch: 1,
+                    action: pb::ResumeAction::Keep.into(),
+                    calls: Vec::new(),
+                };
+                let held = hello.resume_pages > 0;
+                let decisions =
+                    pb::ResumeDecisionPage { index: 0, decisions: held.then_some(keep).into_iter().collect() };
+                said.send(Said::Hello(hello)).unwrap();
+                for (number, kind, body) in [(1, 10, Body::Welcome(welcome)), (2, 11, Body::ResumeDecisions(decisions))]
+                {
+                    sender.send(Ok(frame(number, kind, body))).await.unwrap();
+                }
+                let mut number = 2;
+                // The link before this one may not have noticed its end yet.
+                let mut frames = frames.lock().await;
+                loop {
+                    tokio::select! {
+                        Some(make) = frames.recv() => {
+                            number += 1;
+                            if sender.send(Ok(make(number))).await.is_err() {
+                                return;
+                            }
+                        }
+                        frame = incoming.message() => match frame {
+                            Ok(Some(frame)) => {
+                                frame.body.map(|body| said.send(body));
+                            }
+                            _ => return,
+                        },
+                    }
+                }
+            });
+            Ok(Response::new(ReceiverStream::new(receiver)))
+        })
+    }
+}
+
+fn frame(frame_no: u64, kind: u32, body: Body) -> Vec<u8> {
+    pb::OrchestratorFrame { frame_no, kind, must_understand: true, body: Some(body) }.encode_to_vec()
+}
+
+/// An orchestrator that sends bytes, and a runner that has dialled it.
+struct World {
+    frames: mpsc::UnboundedSender<Frame>,
+    said: mpsc::UnboundedReceiver<Said>,
+    runner: Runner,
+    _directory: tempfile::TempDir,
+}
+
+impl World {
+    async fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let authority = Authority::new("raw").unwrap();
+        let server = authority.server_config(&authority.server("localhost", Validity::Now).unwrap()).unwrap();
+        let files = authority
+            .write_client_files(directory.path(), &authority.client("runner-1", Validity::Now).unwrap())
+            .unwrap();
+        let (listener, address) = listen().await.unwrap();
+        let (sender, connections) = mpsc::channel::<std::io::Result<Connection>>(4);
+        let acceptor = TlsAcceptor::from(Arc::new(server));
+        tokio::spawn(async move {
+            while let Ok(connection) = accept_one(&listener, acceptor.clone()).await {
+                if sender.send(Ok(connection)).await.is_err() {
+                    return;
+                }
+            }
+        });
+        let (frames, to_send) = mpsc::unbounded_channel();
+        let (speaks, said) = mpsc::unbounded_channel();
+        let link = Link { frames: Arc::new(Mutex::new(to_send)), said: speaks };
+        let serving = tonic::transport::Server::builder().serve_with_incoming_shutdown(
+            link,
+            ReceiverStream::new(connections),
+            std::future::pending(),
+        );
+        tokio::spawn(serving);
+        let runner = Runner::dial(address.port(), files, Options::default());
+        let mut world = Self { frames, said, runner, _directory: directory };
+        world.hears("a greeting", |said| matches!(said, Said::Hello(_)).then_some(())).await;
+        world
+    }
+
+    fn send(&self, make: impl FnOnce(u64) -> Vec<u8> + Send + 'static) {
+        self.frames.send(Box::new(make)).unwrap();
+    }
+
+    async fn hears<T>(&mut self, what: &str, mut wanted: impl FnMut(Said) -> Option<T>) -> T {
+        within(what, async {
+            loop {
+                if let Some(found) = wanted(self.said.recv().await.unwrap()) {
+                    return found;
+                }
+            }
+        })
+        .await
+    }
+
+    async fn open(&mut self) {
+        let open = pb::OpenSession { session_id: "s".into(), epoch: 1, ..Default::default() };
+        self.send(|number| frame(number, 13, Body::OpenSession(open)));
+        self.hears("the session", |said| matches!(said, Said::SessionOpened(_)).then_some(())).await;
+    }
+
+    async fn refusal(&mut self) -> pb::RequestRefused {
+        self.hears("a refusal", |said| if let Said::RequestRefused(refused) = said { Some(refused) } else { None })
+            .await
+    }
+
+    /// A call that is well formed still runs, once.
+    async fn assert_works(&mut self, call_id: &str) {
+        let call = bash(call_id, "exit 0");
+        self.send(|number| frame(number, 15, Body::Call(call)));
+        let finished = self
+            .hears("the end of a call", |said| if let Said::CallFinished(end) = said { Some(end) } else { None })
+            .await;
+        assert_eq!(finished.call_id, call_id);
+        assert_eq!(self.runner.fakes.executions_of(call_id), 1);
+    }
+}
+
+fn bash(call_id: &str, command: &str) -> pb::Call {
+    let input = pb::BashInput { command: Some(command.into()), ..Default::default() };
+    pb::Call {
+        call_id: call_id.into(),
+        session_id: "s".into(),
+        epoch: 1,
+        input: Some(pb::call::Input::Bash(input)),
+        ..Default::default()
+    }
+}
+
+/// The frame of a call with one place of it replaced.
+fn spoiled(number: u64, call_id: &str, place: &[u8], with: &[u8]) -> Vec<u8> {
+    let mut bytes = frame(number, 15, Body::Call(bash(call_id, "echo PLACE")));
+    let at = bytes.windows(place.len()).position(|window| window == place).unwrap();
+    bytes[at..at + with.len()].copy_from_slice(with);
+    bytes
+}
+
+#[tokio::test]
+async fn text_that_is_not_utf8_is_refused_with_its_field_and_its_call() {
+    let mut world = World::new().await;
+    world.open().await;
+
+    world.send(|number| spoiled(number, "c1", b"PLACE", &[0xff]));
+
+    let refused = world.refusal().await;
+    let failure = refused.failure.unwrap();
+    assert_eq!((refused.call_id.as_str(), failure.code.as_str()), ("c1", "INVALID_FIELD"));
+    assert!(failure.message.contains("BashInput.command"), "{}", failure.message);
+    assert_eq!(world.runner.fakes.executions_of("c1"), 0);
+    world.assert_works("c2").await;
+}
+
+#[tokio::test]
+async fn field_of_another_wire_type_is_refused_by_its_frame() {
+    let mut world = World::new().await;
+    world.open().await;
+
+    // Field 1 of the call, a text, comes as a varint: key 0x08 instead of 0x0a.
+    world.send(|number| spoiled(number, "c1", b"\x0a\x02c1", &[0x08]));
+
+    let refused = world.refusal().await;
+    assert_eq!((refused.kind, refused.failure.unwrap().code.as_str()), (15, "INVALID_FIELD"));
+    world.assert_works("c2").await;
+}
+
+#[tokio::test]
+async fn length_of_two_gigabytes_is_refused_and_allocates_nothing() {
+    let mut world = World::new().await;
+    world.open().await;
+
+    // frame_no, kind 15, then field 15 with a length of 2^31 and one byte of it.
+    world.send(|number| {
+        let number = u8::try_from(number).unwrap();
+        vec![0x08, number, 0x10, 15, 0x7a, 0x80, 0x80, 0x80, 0x80, 0x08, b'x']
+    });
+
+    let refused = world.refusal().await;
+    assert_eq!((refused.kind, refused.failure.unwrap().code.as_str()), (15, "INVALID_FIELD"));
+    world.assert_works("c2").await;
+}
+
+#[tokio::test]
+async fn bytes_without_any_sense_end_at_most_the_link() {
+    let mut world = World::new().await;
+    world.open().await;
+
+    world.send(|_| vec![0xff; 64]);
+
+    world.hears("the next greeting", |said| matches!(said, Said::Hello(_)).then_some(())).await;
+    world.assert_works("c2").await;
+}
+
+#[tokio::test]
+async fn message_beyond_what_the_transport_takes_ends_the_link_and_no_session() {
+    let mut world = World::new().await;
+    world.open().await;
+
+    world.send(|number| frame(number, 15, Body::Call(bash("c1", &"x".repeat(8 << 20)))));
+
+    world.hears("the next greeting", |said| matches!(said, Said::Hello(_)).then_some(())).await;
+    assert_eq!(world.runner.fakes.executions_of("c1"), 0);
+    world.assert_works("c2").await;
+}
