@@ -23,7 +23,7 @@ use crate::session::registry::{Registry, Reserve};
 use crate::session::{SessionHandle, Sessions};
 use crate::shutdown::{Signal, Signals};
 use crate::systemd::{Notifier, Watchdog};
-use crate::work::{DrainMode, Receipt, ResourceLimits, Sandboxes, Update, WorkItem};
+use crate::work::{BoxFuture, DrainMode, Receipt, ResourceLimits, Sandboxes, Update, WorkItem};
 
 /// Time to end sandboxes after patience with calls has ended.
 const CLOSE_TIME: Duration = Duration::from_secs(10);
@@ -74,6 +74,11 @@ pub enum DaemonError {
     Admin(#[from] admin::SocketError),
 }
 
+/// Why a daemon ended without having been asked to.
+#[derive(Debug, thiserror::Error)]
+#[error("the launcher is gone ({0}), and with it every sandbox; start the runner again")]
+pub struct LauncherGone(String);
+
 /// A daemon whose parts are joined.
 #[derive(Debug)]
 pub struct Daemon {
@@ -82,6 +87,17 @@ pub struct Daemon {
     stop: watch::Sender<Stop>,
     admin: Option<(tokio::task::JoinHandle<()>, PathBuf)>,
     drain_time: Duration,
+    gone: Gone,
+}
+
+/// Resolves when there is nothing left to make sandboxes with. Behind a lock that nobody ever waits for, because a daemon is
+/// shared between threads and a future is not.
+struct Gone(std::sync::Mutex<BoxFuture<'static, String>>);
+
+impl std::fmt::Debug for Gone {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Gone")
+    }
 }
 
 impl Daemon {
@@ -90,7 +106,7 @@ impl Daemon {
     /// # Errors
     /// `DaemonError`; what was begun ends with the runtime.
     pub fn start(parts: Parts) -> Result<Self, DaemonError> {
-        let receipt = parts.sandboxes.receipt();
+        let (receipt, gone) = (parts.sandboxes.receipt(), Gone(std::sync::Mutex::new(parts.sandboxes.gone())));
         let sessions = Sessions {
             config: CoreConfig::default(),
             registry: Registry::new(parts.reserve, parts.defaults),
@@ -108,7 +124,7 @@ impl Daemon {
         };
         let status = link.as_ref().map(|link| link.status.clone());
         let admin = parts.admin.map(|socket| start_admin(socket, &handle, status, receipt)).transpose()?;
-        Ok(Self { sessions: handle, link, stop, admin, drain_time: parts.drain_time })
+        Ok(Self { sessions: handle, link, stop, admin, drain_time: parts.drain_time, gone })
     }
 
     /// The sessions, for those who run a daemon inside another program.
@@ -124,10 +140,15 @@ impl Daemon {
     }
 
     /// Serves until a signal asks for the end, then ends in order.
-    pub async fn run(self, mut signals: Signals, notifier: &Notifier) {
+    ///
+    /// # Errors
+    /// [`LauncherGone`]: there is nothing left to serve with. What is finished was delivered as at any other end.
+    pub async fn run(mut self, mut signals: Signals, notifier: &Notifier) -> Result<(), LauncherGone> {
         notifier.ready();
         info!("runner started");
         let mut watchdog = Watchdog::new(self.sessions.progress.clone());
+        let gone = std::mem::replace(&mut self.gone.0, std::sync::Mutex::new(Box::pin(std::future::pending())));
+        let mut gone = gone.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
         let every = notifier.watchdog_every();
         let mut feed = tokio::time::interval(every.unwrap_or(Duration::from_secs(3600)));
         loop {
@@ -139,8 +160,18 @@ impl Daemon {
                         }
                     }
                     Signal::Drain => break,
-                    Signal::Now => return self.end(Duration::ZERO).await,
+                    Signal::Now => {
+                        drop(gone);
+                        self.end(Duration::ZERO).await;
+                        return Ok(());
+                    }
                 },
+                reason = &mut gone => {
+                    drop(gone);
+                    notifier.stopping();
+                    self.end(Duration::ZERO).await;
+                    return Err(LauncherGone(reason));
+                }
                 _ = feed.tick(), if every.is_some() => {
                     if watchdog.has_moved() {
                         notifier.alive();
@@ -150,16 +181,18 @@ impl Daemon {
                 }
             }
         }
+        // It holds on to the launcher, which is not to outlive this.
+        drop(gone);
         notifier.stopping();
         info!("emptying the runner");
         let patience = self.drain_time;
         let mut ending = std::pin::pin!(self.end(patience));
         loop {
             tokio::select! {
-                () = &mut ending => return,
+                () = &mut ending => return Ok(()),
                 signal = signals.next() => if signal == Signal::Now {
                     warn!("second signal, ending without delivering what is left");
-                    return;
+                    return Ok(());
                 },
                 _ = feed.tick(), if every.is_some() => if watchdog.has_moved() { notifier.alive() },
             }

@@ -13,7 +13,7 @@ use runner::dev::DevError;
 use sandbox_runner_tests::daemon::{Daemon, Options, bash, exec, small_sandboxes, text_of, within};
 use sandbox_runner_tests::host;
 use sandbox_runner_tests::needs_root;
-use sandbox_runner_tests::runner::finish;
+use sandbox_runner_tests::runner::{binary, finish, scaled, wait};
 
 const MIB: u64 = 1 << 20;
 
@@ -350,4 +350,44 @@ fn files(daemon: &Daemon) -> Vec<std::path::PathBuf> {
         daemon.directories().iter().flat_map(|top: &std::path::PathBuf| host::files_below(Path::new(top))).collect();
     found.sort();
     found
+}
+
+/// A runner that made its own launcher cannot serve without it. Whoever started the runner is to start it again.
+#[test]
+fn runner_ends_when_the_launcher_of_its_own_is_killed() {
+    needs_root!();
+    let _host = host::shared();
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = |name: &str| directory.path().join(name);
+    let config = format!(
+        "[runner]\nid = \"alone\"\nmin_tier = \"none\"\nstate_directory = \"{}\"\nrun_directory = \"{}\"\n",
+        path("state").display(),
+        path("run").display()
+    );
+    std::fs::write(path("config.toml"), config).expect("a file of our own");
+    let log = std::fs::File::create(path("log")).expect("a file of our own");
+    let mut runner = std::process::Command::new(binary())
+        .args(["run", "--config"])
+        .arg(path("config.toml"))
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .expect("the runner starts");
+    let said = || std::fs::read_to_string(path("log")).unwrap_or_default();
+    let deadline = std::time::Instant::now() + scaled(Duration::from_secs(60));
+    while !said().contains("runner started") {
+        assert!(std::time::Instant::now() < deadline, "the runner does not start: {}", said());
+        assert!(runner.try_wait().expect("own child").is_none(), "the runner has ended: {}", said());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let launcher = *host::children_of(runner.id()).first().expect("a launcher of its own");
+
+    host::kill_now(launcher);
+
+    let status = wait(&mut runner, Duration::from_secs(60));
+    host::kill_now(runner.id());
+    assert_eq!(status.and_then(|status| status.code()), Some(1), "{}", said());
+    assert!(said().contains("the launcher is gone"), "{}", said());
 }

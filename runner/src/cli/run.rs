@@ -17,7 +17,7 @@ use super::embedded::{self, Wishes};
 use super::{code, complain, floor, say};
 use crate::config::resolve::Config;
 use crate::daemon::settings::{self, SettingsError};
-use crate::daemon::{AdminSocket, Daemon, DaemonError, Parts};
+use crate::daemon::{AdminSocket, Daemon, DaemonError, LauncherGone, Parts};
 use crate::journal::Volatile;
 use crate::sandbox::HostSandboxes;
 use crate::sandbox::home::{Home, Identity};
@@ -69,6 +69,8 @@ enum RunError {
     Settings(#[from] SettingsError),
     #[error(transparent)]
     Daemon(#[from] DaemonError),
+    #[error(transparent)]
+    LauncherGone(#[from] LauncherGone),
     #[error("cannot listen for signals")]
     Signals(#[source] std::io::Error),
     #[error("the socket that systemd names cannot be used")]
@@ -219,8 +221,7 @@ async fn serve_with(config: &Config, sandboxes: HostSandboxes) -> Result<(), Run
         }),
         drain_time: DRAIN_TIME,
     })?;
-    daemon.run(signals, &notifier).await;
-    Ok(())
+    Ok(daemon.run(signals, &notifier).await?)
 }
 
 /// One line for each missing layer, with what would add it.

@@ -152,6 +152,11 @@ impl Sandboxes for HostSandboxes {
             None => Receipt { tier: String::new(), ..receipt::receipt(&[], 0, &self.host) },
         }
     }
+
+    fn gone(&self) -> BoxFuture<'static, String> {
+        let launcher = self.launcher.clone();
+        Box::pin(async move { launcher.gone().await })
+    }
 }
 
 fn spec_of(request: SandboxRequest) -> Result<Spec, ToolFailure> {

@@ -171,6 +171,11 @@ pub trait Sandboxes: Send + Sync {
 
     /// What a sandbox made here would be protected by.
     fn receipt(&self) -> Receipt;
+
+    /// Resolves with a reason when no sandbox can be made here any more, and none that was made lives.
+    fn gone(&self) -> BoxFuture<'static, String> {
+        Box::pin(std::future::pending())
+    }
 }
 
 /// One live sandbox. Dropping the last reference ends it like `close` with no grace.

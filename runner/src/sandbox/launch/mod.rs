@@ -133,6 +133,20 @@ impl Launcher {
         Self { connection: Arc::new(Connection { shared, reader }) }
     }
 
+    /// Resolves with the reason when the launcher is gone for good and every sandbox with it. One that is a service of its
+    /// own comes back.
+    pub async fn gone(&self) -> String {
+        let mut changed = self.connection.shared.changed.subscribe();
+        loop {
+            if let Link::Gone(reason) = &self.table().link {
+                return reason.clone();
+            }
+            if changed.changed().await.is_err() {
+                return "nobody reads its connection any more".to_owned();
+            }
+        }
+    }
+
     /// Makes a sandbox.
     ///
     /// # Errors
