@@ -130,10 +130,11 @@ impl Container {
 
     /// Gives the container's own groups to its root, as a runtime does that delegates.
     fn delegate(&self) {
+        let is_unified = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
         for directory in self.groups() {
             let used = ["memory", "pids", "cpu", "cpuacct", "unified"];
             let hierarchy = directory.strip_prefix("/sys/fs/cgroup").ok().and_then(|path| path.iter().next());
-            if !hierarchy.and_then(|name| name.to_str()).is_none_or(|name| used.contains(&name)) {
+            if !is_unified && !hierarchy.and_then(|name| name.to_str()).is_none_or(|name| used.contains(&name)) {
                 continue;
             }
             for name in ["", "cgroup.procs", "cgroup.threads", "cgroup.subtree_control", "tasks"] {

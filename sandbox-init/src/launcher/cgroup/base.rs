@@ -77,7 +77,51 @@ impl Tree {
         for base in self.unified.iter().chain(self.v1.iter().map(|(_, base)| base)) {
             let _ = fs::remove_dir(base);
         }
+        if let (Mode::Unified, Some(parent)) = (self.mode, self.unified.as_deref().and_then(Path::parent)) {
+            give_room_back(parent);
+        }
     }
+}
+
+/// Where the processes of a group go that is to have groups with controllers below it.
+const HOST_LEAF: &str = "sandbox-runner-host";
+/// How the names of bases begin, and that of the leaf.
+const OURS: &str = "sandbox-runner-";
+
+/// Moves the processes of a group into a leaf of it. The kernel gives the children of a group with processes no controllers
+/// of memory, and if it is given others first, its children can hold no processes at all (cgroup-v2.rst, "Threads"). The
+/// root of the tree is excepted; it is the one without a type.
+pub(super) fn make_room(parent: &Path) -> Result<(), CgroupError> {
+    let members = read(&parent.join("cgroup.procs"));
+    if members.trim().is_empty() || !parent.join("cgroup.type").exists() {
+        return Ok(());
+    }
+    let leaf = parent.join(HOST_LEAF);
+    make_directory(&leaf)?;
+    for pid in members.split_whitespace() {
+        // A process that ended in between is no problem, and one that cannot be moved shows in the next step.
+        let _ = write(&leaf.join("cgroup.procs"), pid);
+    }
+    Ok(())
+}
+
+/// Undoes [`make_room`] when nobody has a base there any more: otherwise a container would keep a group that it did not
+/// make, and whoever runs further programs in it would find its own group closed to them.
+fn give_room_back(parent: &Path) {
+    let leaf = parent.join(HOST_LEAF);
+    let Ok(entries) = fs::read_dir(parent) else { return };
+    let mut names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+    if !leaf.is_dir() || names.any(|name| name.starts_with(OURS) && name != HOST_LEAF) {
+        return;
+    }
+    // What fails leaves the processes where they are, with the controllers that they have.
+    for controller in CONTROLLERS {
+        let _ = write(&parent.join("cgroup.subtree_control"), &format!("-{controller}"));
+    }
+    for pid in read(&leaf.join("cgroup.procs")).split_whitespace() {
+        let _ = write(&parent.join("cgroup.procs"), pid);
+    }
+    let _ = fs::remove_dir(&leaf);
 }
 
 /// Makes the base in a unified host and enables the controllers on the way.
@@ -91,15 +135,8 @@ fn prepare_unified(mount: &Path, own_directory: &Path, tag: &str) -> Result<Path
     } else {
         mount.to_owned()
     };
-    if !enable(&parent, &CONTROLLERS) && parent.join("cgroup.type").exists() {
-        let leaf = parent.join("sandbox-runner-host");
-        make_directory(&leaf)?;
-        for pid in read(&parent.join("cgroup.procs")).split_whitespace() {
-            // A process that ended in between is no problem, and one that cannot be moved shows in the next step.
-            let _ = write(&leaf.join("cgroup.procs"), pid);
-        }
-        enable(&parent, &CONTROLLERS);
-    }
+    make_room(&parent)?;
+    enable(&parent, &CONTROLLERS);
     let base = parent.join(format!("sandbox-runner-{tag}"));
     make_directory(&base)?;
     enable(&base, &CONTROLLERS);

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 
+use super::base::make_room;
 use super::files::{absent, enable, make_directory, open_directory, write};
 use super::{CONTROLLERS, CgroupError, Mode, Tree};
 
@@ -94,7 +95,9 @@ impl Tree {
                 other => return other.map_err(failed),
             }
             if fs::create_dir(base).is_ok() && self.mode == Mode::Unified {
-                // While there was no base, a service manager may have taken back what nobody used above it.
+                // While there was no base, a service manager may have taken back what nobody used above it, and processes
+                // of a container were where they were before.
+                base.parent().map_or(Ok(()), make_room)?;
                 for directory in base.parent().into_iter().chain([base]) {
                     enable(directory, &CONTROLLERS);
                 }
