@@ -73,7 +73,7 @@ pub struct Context<'a> {
 }
 
 /// Share of the disk limit that spool files may take on top of it.
-const SPOOL_SHARE: u64 = 4;
+pub(super) const SPOOL_SHARE: u64 = 4;
 
 /// Bytes of /tmp; /dev/shm has a quarter of it.
 fn temporary(limits: &Limits) -> u64 {

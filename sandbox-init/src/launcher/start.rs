@@ -323,7 +323,7 @@ fn begin(beginning: Beginning, image: OwnedFd) -> Result<(), StartError> {
     let Beginning {
         policy,
         policy_text,
-        tree,
+        mut tree,
         slots,
         host_root,
         listener,
@@ -333,6 +333,7 @@ fn begin(beginning: Beginning, image: OwnedFd) -> Result<(), StartError> {
         refusal,
         places,
     } = beginning;
+    tree.look_at_spools(&places.sandboxes());
     let rootless = shape == Shape::Unprivileged;
     let embedded = connection.is_some();
     let prefix = name_prefix(embedded);

@@ -9,7 +9,9 @@ use cgroups_rs::memory::MemController;
 use cgroups_rs::pid::PidController;
 
 use super::files::{absent, write};
+use super::making::INIT_MEMORY_BYTES;
 use super::{CgroupError, Mode, Tree};
+use crate::launcher::create::SPOOL_SHARE;
 use crate::launcher::policy_file::Limits;
 
 /// Period of the processor quota, microseconds: the kernel's own default.
@@ -37,7 +39,10 @@ impl Tree {
                     .map_err(|e| failed("pids", e.to_string()))?;
                 CpuController::new(work.clone(), true)
                     .set_cfs_quota_and_period(Some(quota), Some(PERIOD_USEC))
-                    .map_err(|e| failed("cpu", e.to_string()))
+                    .map_err(|e| failed("cpu", e.to_string()))?;
+                let spool = if self.spools_in_memory { limits.disk_bytes / SPOOL_SHARE } else { 0 };
+                let init = INIT_MEMORY_BYTES.saturating_add(spool).to_string();
+                write(&work.with_file_name("init").join("memory.max"), &init).or_else(absent)
             }
             Mode::Hybrid => {
                 for (controller, base) in &self.v1 {

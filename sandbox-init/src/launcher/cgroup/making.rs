@@ -17,7 +17,7 @@ use super::{CONTROLLERS, CgroupError, Mode, Tree};
 /// keep every later call from starting.
 const MAX_SLOTS: &str = "256";
 /// Memory of process 1 and the spawner, spool page cache included. Measured: below 2 MiB without cache.
-const INIT_MEMORY_BYTES: &str = "67108864";
+pub(super) const INIT_MEMORY_BYTES: u64 = 64 * 1024 * 1024;
 
 /// Directories of one sandbox, open.
 #[derive(Debug)]
@@ -63,7 +63,7 @@ impl Tree {
         if self.mode == Mode::Unified {
             enable(&sandbox, &CONTROLLERS);
             enable(&work, &["memory", "pids"]);
-            write(&init.join("memory.max"), INIT_MEMORY_BYTES).or_else(absent)?;
+            write(&init.join("memory.max"), &INIT_MEMORY_BYTES.to_string()).or_else(absent)?;
             write(&init.join("pids.max"), "16").or_else(absent)?;
             write(&work.join("memory.oom.group"), "0").or_else(absent)?;
         }

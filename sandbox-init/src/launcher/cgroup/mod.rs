@@ -19,7 +19,9 @@ mod making;
 
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use nix::sys::statfs::TMPFS_MAGIC;
 
 pub use self::account::Account;
 pub use self::making::Group;
@@ -99,13 +101,28 @@ pub struct Tree {
     pub controllers: Vec<String>,
     /// Why there is none, when there is none.
     pub failure: Option<std::sync::Arc<CgroupError>>,
+    /// Files of process 1 are memory that nothing can take back.
+    spools_in_memory: bool,
 }
 
 impl Tree {
     /// No groups at all.
     #[must_use]
     pub fn nothing() -> Self {
-        Self { mode: Mode::None, unified: None, v1: Vec::new(), controllers: Vec::new(), failure: None }
+        Self {
+            mode: Mode::None,
+            unified: None,
+            v1: Vec::new(),
+            controllers: Vec::new(),
+            failure: None,
+            spools_in_memory: false,
+        }
+    }
+
+    /// Looks where the files of sandboxes lie. On a tmpfs what process 1 writes into its spool stays charged to it.
+    pub fn look_at_spools(&mut self, directory: &Path) {
+        self.spools_in_memory =
+            nix::sys::statfs::statfs(directory).is_ok_and(|found| found.filesystem_type() == TMPFS_MAGIC);
     }
 
     /// How the host's controllers are mounted.
