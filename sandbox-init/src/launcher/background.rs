@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, setrlimit};
+use nix::unistd::Pid;
 use prost::Message;
 
 use super::cgroup::{Group, Tree};
@@ -18,7 +19,7 @@ use super::forecast::{Forecast, MemoryUpper};
 use super::host::Places;
 use super::nested;
 use super::shape::Shape;
-use super::spawn::{Blank, Private, Range, Workshop, make_blank};
+use super::spawn::{Blank, Private, Range, Unmade, Workshop, make_blank};
 use crate::sys::socket::{Packet, receive, send};
 use crate::tree;
 
@@ -63,7 +64,7 @@ pub struct Report {
     /// Id slot.
     #[prost(uint32, tag = "5")]
     pub slot: u32,
-    /// Host pid of a made blank.
+    /// Host pid of a made blank, or of the process 1 that was begun when the order failed; 0: there is none.
     #[prost(int32, tag = "6")]
     pub pid: i32,
     /// Names of the v1 directories among the descriptors.
@@ -165,7 +166,7 @@ impl Background {
         let workshop = Workshop { tree: &self.tree, image: self.image.as_fd(), owners: self.owners };
         let range = Range { slot: order.slot, base: order.base, count: order.count };
         let made = match self.shape {
-            Shape::Nested => nested::make_blank(workshop.image, order.make.clone(), range),
+            Shape::Nested => nested::make_blank(workshop.image, order.make.clone(), range).map_err(Unmade::from),
             Shape::Privileged | Shape::Unprivileged => make_blank(&workshop, order.make.clone(), range),
         };
         let mut report_limits = None;
@@ -177,11 +178,15 @@ impl Background {
                 }
                 self.hand_over(&blank, report_limits);
             }
-            Err(error) => {
-                let _ = self.tree.remove(&order.make);
-                self.remove_files(&order.make, order.base, order.count);
-                let errno = root_errno(&error);
-                self.report(&Report { failure: chain(&error), errno, slot: order.slot, ..Report::default() }, &[]);
+            Err(Unmade { pid, source }) => {
+                // What a process was begun with is removed when the launcher, its parent, says that it is gone.
+                if pid.is_none() {
+                    let _ = self.tree.remove(&order.make);
+                    self.remove_files(&order.make, order.base, order.count);
+                }
+                let (pid, errno) = (pid.map_or(0, Pid::as_raw), root_errno(&source));
+                let failure = chain(&source);
+                self.report(&Report { failure, errno, pid, slot: order.slot, ..Report::default() }, &[]);
             }
         }
     }
@@ -212,7 +217,11 @@ impl Background {
 
     fn report(&self, report: &Report, descriptors: &[RawFd]) {
         // The socket blocks; a launcher that is gone shows in the next poll.
-        let _ = send(&self.socket, &report.encode_to_vec(), descriptors);
+        let bytes = report.encode_to_vec();
+        if send(&self.socket, &bytes, descriptors).is_err() && !descriptors.is_empty() {
+            // Too many are on their way: the launcher ends a blank that comes without them.
+            let _ = send(&self.socket, &bytes, &[]);
+        }
     }
 
     /// One try. True when there is nothing left to do.

@@ -90,6 +90,21 @@ pub enum SpawnError {
     Files(#[from] FilesError),
 }
 
+/// A blank that could not be made.
+#[derive(Debug)]
+pub struct Unmade {
+    /// Process 1, if it was begun: a child of the launcher, which has to kill and to reap it.
+    pub pid: Option<Pid>,
+    /// Why.
+    pub source: SpawnError,
+}
+
+impl From<SpawnError> for Unmade {
+    fn from(source: SpawnError) -> Self {
+        Self { pid: None, source }
+    }
+}
+
 fn step(step: &'static str) -> impl FnOnce(nix::Error) -> SpawnError {
     move |source| SpawnError::Step { step, source }
 }
@@ -119,8 +134,8 @@ pub struct Range {
 /// Makes one blank.
 ///
 /// # Errors
-/// [`SpawnError`]; what was made before is removed by the caller through the cgroup name.
-pub fn make_blank(workshop: &Workshop<'_>, name: String, range: Range) -> Result<Blank, SpawnError> {
+/// [`Unmade`]; what was made before is removed by the caller through the cgroup name.
+pub fn make_blank(workshop: &Workshop<'_>, name: String, range: Range) -> Result<Blank, Unmade> {
     // Not cloned together with the rest: owned by the launcher's user namespace, so nobody inside the sandbox has a
     // capability over it. The background process simply moves on into the new one; it has no use for any network.
     unshare(CloneFlags::CLONE_NEWNET).map_err(step("make a network namespace"))?;
@@ -133,15 +148,15 @@ pub fn make_blank(workshop: &Workshop<'_>, name: String, range: Range) -> Result
         // A container may lack CAP_NET_ADMIN. The namespace then belongs to the sandbox's outer user namespace, over which the
         // workload holds nothing either, and process 1 does this.
         Err(nix::Error::EPERM) => false,
-        Err(source) => return Err(SpawnError::Step { step: "bring loopback up", source }),
+        Err(source) => return Err(SpawnError::Step { step: "bring loopback up", source }.into()),
     };
 
     let keeper = range.base + range.count - 1;
     let group = match workshop.tree.mode() {
         CgroupMode::None => None,
-        _ => Some(workshop.tree.create(&name, keeper)?),
+        _ => Some(workshop.tree.create(&name, keeper).map_err(SpawnError::from)?),
     };
-    let files = Files::make(&name, keeper, workshop.owners)?;
+    let files = Files::make(&name, keeper, workshop.owners).map_err(SpawnError::from)?;
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
         .map_err(step("make a socket pair"))?;
     let (gate_read, gate_write) = pipe2(OFlag::O_CLOEXEC).map_err(step("make a pipe"))?;
@@ -163,6 +178,14 @@ pub fn make_blank(workshop: &Workshop<'_>, name: String, range: Range) -> Result
         Cloned::Parent { pid, pidfd } => (pid, pidfd),
     };
     drop(theirs);
+    let user_namespace =
+        release(workshop.tree, &name, range, pid, &gate_write).map_err(|source| Unmade { pid: Some(pid), source })?;
+    let private = Some(Private { user_namespace, files });
+    Ok(Blank { name, slot: range.slot, pid, pidfd, boot: ours, private, group, limits: None, upper: None })
+}
+
+/// Gives process 1 its ids and its v1 groups and lets it go on. Returns its user namespace.
+fn release(tree: &Tree, name: &str, range: Range, pid: Pid, gate: &OwnedFd) -> Result<OwnedFd, SpawnError> {
     let id_map = format!("0 {} {}\n", range.base, range.count);
     write_file(&format!("/proc/{pid}/uid_map"), &id_map)?;
     write_file(&format!("/proc/{pid}/gid_map"), &id_map)?;
@@ -175,10 +198,9 @@ pub fn make_blank(workshop: &Workshop<'_>, name: String, range: Range) -> Result
         Mode::empty(),
     )
     .map_err(step("open the user namespace"))?;
-    workshop.tree.attach_v1(&name, pid.as_raw())?;
-    nix::unistd::write(&gate_write, b"g").map_err(step("release process 1"))?;
-    let private = Some(Private { user_namespace, files });
-    Ok(Blank { name, slot: range.slot, pid, pidfd, boot: ours, private, group, limits: None, upper: None })
+    tree.attach_v1(name, pid.as_raw())?;
+    nix::unistd::write(gate, b"g").map_err(step("release process 1"))?;
+    Ok(user_namespace)
 }
 
 /// Runs in the child: waits for the id map, becomes root of the new user namespace and executes the image.

@@ -10,7 +10,7 @@ use proto::launch::v1 as wire;
 use proto::launch::v1::reply::Body as Answer;
 
 use super::answers::unknown;
-use super::process::Phase;
+use super::process::{Phase, Unwatched};
 use super::{End, Launcher};
 use crate::launcher::background::{Order, chain};
 use crate::launcher::ids::Slot;
@@ -88,6 +88,23 @@ impl Launcher<'_> {
         }
     }
 
+    /// Kills a process 1 that cannot be watched. What it held is removed when it is gone.
+    pub(super) fn kill_unwatched(&mut self, unwatched: Unwatched) {
+        unwatched.kill();
+        self.parts.tree.kill(&unwatched.name);
+        self.unwatched.push(unwatched);
+        self.bury();
+    }
+
+    /// Has removed what those held that were not watched and are gone.
+    pub(super) fn bury(&mut self) {
+        let (gone, living) = std::mem::take(&mut self.unwatched).into_iter().partition(Unwatched::is_gone);
+        self.unwatched = living;
+        for Unwatched { name, slot, .. } in gone {
+            self.remove(name, slot);
+        }
+    }
+
     /// Has removed what a sandbox held; its ids are free when that is reported. False: there is nobody to do and report it, and
     /// nobody may wait for it.
     pub(super) fn remove(&mut self, name: String, slot: Slot) -> bool {
@@ -147,14 +164,9 @@ impl Launcher<'_> {
         let end = self.stopping?;
         let busy =
             self.processes.values().any(|process| end == End::Stopped || !matches!(process.phase, Phase::Ready { .. }));
-        (!busy && self.removing.is_empty() && self.making.is_empty()).then_some(end)
+        let busy = busy || !self.unwatched.is_empty() || !self.removing.is_empty();
+        (!busy && self.making.is_empty()).then_some(end)
     }
-}
-
-/// Reaps a child of ours. False: it lives.
-pub(super) fn reaped(pidfd: &OwnedFd) -> bool {
-    let ended = waitid(Id::PIDFd(pidfd.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG);
-    !matches!(ended, Ok(WaitStatus::StillAlive))
 }
 
 /// Wait status as in wait(2); -1 for a process that is not our child.

@@ -30,7 +30,7 @@ use proto::launch::v1 as wire;
 use self::connection::Connection;
 use self::ending::Farewell;
 use self::making::Waiting;
-use self::process::Process;
+use self::process::{Process, Unwatched};
 use super::cgroup::Tree;
 use super::forecast::Forecast;
 use super::host::{HostRoot, Places};
@@ -143,8 +143,8 @@ pub struct Launcher<'a> {
     /// What came with blanks that have become sandboxes. It holds mounts, whose end waits for all processors, so they go when
     /// nobody has asked for anything for a moment.
     spent: VecDeque<Blank>,
-    /// Of processes whose end no event will tell; whether they can be reaped is tried with every report.
-    unwatched: Vec<OwnedFd>,
+    /// Killed, and no event will tell their end.
+    unwatched: Vec<Unwatched>,
     next: u32,
     embedded: bool,
     last_request: Instant,
@@ -222,6 +222,7 @@ impl<'a> Launcher<'a> {
     /// Only what makes the loop itself impossible.
     pub fn run(mut self) -> nix::Result<End> {
         loop {
+            self.bury();
             self.refill();
             self.give_orders();
             if let Some(end) = self.finished() {

@@ -5,11 +5,10 @@
 use nix::errno::Errno;
 use prost::Message;
 
-use super::ending::reaped;
 use super::{End, Launcher};
 use crate::launcher::background::{Order, PACKET_BYTES, Report};
 use crate::launcher::nested;
-use crate::sys::socket::{receive, send};
+use crate::sys::socket::{receive_what_fits, send};
 
 impl Launcher<'_> {
     /// Gives one order, now or as soon as it can be taken.
@@ -36,14 +35,12 @@ impl Launcher<'_> {
 
     /// Reads one report.
     pub(super) fn report(&mut self) {
-        let packet = match receive(&self.parts.background, PACKET_BYTES) {
+        // Out of descriptors: one blank is lost, not the process that made it.
+        let packet = match receive_what_fits(&self.parts.background, PACKET_BYTES) {
             Err(Errno::EAGAIN | Errno::EINTR) => return,
             Ok(Some(packet)) => packet,
-            // Out of descriptors: one blank is lost, not the process that made it.
-            Err(Errno::EMSGSIZE | Errno::ENOBUFS) => return,
             Ok(None) | Err(_) => return self.lose_background(),
         };
-        self.unwatched.retain(|pidfd| !reaped(pidfd));
         let Ok(report) = Report::decode(packet.bytes.as_slice()) else { return };
         if !report.removed.is_empty() {
             if let Some(farewell) = self.farewells.remove(&report.removed) {

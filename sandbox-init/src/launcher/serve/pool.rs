@@ -4,20 +4,19 @@
 //! which blanks fail one after the other has its requests refused instead of tried for ever.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use nix::sys::epoll::EpollTimeout;
 use proto::launch::v1::reply::Body as Answer;
 
 use super::answers::no_slot_left;
-use super::process::{Phase, Process};
+use super::process::{Phase, Process, Unwatched};
 use super::{Event, Launcher};
 use crate::launcher::background::{Order, Report, blank_from};
 use crate::launcher::ids::Slot;
 use crate::launcher::spawn::Blank;
 use crate::launcher::validate::refusal;
-use crate::sys::process::pidfd_signal;
 
 /// Time without a request before the pool is filled again: on a small machine a refill competes with the sandbox that was
 /// just handed out.
@@ -54,7 +53,7 @@ impl Launcher<'_> {
                 }
                 Ok(None) | Err(_) => {
                     // All ids are taken. A blank of ours would have been handed out; what waits is refused now, not later.
-                    if self.blanks() == 0 && self.removing.is_empty() {
+                    if self.blanks() == 0 && self.removing.is_empty() && self.unwatched.is_empty() {
                         while let Some(waiting) = self.waiting.pop_front() {
                             self.answer(
                                 waiting.connection,
@@ -72,10 +71,10 @@ impl Launcher<'_> {
     /// A blank is there: the first request that waits gets it.
     pub(super) fn made(&mut self, report: Report, descriptors: Vec<OwnedFd>) {
         let Some((name, slot)) = self.making.remove_entry(&report.made) else { return };
+        let pid = report.pid;
         let Some(blank) = blank_from(report, descriptors) else {
-            // It ends by itself, because its boot socket has just been closed.
-            self.remove(name, slot);
-            return self.count_failure("a blank came without its descriptors", libc::EBADMSG);
+            self.kill_unwatched(Unwatched { name, slot, pid, pidfd: None });
+            return self.count_failure("no descriptors were left for process 1", libc::EMFILE);
         };
         let number = self.number();
         let (pidfd, boot) = match self.watch_blank(number, &blank) {
@@ -116,20 +115,18 @@ impl Launcher<'_> {
 
     /// Ends a blank that is not watched. Its ids are free when nothing of it is left.
     fn give_up(&mut self, blank: Blank, slot: Slot, error: &io::Error) {
-        let _ = pidfd_signal(blank.pidfd.as_fd(), libc::SIGKILL);
-        self.parts.tree.kill(&blank.name);
-        self.unwatched.push(blank.pidfd);
-        self.remove(blank.name, slot);
+        let Blank { name, pid, pidfd, .. } = blank;
+        self.kill_unwatched(Unwatched { name, slot, pid: pid.as_raw(), pidfd: Some(pidfd) });
         self.count_failure(&format!("cannot watch process 1: {error}"), error.raw_os_error().unwrap_or(0));
     }
 
-    /// A blank could not be made: its ids are free again.
+    /// A blank could not be made: its ids are free again, at once or when the process that was begun is gone.
     pub(super) fn make_failed(&mut self, report: &Report) {
-        let names: Vec<String> =
-            self.making.iter().filter(|(_, slot)| slot.number == report.slot).map(|(n, _)| n.clone()).collect();
-        for name in names {
-            if let Some(slot) = self.making.remove(&name) {
-                self.parts.slots.release(slot);
+        let name = self.making.iter().find(|(_, slot)| slot.number == report.slot).map(|(name, _)| name.clone());
+        if let Some((name, slot)) = name.and_then(|name| self.making.remove_entry(&name)) {
+            match report.pid {
+                0 => self.parts.slots.release(slot),
+                pid => self.kill_unwatched(Unwatched { name, slot, pid, pidfd: None }),
             }
         }
         self.count_failure(&report.failure, report.errno);
@@ -167,7 +164,7 @@ impl Launcher<'_> {
     pub(super) fn timeout(&self) -> EpollTimeout {
         if !self.orders.is_empty() {
             EpollTimeout::from(2_u8)
-        } else if self.wanted_blanks() > self.blanks() || !self.spent.is_empty() {
+        } else if self.wanted_blanks() > self.blanks() || !self.spent.is_empty() || !self.unwatched.is_empty() {
             EpollTimeout::from(u8::try_from(REFILL_DELAY.as_millis()).unwrap_or(u8::MAX))
         } else {
             EpollTimeout::NONE
@@ -179,7 +176,7 @@ impl Launcher<'_> {
 mod tests {
     use std::fs::File;
     use std::path::Path;
-    use std::process::Command;
+    use std::process::{Child, Command};
 
     use nix::sys::epoll::EpollEvent;
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -192,7 +189,7 @@ mod tests {
     use crate::launcher::host::{HostRoot, Places};
     use crate::launcher::ids::Slots;
     use crate::launcher::policy_file::{self, tests::GOOD};
-    use crate::launcher::serve::Parts;
+    use crate::launcher::serve::{End, Parts};
     use crate::launcher::shape::Shape;
     use crate::sys::process::pidfd_open;
     use crate::sys::socket::{receive, send};
@@ -224,6 +221,72 @@ mod tests {
         Launcher::new(parts, None).expect("a loop")
     }
 
+    fn until_buried(launcher: &mut Launcher<'_>) {
+        for _ in 0..5000 {
+            launcher.bury();
+            if launcher.unwatched.is_empty() {
+                return;
+            }
+            assert!(launcher.parts.slots.take().expect("lock").is_none(), "its ids are free while it lives");
+            assert!(launcher.removing.is_empty(), "what it holds is removed while it lives");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        panic!("it lives on");
+    }
+
+    /// A launcher that makes one blank, and the process of that.
+    fn making(directory: &Path, background: OwnedFd, connection: OwnedFd) -> (Launcher<'static>, Child) {
+        let mut launcher = launcher(directory, background, connection);
+        let slot = launcher.parts.slots.take().expect("lock").expect("free");
+        launcher.making.insert("s-test-1".to_owned(), slot);
+        (launcher, Command::new("sleep").arg("600").spawn().expect("a process"))
+    }
+
+    fn is_removal_ordered(theirs: &OwnedFd) -> bool {
+        let order = receive(theirs, PACKET_BYTES).expect("a packet").expect("an order");
+        Order::decode(order.bytes.as_slice()).expect("an order").remove == "s-test-1"
+    }
+
+    #[test]
+    fn a_blank_whose_descriptors_found_no_room_is_ended_and_its_slot_comes_back() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let ((background, theirs), (connection, _runner)) = (pair(), pair());
+        let (mut launcher, mut child) = making(directory.path(), background, connection);
+        let pid = i32::try_from(child.id()).expect("a pid");
+        send(&theirs, &Report { made: "s-test-1".to_owned(), pid, ..Report::default() }.encode_to_vec(), &[])
+            .expect("room");
+
+        launcher.report();
+        assert_eq!(launcher.blanks(), 0);
+        until_buried(&mut launcher);
+
+        assert!(child.wait().is_err(), "it was left for somebody else to reap");
+        assert!(is_removal_ordered(&theirs));
+        launcher.stop(End::Stopped);
+        assert!(launcher.finished().is_none(), "it has not been removed yet");
+        send(&theirs, &Report { removed: "s-test-1".to_owned(), ..Report::default() }.encode_to_vec(), &[])
+            .expect("room");
+        launcher.report();
+        assert_eq!(launcher.finished(), Some(End::Stopped));
+    }
+
+    #[test]
+    fn what_was_begun_of_a_blank_that_failed_is_gone_before_its_ids_are_free() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let ((background, theirs), (connection, _runner)) = (pair(), pair());
+        let (mut launcher, mut child) = making(directory.path(), background, connection);
+        let pid = i32::try_from(child.id()).expect("a pid");
+        let failure = "cannot write /proc/1/uid_map".to_owned();
+        send(&theirs, &Report { failure, pid, ..Report::default() }.encode_to_vec(), &[]).expect("room");
+
+        launcher.report();
+        until_buried(&mut launcher);
+
+        assert!(child.wait().is_err(), "it was left for somebody else to reap");
+        assert!(is_removal_ordered(&theirs));
+        assert!(launcher.parts.slots.take().expect("lock").is_none(), "its groups are not removed yet");
+    }
+
     #[test]
     fn a_blank_that_cannot_be_watched_is_ended_removed_and_reaped_and_its_ids_come_back() {
         let directory = tempfile::tempdir().expect("a directory");
@@ -239,6 +302,8 @@ mod tests {
 
         let report = Report { made: "s-test-1".to_owned(), pid, ..Report::default() };
         launcher.made(report, vec![pidfd, boot.into()]);
+        until_buried(&mut launcher);
+        assert!(child.wait().is_err(), "it was left for somebody else to reap");
 
         let order = receive(&theirs, PACKET_BYTES).expect("a packet").expect("an order");
         assert_eq!(Order::decode(order.bytes.as_slice()).expect("an order").remove, "s-test-1");
@@ -253,16 +318,6 @@ mod tests {
             launcher.parts.slots.take().expect("lock").is_some()
         });
         assert!(free, "its ids are still taken");
-        // It may still be on its way out; any report is another try.
-        for _ in 0..5000 {
-            if launcher.unwatched.is_empty() {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(1));
-            send(&theirs, &Report { slot: 1, ..Report::default() }.encode_to_vec(), &[]).expect("room");
-            launcher.report();
-        }
-        assert!(child.wait().is_err(), "it was left for somebody else to reap");
         let mut events = [EpollEvent::empty(); 4];
         assert_eq!(
             launcher.epoll.wait(&mut events, EpollTimeout::ZERO),

@@ -2,14 +2,19 @@
 //!
 //! A process 1 that this launcher is the parent of, or has adopted, and where it is in its life.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::Pid;
 use proto::launch::v1 as wire;
 
 use super::making::Waiting;
 use crate::launcher::ids::Slot;
 use crate::launcher::spawn::Blank;
-use crate::launcher::state::Record;
+use crate::launcher::state::{Record, has_ended};
+use crate::sys::process::pidfd_signal;
 
 /// What a process 1 is doing.
 #[derive(Debug)]
@@ -44,6 +49,44 @@ impl Process {
         match &self.phase {
             Phase::Ready { sandbox_id } => Some(sandbox_id),
             Phase::Blank | Phase::Booting { .. } | Phase::Ending { .. } => None,
+        }
+    }
+}
+
+/// A process 1 whose end no event will tell. It is killed, and whether it is gone is tried again and again.
+#[derive(Debug)]
+pub(super) struct Unwatched {
+    pub(super) name: String,
+    pub(super) slot: Slot,
+    /// Of a child, which nobody else reaps, so that the number stays its own until it is gone.
+    pub(super) pid: i32,
+    pub(super) pidfd: Option<OwnedFd>,
+}
+
+impl Unwatched {
+    fn id(&self) -> Id<'_> {
+        match &self.pidfd {
+            Some(pidfd) => Id::PIDFd(pidfd.as_fd()),
+            None => Id::Pid(Pid::from_raw(self.pid)),
+        }
+    }
+
+    pub(super) fn kill(&self) {
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        if let Some(pidfd) = &self.pidfd {
+            let _ = pidfd_signal(pidfd.as_fd(), libc::SIGKILL);
+        } else if waitid(self.id(), flags) == Ok(WaitStatus::StillAlive) {
+            let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
+        }
+    }
+
+    /// Reaps it if it is a child of ours.
+    pub(super) fn is_gone(&self) -> bool {
+        match waitid(self.id(), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
+            Ok(WaitStatus::StillAlive) => false,
+            // An earlier launcher was its parent.
+            Err(Errno::ECHILD) => self.pidfd.as_ref().is_none_or(has_ended),
+            _ => true,
         }
     }
 }
