@@ -73,7 +73,7 @@ impl Launcher<'_> {
                 (None, None)
             }
             Phase::Blank => {
-                self.failures += 1;
+                self.count_failure("process 1 ended before anybody asked for it", libc::EPIPE);
                 (None, None)
             }
         };

@@ -35,7 +35,7 @@ pub(super) struct Waiting {
     pub(super) connection: u32,
     pub(super) request_id: u64,
     pub(super) request: Checked,
-    since: Instant,
+    pub(super) since: Instant,
 }
 
 impl Launcher<'_> {
@@ -159,6 +159,7 @@ impl Launcher<'_> {
             start_time,
             slot: process.slot.number,
         });
+        self.failures = 0;
         let created = wire::SandboxCreated {
             sandbox_id: waiting.request.sandbox_id,
             socket_name: format!("{}.sock", process.name),

@@ -10,7 +10,7 @@ use std::time::Duration;
 use nix::sys::epoll::EpollTimeout;
 use proto::launch::v1::reply::Body as Answer;
 
-use super::answers::no_slot_left;
+use super::answers::{host_error, no_slot_left};
 use super::process::{Phase, Process, Unwatched};
 use super::{Event, Launcher};
 use crate::launcher::background::{Order, Report, blank_from};
@@ -21,7 +21,7 @@ use crate::launcher::validate::refusal;
 /// Time without a request before the pool is filled again: on a small machine a refill competes with the sandbox that was
 /// just handed out.
 const REFILL_DELAY: Duration = Duration::from_millis(15);
-/// Blanks that may fail one after the other before requests are refused instead of tried again.
+/// Blanks that may fail, without a sandbox that has booted from one in between, before requests are refused instead of tried again.
 const MAX_FAILURES: u32 = 3;
 
 impl Launcher<'_> {
@@ -51,7 +51,16 @@ impl Launcher<'_> {
                     self.making.insert(name, slot);
                     self.order(&order);
                 }
-                Ok(None) | Err(_) => {
+                Err(error) => {
+                    // No wait heals it: whoever has no blank on its way hears the cause.
+                    let failure = host_error(&error);
+                    while self.waiting.len() > self.blanks() {
+                        let Some(waiting) = self.waiting.pop_back() else { break };
+                        self.answer(waiting.connection, waiting.request_id, Answer::Failure(failure.clone()));
+                    }
+                    return;
+                }
+                Ok(None) => {
                     // All ids are taken. A blank of ours would have been handed out; what waits is refused now, not later.
                     if self.blanks() == 0 && self.removing.is_empty() && self.unwatched.is_empty() {
                         while let Some(waiting) = self.waiting.pop_front() {
@@ -81,7 +90,6 @@ impl Launcher<'_> {
             Ok(watched) => watched,
             Err(error) => return self.give_up(blank, slot, &error),
         };
-        self.failures = 0;
         let process = Process {
             name,
             pid: blank.pid.as_raw(),
@@ -133,7 +141,7 @@ impl Launcher<'_> {
     }
 
     /// One blank less than was wanted. When none is on its way or too many have failed, the oldest request is refused.
-    fn count_failure(&mut self, message: &str, errno: i32) {
+    pub(super) fn count_failure(&mut self, message: &str, errno: i32) {
         self.failures += 1;
         if self.failures >= MAX_FAILURES || self.blanks() == 0 {
             if let Some(waiting) = self.waiting.pop_front() {
@@ -173,15 +181,16 @@ impl Launcher<'_> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::fs::File;
     use std::path::Path;
     use std::process::{Child, Command};
+    use std::time::Instant;
 
     use nix::sys::epoll::EpollEvent;
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
     use prost::Message;
-    use proto::launch::v1::HostReport;
+    use proto::launch::v1::{CreateSandbox, Failure, HostReport, HostRootfs, Reply, create_sandbox::Rootfs};
 
     use super::*;
     use crate::launcher::background::PACKET_BYTES;
@@ -189,18 +198,28 @@ mod tests {
     use crate::launcher::host::{HostRoot, Places};
     use crate::launcher::ids::Slots;
     use crate::launcher::policy_file::{self, tests::GOOD};
+    use crate::launcher::serve::making::Waiting;
     use crate::launcher::serve::{End, Parts};
     use crate::launcher::shape::Shape;
+    use crate::launcher::validate::check;
     use crate::sys::process::pidfd_open;
     use crate::sys::socket::{receive, send};
 
-    fn pair() -> (OwnedFd, OwnedFd) {
+    pub(in crate::launcher::serve) fn pair() -> (OwnedFd, OwnedFd) {
         socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).expect("a socket pair")
     }
 
     /// A launcher with one id range, at the other ends of `background` and `connection`.
-    fn launcher(directory: &Path, background: OwnedFd, connection: OwnedFd) -> Launcher<'static> {
+    pub(in crate::launcher::serve) fn launcher(
+        directory: &Path,
+        background: OwnedFd,
+        connection: OwnedFd,
+    ) -> Launcher<'static> {
         let policy = GOOD.replace("slots = 4", "slots = 1");
+        let policy = ["memory_bytes", "disk_bytes", "pids", "cpu_millis"].into_iter().fold(policy, |policy, name| {
+            let policy = policy.replace(&format!("{name} = 1"), &format!("{name} = 16777216"));
+            policy.replace(&format!("{name} = 2"), &format!("{name} = 16777216"))
+        });
         let policy = policy_file::parse(&policy, Path::new("/p")).expect("valid policy");
         let parts = Parts {
             tree: Tree::nothing(),
@@ -221,7 +240,7 @@ mod tests {
         Launcher::new(parts, None).expect("a loop")
     }
 
-    fn until_buried(launcher: &mut Launcher<'_>) {
+    pub(in crate::launcher::serve) fn until_buried(launcher: &mut Launcher<'_>) {
         for _ in 0..5000 {
             launcher.bury();
             if launcher.unwatched.is_empty() {
@@ -242,9 +261,74 @@ mod tests {
         (launcher, Command::new("sleep").arg("600").spawn().expect("a process"))
     }
 
-    fn is_removal_ordered(theirs: &OwnedFd) -> bool {
+    pub(in crate::launcher::serve) fn is_removal_ordered(theirs: &OwnedFd) -> bool {
         let order = receive(theirs, PACKET_BYTES).expect("a packet").expect("an order");
         Order::decode(order.bytes.as_slice()).expect("an order").remove == "s-test-1"
+    }
+
+    /// A request of the runner that waits for a blank.
+    fn waiting(launcher: &Launcher<'_>) -> Waiting {
+        let request = CreateSandbox {
+            sandbox_id: "a".to_owned(),
+            profile: "default".to_owned(),
+            rootfs: Some(Rootfs::Host(HostRootfs {})),
+            ..CreateSandbox::default()
+        };
+        let request = check(&request, &launcher.parts.policy).expect("allowed");
+        let connection = *launcher.connections.keys().next().expect("a connection");
+        Waiting { connection, request_id: 7, request, since: Instant::now() }
+    }
+
+    fn failure(runner: &OwnedFd) -> Failure {
+        let reply = receive(runner, PACKET_BYTES).expect("a packet").expect("a reply");
+        match Reply::decode(reply.bytes.as_slice()).expect("a reply").body {
+            Some(Answer::Failure(failure)) => failure,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_lock_file_that_cannot_be_opened_is_the_answer_and_not_a_lack_of_ids() {
+        let directory = tempfile::tempdir().expect("a directory");
+        std::os::unix::fs::symlink("elsewhere", directory.path().join("ids.lock")).expect("a link");
+        let ((background, _theirs), (connection, runner)) = (pair(), pair());
+        let mut launcher = launcher(directory.path(), background, connection);
+        launcher.waiting.push_back(waiting(&launcher));
+
+        launcher.refill();
+
+        let failure = failure(&runner);
+        assert_eq!((failure.code.as_str(), failure.errno), ("HOST_ERROR", libc::ELOOP));
+        assert!(failure.message.starts_with("cannot lock id slot 0"), "{}", failure.message);
+        assert!(launcher.waiting.is_empty());
+    }
+
+    #[test]
+    fn blanks_that_always_end_by_themselves_are_not_made_for_ever() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let ((background, _theirs), (connection, runner)) = (pair(), pair());
+        let mut launcher = launcher(directory.path(), background, connection);
+        for _ in 0..MAX_FAILURES {
+            assert!(launcher.wanted_blanks() > 0, "given up too early");
+            let slot = launcher.parts.slots.adopt(0).expect("a slot");
+            launcher.making.insert("s-test-1".to_owned(), slot);
+            let mut child = Command::new("sleep").arg("600").spawn().expect("a process");
+            let pid = i32::try_from(child.id()).expect("a pid");
+            let (boot, _inside) = pair();
+            let report = Report { made: "s-test-1".to_owned(), pid, ..Report::default() };
+            launcher.made(report, vec![pidfd_open(pid).expect("a pidfd"), boot]);
+            let number = *launcher.processes.keys().next().expect("a blank");
+            child.kill().expect("a living process");
+            child.wait().expect("a child");
+            launcher.waiting.push_back(waiting(&launcher));
+            launcher.ended(number);
+            let failure = failure(&runner);
+            assert_eq!((failure.code.as_str(), failure.errno), ("LAYER_MISSING", libc::EPIPE));
+            assert!(launcher.waiting.is_empty());
+        }
+        assert_eq!(launcher.wanted_blanks(), 0, "nobody asks, and they are made without end");
+        launcher.waiting.push_back(waiting(&launcher));
+        assert!(launcher.wanted_blanks() > 0, "whoever asks has it tried again");
     }
 
     #[test]
