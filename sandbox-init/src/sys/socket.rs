@@ -100,15 +100,20 @@ fn receive_message<F: AsFd>(socket: &F, bytes: &mut [u8]) -> nix::Result<(usize,
     // SAFETY: the kernel has filled the control buffer, which is aligned, and set its length.
     let mut part = unsafe { libc::CMSG_FIRSTHDR(&raw const header) };
     while !part.is_null() {
-        // SAFETY: `part` is not null, so it points to a header inside the control buffer.
-        let (level, kind, size) = unsafe { ((*part).cmsg_level, (*part).cmsg_type, (*part).cmsg_len) };
-        if (level, kind) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
-            // SAFETY: CMSG_LEN computes; CMSG_DATA points behind the header of `part`.
-            let (empty, data) = unsafe { (libc::CMSG_LEN(0) as usize, libc::CMSG_DATA(part).cast::<RawFd>()) };
-            for index in 0..size.saturating_sub(empty) / size_of::<RawFd>() {
-                // SAFETY: the kernel counts the descriptors that it has installed for us in the length of this part; each is
-                // read once and nobody else owns it.
-                descriptors.push(unsafe { OwnedFd::from_raw_fd(data.add(index).read_unaligned()) });
+        // SAFETY: `part` is not null, so it points to a header inside the control buffer, which is aligned for it.
+        let control_header = unsafe { *part };
+        if (control_header.cmsg_level, control_header.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+            // SAFETY: CMSG_LEN only computes.
+            let empty = unsafe { libc::CMSG_LEN(0) } as usize;
+            // SAFETY: CMSG_DATA points behind the header of `part`.
+            let data = unsafe { libc::CMSG_DATA(part) }.cast::<RawFd>();
+            for index in 0..control_header.cmsg_len.saturating_sub(empty) / size_of::<RawFd>() {
+                // SAFETY: the length of this part, which the kernel has set, says that the number is inside it.
+                let place = unsafe { data.add(index) };
+                // SAFETY: as above; a plain integer, of any alignment.
+                let raw = unsafe { place.read_unaligned() };
+                // SAFETY: the kernel has installed this descriptor for us; it is read once and nobody else owns it.
+                descriptors.push(unsafe { OwnedFd::from_raw_fd(raw) });
             }
         }
         // SAFETY: `part` is a header of this message.
