@@ -363,7 +363,8 @@ impl Engine {
             self.next_sweep,
             self.shutdown.map(|shutdown| shutdown.kill_at),
             self.shell_at(),
-            self.spare_at,
+            // No spare is made on the way out: its moment would pass and the loop never sleep again.
+            self.spare_at.filter(|_| self.shutdown.is_none() && self.shells.wanted),
         ]
         .into_iter()
         .flatten()
