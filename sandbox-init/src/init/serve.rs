@@ -470,3 +470,26 @@ impl Engine {
 pub(super) fn errno_of(error: std::io::Error) -> nix::Error {
     error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::slot::Slots;
+    use super::super::testing::context;
+    use super::*;
+
+    #[test]
+    fn a_spare_that_is_due_keeps_nobody_awake_once_the_end_is_ordered() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut engine = Engine::new(context(directory.path(), Slots::scan())).expect("an engine");
+        engine.shells.wanted = true;
+        engine.shells.not_before = Moment::MAX;
+        engine.settle_spare();
+        assert!(engine.next_due().is_some_and(|due| due <= now().saturating_add(SPARE_DELAY)), "no spare is due");
+
+        let kill_at = now().saturating_add(20_000 * MILLISECOND);
+        engine.shutdown = Some(Shutdown { kill_at });
+        engine.do_idle_work();
+
+        assert_eq!(engine.next_due(), Some(kill_at));
+    }
+}

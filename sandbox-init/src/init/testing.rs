@@ -52,6 +52,36 @@ pub(crate) struct TestResult {
     pub(crate) finished: CallFinished,
 }
 
+/// What an engine needs, in an empty directory.
+pub(crate) fn context(directory: &Path, slots: Slots) -> Context {
+    for name in ["spool", "call", "work"] {
+        std::fs::create_dir(directory.join(name)).unwrap();
+    }
+    let listener = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    bind(listener.as_raw_fd(), &UnixAddr::new(&directory.join("socket")).unwrap()).unwrap();
+    listen(&listener, Backlog::new(8).unwrap()).unwrap();
+    let open = |name: &str| OwnedFd::from(File::open(directory.join(name)).unwrap());
+    let path = std::env::var("PATH").unwrap();
+    Context {
+        sandbox_id: "sandbox-of-the-test".to_owned(),
+        listener,
+        spawner: Box::new(LocalSpawner),
+        spawner_pidfd: None,
+        slots,
+        v1: None,
+        spool_directory: open("spool"),
+        spool_path_inside: directory.join("spool"),
+        spool_budget_bytes: 1 << 30,
+        call_directory: open("call"),
+        call_path_inside: directory.join("call"),
+        default_environment: vec![format!("PATH={path}").into_bytes(), b"HOME=/nowhere".to_vec()],
+        working_directory: directory.join("work").into_os_string().into_encoded_bytes(),
+        shell_path: PathBuf::from("/bin/bash"),
+        orphan_timeout: None,
+        reaps_orphans: false,
+    }
+}
+
 impl TestSandbox {
     pub(crate) fn start() -> Self {
         Self::start_with(|_| {})
@@ -60,37 +90,12 @@ impl TestSandbox {
     /// Starts an engine whose context was changed.
     pub(crate) fn start_with(change: impl FnOnce(&mut Context)) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        for name in ["spool", "call", "work"] {
-            std::fs::create_dir(directory.path().join(name)).unwrap();
-        }
-        let listener = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
-        bind(listener.as_raw_fd(), &UnixAddr::new(&directory.path().join("socket")).unwrap()).unwrap();
-        listen(&listener, Backlog::new(8).unwrap()).unwrap();
-        let open = |name: &str| OwnedFd::from(File::open(directory.path().join(name)).unwrap());
         let cgroup = make_cgroup();
         let slots = match &cgroup {
             Some(path) => Slots::cgroup(OwnedFd::from(File::open(path).unwrap())),
             None => Slots::scan(),
         };
-        let path = std::env::var("PATH").unwrap();
-        let mut context = Context {
-            sandbox_id: "sandbox-of-the-test".to_owned(),
-            listener,
-            spawner: Box::new(LocalSpawner),
-            spawner_pidfd: None,
-            slots,
-            v1: None,
-            spool_directory: open("spool"),
-            spool_path_inside: directory.path().join("spool"),
-            spool_budget_bytes: 1 << 30,
-            call_directory: open("call"),
-            call_path_inside: directory.path().join("call"),
-            default_environment: vec![format!("PATH={path}").into_bytes(), b"HOME=/nowhere".to_vec()],
-            working_directory: directory.path().join("work").into_os_string().into_encoded_bytes(),
-            shell_path: PathBuf::from("/bin/bash"),
-            orphan_timeout: None,
-            reaps_orphans: false,
-        };
+        let mut context = context(directory.path(), slots);
         change(&mut context);
         let thread = std::thread::spawn(move || run(context));
         Self { directory, thread: Some(thread), cgroup }
