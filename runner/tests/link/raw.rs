@@ -63,8 +63,8 @@ impl Decoder for Bytes {
 /// One link after the other: greets, then sends what it is given.
 #[derive(Clone)]
 struct Link {
-    frames: Arc<Mutex<mpsc::UnboundedReceiver<Frame>>>,
-    said: mpsc::UnboundedSender<Said>,
+    frames: Arc<Mutex<mpsc::Receiver<Frame>>>,
+    said: mpsc::Sender<Said>,
 }
 
 impl tonic::server::NamedService for Link {
@@ -118,7 +118,7 @@ impl tonic::server::StreamingService<pb::RunnerFrame> for Link {
                 let held = hello.resume_pages > 0;
                 let decisions =
                     pb::ResumeDecisionPage { index: 0, decisions: held.then_some(keep).into_iter().collect() };
-                said.send(Said::Hello(hello)).unwrap();
+                said.try_send(Said::Hello(hello)).unwrap();
                 for (number, kind, body) in [(1, 10, Body::Welcome(welcome)), (2, 11, Body::ResumeDecisions(decisions))]
                 {
                     sender.send(Ok(frame(number, kind, body))).await.unwrap();
@@ -136,7 +136,7 @@ impl tonic::server::StreamingService<pb::RunnerFrame> for Link {
                         }
                         frame = incoming.message() => match frame {
                             Ok(Some(frame)) => {
-                                frame.body.map(|body| said.send(body));
+                                frame.body.map(|body| said.try_send(body));
                             }
                             _ => return,
                         },
@@ -154,8 +154,8 @@ fn frame(frame_no: u64, kind: u32, body: Body) -> Vec<u8> {
 
 /// An orchestrator that sends bytes, and a runner that has dialled it.
 struct World {
-    frames: mpsc::UnboundedSender<Frame>,
-    said: mpsc::UnboundedReceiver<Said>,
+    frames: mpsc::Sender<Frame>,
+    said: mpsc::Receiver<Said>,
     runner: Runner,
     _directory: tempfile::TempDir,
 }
@@ -178,8 +178,9 @@ impl World {
                 }
             }
         });
-        let (frames, to_send) = mpsc::unbounded_channel();
-        let (speaks, said) = mpsc::unbounded_channel();
+        let (frames, to_send) = mpsc::channel(16);
+        // Much more than a runner says in one of these tests.
+        let (speaks, said) = mpsc::channel(1024);
         let link = Link { frames: Arc::new(Mutex::new(to_send)), said: speaks };
         let serving = tonic::transport::Server::builder().serve_with_incoming_shutdown(
             link,
@@ -194,7 +195,7 @@ impl World {
     }
 
     fn send(&self, make: impl FnOnce(u64) -> Vec<u8> + Send + 'static) {
-        self.frames.send(Box::new(make)).unwrap();
+        self.frames.try_send(Box::new(make)).ok().unwrap();
     }
 
     async fn hears<T>(&mut self, what: &str, mut wanted: impl FnMut(Said) -> Option<T>) -> T {

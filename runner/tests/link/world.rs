@@ -51,7 +51,7 @@ impl Default for Options {
 
 impl World {
     pub async fn new(options: Options) -> Self {
-        let orchestrator = Orchestrator::start(options.link.clone()).await.unwrap();
+        let orchestrator = Orchestrator::start(options.link).await.unwrap();
         let directory = tempfile::tempdir().unwrap();
         let files = orchestrator.write_client_files(directory.path(), "runner-1").unwrap();
         let wire = Wire::to(orchestrator.address().port()).await;
