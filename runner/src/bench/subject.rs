@@ -22,7 +22,12 @@ const BUSYBOX: &str = "/usr/bin/busybox";
 /// A program that does nothing, the cheapest this machine has: static where possible, so that no dynamic loader is
 /// measured. Ours and peers run the same.
 pub fn true_program() -> Vec<&'static str> {
-    if Path::new(BUSYBOX).exists() { vec![BUSYBOX, "true"] } else { vec!["/usr/bin/true"] }
+    applet("true")
+}
+
+/// A small program of this machine, static where possible.
+pub fn applet(name: &'static str) -> Vec<&'static str> {
+    if Path::new(BUSYBOX).exists() { vec![BUSYBOX, name] } else { vec![name] }
 }
 
 /// Times of one sandbox from its request on, in milliseconds.

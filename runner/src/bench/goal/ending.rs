@@ -6,12 +6,15 @@ use super::{Bench, WARM_UP};
 use crate::bench::BenchError;
 use crate::bench::row::{Row, Unit};
 use crate::bench::sample::Samples;
-use crate::bench::subject::{exec, milliseconds};
+use crate::bench::subject::{applet, exec, milliseconds};
 use crate::sandbox::spec::{Limits, Spec};
 use crate::work::Sandbox;
 
-/// Starts 200 sleeping processes and says when the last one was started.
-const FILL: &str = "i=0; while [ $i -lt 200 ]; do sleep 1000 & i=$((i+1)); done; echo full; wait";
+/// Starts 200 sleeping processes and says when the last one was started. As those of the floor they are static where that is
+/// possible: the libraries of a process cost more to take down than the process.
+fn fill() -> String {
+    format!("i=0; while [ $i -lt 200 ]; do {} 1000 & i=$((i+1)); done; echo full; wait", applet("sleep").join(" "))
+}
 /// Room for them and for process 1.
 const PIDS: u64 = 512;
 
@@ -21,7 +24,7 @@ pub(super) async fn measure(bench: &mut Bench) -> Result<Vec<Row>, BenchError> {
     for round in 0..WARM_UP + bench.rounds {
         let limits = Limits { pids: PIDS, ..Limits::default() };
         let sandbox = bench.subject.create(&Spec { limits, ..bench.subject.spec() }).await?;
-        bench.subject.start_until_output(&sandbox, exec(&["/bin/sh", "-c", FILL])).await?;
+        bench.subject.start_until_output(&sandbox, exec(&["/bin/sh", "-c", &fill()])).await?;
         let start = Instant::now();
         sandbox.close(Duration::ZERO).await;
         let took = milliseconds(start);

@@ -13,8 +13,11 @@ use crate::dev::{Orchestrator, Session};
 
 /// Idle sandboxes beside each other.
 const HELD: usize = 200;
-/// What the kernel frees, it frees later.
+/// What the kernel frees, it frees later: this long at least, and this long at most until nothing changes any more.
 const SETTLE: Duration = Duration::from_secs(3);
+const SETTLE_MOST: u32 = 30;
+/// Free memory of a host where nothing happens moves by less than this within a second.
+const STILL_KIB: u64 = 512;
 /// A daemon has come by then, or it never will.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Times that all of them are made and ended.
@@ -89,12 +92,10 @@ async fn fillings(bench: &mut Bench, orchestrator: &Orchestrator) -> Result<Vec<
         let filled = filling(bench, orchestrator, round, memories).await;
         bench.peers.stop_daemon()?;
         filled?;
-        tokio::time::sleep(SETTLE).await;
         if bench.peers.has("floor") {
-            let before = free_kib()?;
+            let before = settled().await?;
             let held = bench.peers.hold(HELD);
-            tokio::time::sleep(SETTLE).await;
-            let after = free_kib()?;
+            let after = settled().await?;
             bench.peers.hold(0)?;
             held?;
             memories.floor.push(each(before, after));
@@ -139,9 +140,8 @@ async fn filling(
     memories: &mut Memories,
 ) -> Result<(), BenchError> {
     arrival(orchestrator).await?;
-    tokio::time::sleep(SETTLE).await;
+    let before = settled().await?;
     let idle = bench.peers.daemon_memory()?;
-    let before = free_kib()?;
     let mut sessions = Vec::new();
     for number in 0..HELD {
         let session = open(orchestrator, &format!("held-{round}-{number}")).await?;
@@ -149,8 +149,7 @@ async fn filling(
         check(&session.run(&format!("held-{round}-{number}"), bash(":")).await?)?;
         sessions.push(session);
     }
-    tokio::time::sleep(SETTLE).await;
-    let after = free_kib()?;
+    let after = settled().await?;
     let full = bench.peers.daemon_memory()?;
     for session in &sessions {
         Session::close(session, Duration::ZERO).await?;
@@ -160,6 +159,21 @@ async fn filling(
     memories.full.push(full.resident);
     memories.share.push((full.resident - idle.resident) / count(HELD));
     Ok(())
+}
+
+/// Memory that nobody uses, in KiB, when what was there before has been given back.
+async fn settled() -> Result<u64, BenchError> {
+    tokio::time::sleep(SETTLE).await;
+    let mut last = free_kib()?;
+    for _ in 0..SETTLE_MOST {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let now = free_kib()?;
+        if now.abs_diff(last) < STILL_KIB {
+            return Ok(now);
+        }
+        last = now;
+    }
+    Ok(last)
 }
 
 #[allow(clippy::cast_precision_loss, reason = "sizes of memory in KiB are far below 2^52")]
