@@ -494,6 +494,28 @@ fn spool_of_a_sandbox_is_no_place_for_the_runner_to_write() {
     assert!(!made.status.success(), "the runner made a directory in {}", spool.display());
 }
 
+/// A blank has the limits of the last sandbox ahead of need. They must be nobody's who asks for others, larger or smaller.
+#[test]
+fn limits_are_those_of_the_request_whatever_the_sandbox_before_it_had() {
+    needs_root!();
+    let bench = Bench::start();
+    let connection = bench.connect();
+    let asked = [(64, 40), (64, 40), (192, 80), (32, 20), (192, 80)];
+    for (round, (mebibytes, pids)) in asked.into_iter().enumerate() {
+        let id = format!("round-{round}");
+        let limits = Limits { memory_bytes: mebibytes * MIB, pids, cpu_millis: 500 + 10 * pids, disk_bytes: 16 * MIB };
+        create(&connection, CreateSandbox { limits: Some(limits), ..plain_sandbox(&id) });
+
+        let inspect = InspectSandbox { sandbox_id: id.clone() };
+        let answer = connection.ask(request::Body::InspectSandbox(inspect)).expect("an answer").body;
+
+        kill(&connection, &id);
+        let Some(reply::Body::Inspection(inspection)) = answer else { panic!("no inspection: {answer:?}") };
+        let found = inspection.limits.expect("limits");
+        assert_eq!((found.memory_bytes, found.pids), (mebibytes * MIB, pids), "round {round}");
+    }
+}
+
 #[test]
 fn thirty_sandboxes_leave_nothing_in_the_launcher() {
     needs_root!();

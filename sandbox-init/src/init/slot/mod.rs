@@ -132,6 +132,8 @@ impl Slots {
     /// An empty slot for a new call.
     pub(crate) fn take(&mut self) -> Result<SlotId, nix::Error> {
         let Some(id) = self.spare.take() else { return self.make() };
+        // Its parked process is about to be one of the call.
+        self.parked = None;
         // Numbers of the whole sandbox go on while the slot is empty; those of its own cgroup do not.
         if self.work.is_none() || self.v1.is_some() {
             self.mark(id, None);

@@ -180,7 +180,7 @@ impl Launcher<'_> {
             self.kill(number, None);
         }
         self.last_request = Instant::now();
-        self.spent.extend(blank);
+        self.spent.extend(blank.map(|blank| (self.last_request, blank)));
         while self.spent.len() > MAX_SPENT {
             self.spent.pop_front();
         }

@@ -142,7 +142,7 @@ pub struct Launcher<'a> {
     forecast: Option<Forecast>,
     /// What came with blanks that have become sandboxes. It holds mounts, whose end waits for all processors, so they go when
     /// nobody has asked for anything for a moment.
-    spent: VecDeque<Blank>,
+    spent: VecDeque<(Instant, Blank)>,
     /// Killed, and no event will tell their end.
     unwatched: Vec<Unwatched>,
     next: u32,

@@ -21,6 +21,8 @@ use crate::launcher::validate::refusal;
 /// Time without a request before the pool is filled again: on a small machine a refill competes with the sandbox that was
 /// just handed out.
 const REFILL_DELAY: Duration = Duration::from_millis(15);
+/// How long the mounts of a blank that has become a sandbox are kept when there is no quiet moment.
+const SPENT_AT_MOST: Duration = Duration::from_secs(1);
 /// Blanks that may fail, without a sandbox that has booted from one in between, before requests are refused instead of tried again.
 const MAX_FAILURES: u32 = 3;
 
@@ -32,8 +34,9 @@ impl Launcher<'_> {
             return;
         }
         let idle = self.last_request.elapsed() >= REFILL_DELAY;
-        if idle {
-            self.spent.clear();
+        // A runner that never rests must not keep uppers of sandboxes that are gone.
+        while self.spent.front().is_some_and(|(since, _)| idle || since.elapsed() >= SPENT_AT_MOST) {
+            self.spent.pop_front();
         }
         while self.blanks() < if idle { self.wanted_blanks() } else { self.waiting.len() } {
             match self.parts.slots.take() {
