@@ -19,6 +19,7 @@ use sandbox_runner_tests::daemon::{
 use sandbox_runner_tests::faultproxy::Cut;
 use sandbox_runner_tests::host;
 use sandbox_runner_tests::needs_root;
+use sandbox_runner_tests::runner::scaled;
 use sha2::{Digest, Sha256};
 use tokio::sync::{broadcast, watch};
 
@@ -293,7 +294,7 @@ async fn cut_for_ever(world: Arc<World>, seed: u64) {
             2 => Cut::After(random.below(100_000)),
             _ => Cut::Freeze(Duration::from_millis(random.below(60))),
         };
-        let reached = tokio::time::timeout(MOMENT, moment(&world, wanted)).await.is_ok();
+        let reached = tokio::time::timeout(scaled(MOMENT), moment(&world, wanted)).await.is_ok();
         world.daemon.wire.cut(how).await;
         world.daemon.wire.release();
         let hit = if reached { wanted } else { Moment::Other };
@@ -306,8 +307,8 @@ async fn cut_for_ever(world: Arc<World>, seed: u64) {
         })
         .await;
         if world.plan.is_satisfied_by(&world.hits.borrow()) {
-            // Enough of it: what is left of the load may pass.
-            tokio::time::sleep(Duration::from_millis(500)).await;
+            // Enough of it: what is left of the load may pass. Where a handshake takes seconds, a link must last longer.
+            tokio::time::sleep(scaled(Duration::from_millis(500))).await;
         }
     }
 }
