@@ -61,7 +61,13 @@ impl Tree {
             make_directory(directory)?;
         }
         if self.mode == Mode::Unified {
-            enable(&sandbox, &CONTROLLERS);
+            if !enable(&sandbox, &CONTROLLERS) {
+                // Another launcher has just made the base that we share, and has not come to its controllers yet.
+                for directory in base.parent().into_iter().chain([base.as_path()]) {
+                    enable(directory, &CONTROLLERS);
+                }
+                enable(&sandbox, &CONTROLLERS);
+            }
             enable(&work, &["memory", "pids"]);
             write(&init.join("memory.max"), &INIT_MEMORY_BYTES.to_string()).or_else(absent)?;
             write(&init.join("pids.max"), "16").or_else(absent)?;
