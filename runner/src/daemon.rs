@@ -23,7 +23,7 @@ use crate::session::registry::{Registry, Reserve};
 use crate::session::{SessionHandle, Sessions};
 use crate::shutdown::{Signal, Signals};
 use crate::systemd::{Notifier, Watchdog};
-use crate::work::{BoxFuture, DrainMode, Receipt, ResourceLimits, Sandboxes, Update, WorkItem};
+use crate::work::{DrainMode, Receipt, ResourceLimits, Sandboxes, Update, WorkItem};
 
 /// Time to end sandboxes after patience with calls has ended.
 const CLOSE_TIME: Duration = Duration::from_secs(10);
@@ -80,23 +80,18 @@ pub enum DaemonError {
 pub struct LauncherGone(String);
 
 /// A daemon whose parts are joined.
-#[derive(Debug)]
 pub struct Daemon {
     sessions: SessionHandle,
     link: Option<Handle>,
     stop: watch::Sender<Stop>,
     admin: Option<(tokio::task::JoinHandle<()>, PathBuf)>,
     drain_time: Duration,
-    gone: Gone,
+    sandboxes: Arc<dyn Sandboxes>,
 }
 
-/// Resolves when there is nothing left to make sandboxes with. Behind a lock that nobody ever waits for, because a daemon is
-/// shared between threads and a future is not.
-struct Gone(std::sync::Mutex<BoxFuture<'static, String>>);
-
-impl std::fmt::Debug for Gone {
+impl std::fmt::Debug for Daemon {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Gone")
+        f.debug_struct("Daemon").field("link", &self.link).finish_non_exhaustive()
     }
 }
 
@@ -106,7 +101,7 @@ impl Daemon {
     /// # Errors
     /// `DaemonError`; what was begun ends with the runtime.
     pub fn start(parts: Parts) -> Result<Self, DaemonError> {
-        let (receipt, gone) = (parts.sandboxes.receipt(), Gone(std::sync::Mutex::new(parts.sandboxes.gone())));
+        let (sandboxes, receipt) = (Arc::clone(&parts.sandboxes), parts.sandboxes.receipt());
         let sessions = Sessions {
             config: CoreConfig::default(),
             registry: Registry::new(parts.reserve, parts.defaults),
@@ -124,7 +119,7 @@ impl Daemon {
         };
         let status = link.as_ref().map(|link| link.status.clone());
         let admin = parts.admin.map(|socket| start_admin(socket, &handle, status, receipt)).transpose()?;
-        Ok(Self { sessions: handle, link, stop, admin, drain_time: parts.drain_time, gone })
+        Ok(Self { sessions: handle, link, stop, admin, drain_time: parts.drain_time, sandboxes })
     }
 
     /// The sessions, for those who run a daemon inside another program.
@@ -143,12 +138,11 @@ impl Daemon {
     ///
     /// # Errors
     /// [`LauncherGone`]: there is nothing left to serve with. What is finished was delivered as at any other end.
-    pub async fn run(mut self, mut signals: Signals, notifier: &Notifier) -> Result<(), LauncherGone> {
+    pub async fn run(self, mut signals: Signals, notifier: &Notifier) -> Result<(), LauncherGone> {
         notifier.ready();
         info!("runner started");
         let mut watchdog = Watchdog::new(self.sessions.progress.clone());
-        let gone = std::mem::replace(&mut self.gone.0, std::sync::Mutex::new(Box::pin(std::future::pending())));
-        let mut gone = gone.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut gone = self.sandboxes.gone();
         let every = notifier.watchdog_every();
         let mut feed = tokio::time::interval(every.unwrap_or(Duration::from_secs(3600)));
         loop {
@@ -161,13 +155,11 @@ impl Daemon {
                     }
                     Signal::Drain => break,
                     Signal::Now => {
-                        drop(gone);
                         self.end(Duration::ZERO).await;
                         return Ok(());
                     }
                 },
                 reason = &mut gone => {
-                    drop(gone);
                     notifier.stopping();
                     self.end(Duration::ZERO).await;
                     return Err(LauncherGone(reason));
@@ -181,8 +173,6 @@ impl Daemon {
                 }
             }
         }
-        // It holds on to the launcher, which is not to outlive this.
-        drop(gone);
         notifier.stopping();
         info!("emptying the runner");
         let patience = self.drain_time;

@@ -21,7 +21,7 @@ use super::late::LateOutput;
 use super::pipe::READ_BUDGET;
 use super::prepare::Staging;
 use super::shell::{CallDirectory, Shell};
-use super::slot::{SlotId, Slots};
+use super::slot::Slots;
 use super::spawner::Spawner;
 use super::spool::SpoolDirectory;
 use super::tool_worker::ToolWorker;
@@ -67,8 +67,6 @@ pub(crate) struct Engine {
     pub(super) next_sweep: Option<Moment>,
     /// Until then the loop does not sleep while a call runs.
     attentive_until: Moment,
-    /// The slot for which a spare process was ordered last.
-    parked_in: Option<Option<SlotId>>,
     /// When the spare that is missing is made.
     spare_at: Option<Moment>,
     /// The worker of the file tools while no call is with it.
@@ -164,7 +162,6 @@ impl Engine {
             shutdown: None,
             next_sweep: None,
             attentive_until: 0,
-            parked_in: None,
             spare_at: None,
             worker: None,
             worker_needs_mark: false,
@@ -440,7 +437,7 @@ impl Engine {
     /// Makes the slot and the parked process of the next call, a moment after the last ones were taken: a sandbox that lives
     /// for one call does not need them, and would have to end them.
     fn settle_spare(&mut self) {
-        if self.slots.has_spare() && self.parked_in == Some(self.slots.prepared_group()) {
+        if self.slots.has_spare() {
             self.spare_at = None;
             return;
         }
@@ -452,7 +449,6 @@ impl Engine {
         let made = self.slots.prepare();
         let parked = self.spawner.park(self.slots.prepared());
         self.slots.set_parked(parked);
-        self.parked_in = made.is_ok().then(|| self.slots.prepared_group());
         self.spare_at = made.is_err().then(|| now.saturating_add(SWEEP_INTERVAL));
     }
 

@@ -15,9 +15,10 @@ use prost::Message;
 
 use super::cgroup::{Group, Tree};
 use super::files::{Files, Owners};
-use super::forecast::{Forecast, MemoryUpper};
+use super::forecast::{Amounts, Forecast, MemoryUpper};
 use super::host::Places;
 use super::nested;
+use super::policy_file::Limits;
 use super::shape::Shape;
 use super::spawn::{Blank, Private, Range, Unmade, Workshop, make_blank};
 use crate::sys::socket::{Packet, receive, send};
@@ -76,9 +77,9 @@ pub struct Report {
     /// Whether a user namespace is among the descriptors.
     #[prost(bool, tag = "9")]
     pub namespaced: bool,
-    /// What was written into the limit files; only `limits` counts.
+    /// What was written into the limit files.
     #[prost(message, optional, tag = "10")]
-    pub limited: Option<Forecast>,
+    pub limits: Option<Amounts>,
     /// Size of the upper among the descriptors; 0: there is none.
     #[prost(uint64, tag = "11")]
     pub upper_bytes: u64,
@@ -169,14 +170,12 @@ impl Background {
             Shape::Nested => nested::make_blank(workshop.image, order.make.clone(), range).map_err(Unmade::from),
             Shape::Privileged | Shape::Unprivileged => make_blank(&workshop, order.make.clone(), range),
         };
-        let mut report_limits = None;
         match made {
             Ok(mut blank) => {
                 if let Some(forecast) = order.forecast.filter(|_| self.shape != Shape::Nested) {
                     forecast.prepare(&self.tree, &mut blank, range, self.shape == Shape::Unprivileged);
-                    report_limits = blank.limits.is_some().then_some(forecast);
                 }
-                self.hand_over(&blank, report_limits);
+                self.hand_over(&blank);
             }
             Err(Unmade { pid, source }) => {
                 // What a process was begun with is removed when the launcher, its parent, says that it is gone.
@@ -191,7 +190,7 @@ impl Background {
         }
     }
 
-    fn hand_over(&self, blank: &Blank, limited: Option<Forecast>) {
+    fn hand_over(&self, blank: &Blank) {
         let mut descriptors: Vec<RawFd> = vec![blank.pidfd.as_raw_fd(), blank.boot.as_raw_fd()];
         if let Some(Private { user_namespace, files: Files { listener, spool, spool_mount } }) = &blank.private {
             descriptors.extend([user_namespace, listener, spool, spool_mount].map(AsRawFd::as_raw_fd));
@@ -199,7 +198,7 @@ impl Background {
         let mut report =
             Report { made: blank.name.clone(), slot: blank.slot, pid: blank.pid.as_raw(), ..Report::default() };
         report.namespaced = blank.private.is_some();
-        report.limited = limited;
+        report.limits = blank.limits.map(Amounts::from);
         if let Some(group) = &blank.group {
             report.grouped = true;
             descriptors.extend([group.init.as_raw_fd(), group.work.as_raw_fd()]);
@@ -343,7 +342,7 @@ pub fn blank_from(report: Report, descriptors: Vec<OwnedFd>) -> Option<Blank> {
     } else {
         None
     };
-    let limits = report.limited.map(|forecast| forecast.limits());
+    let limits = report.limits.map(Limits::from);
     let upper = match report.upper_bytes {
         0 => None,
         bytes => Some(MemoryUpper { bytes, mount: descriptors.next()? }),
@@ -358,5 +357,6 @@ pub fn blank_from(report: Report, descriptors: Vec<OwnedFd>) -> Option<Blank> {
         group,
         limits,
         upper,
+        spent: Vec::new(),
     })
 }

@@ -13,7 +13,7 @@ use proto::launch::v1::Layer;
 
 use super::cgroup::{CgroupError, Tree};
 use super::files::{FilesError, directory_of};
-use super::forecast::{MemoryUpper, memory_backed};
+use super::forecast::memory_backed;
 use super::host::{HostRoot, Places, place};
 use super::ids::Slot;
 use super::policy_file::{Limits, Policy};
@@ -90,8 +90,8 @@ pub fn boot(
     slot: &Slot,
     request: &Checked,
 ) -> Result<Vec<Layer>, CreateError> {
-    let danger = |layer: &str| context.policy.danger.without.iter().any(|name| name == layer);
-    if !danger("cgroup_limits") && blank.limits != Some(request.limits) {
+    let limited = !context.policy.danger.switches_off("cgroup_limits");
+    if limited && blank.limits != Some(request.limits) {
         context.tree.limit(&blank.name, &request.limits)?;
     }
     let upper = if request.ephemeral {
@@ -110,10 +110,12 @@ pub fn boot(
         rootless: context.rootless,
         add_points: context.rootless && !request.host_rootfs,
     };
-    let ready = blank.upper.take().filter(|ready| request.ephemeral && ready.bytes == memory_backed(&request.limits));
-    let upper = match ready {
-        Some(ready) => ready.mount,
-        None => upper_mount(&plan.upper, slot.base, context.rootless)?,
+    let upper = match blank.upper.take() {
+        Some(ready) if request.ephemeral && ready.bytes == memory_backed(&request.limits) => ready.mount,
+        other => {
+            blank.spent.extend(other.map(|other| other.mount));
+            upper_mount(&plan.upper, slot.base, context.rootless)?
+        }
     };
     let root = context.builder.build(&plan, &upper)?;
 
@@ -141,8 +143,8 @@ pub fn boot(
         descriptors.push((Role::Mount, mount.as_fd()));
     }
     send_boot(blank, message, &descriptors)?;
-    blank.upper = Some(MemoryUpper { bytes: 0, mount: upper });
-    Ok(layers(context, request, root.idmapped, !danger("cgroup_limits")))
+    blank.spent.push(upper);
+    Ok(layers(context, request, root.idmapped, limited))
 }
 
 /// Sends a blank its boot packet with the descriptors that it names.

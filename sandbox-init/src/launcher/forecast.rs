@@ -12,9 +12,9 @@ use super::rootfs::{Upper, upper_mount};
 use super::spawn::{Blank, Range};
 use super::validate::Checked;
 
-/// Part of an order to the background process.
+/// Limits, as the launcher and its background process tell each other.
 #[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
-pub struct Forecast {
+pub struct Amounts {
     /// Bytes of memory.
     #[prost(uint64, tag = "1")]
     pub memory_bytes: u64,
@@ -27,11 +27,33 @@ pub struct Forecast {
     /// Bytes of disk.
     #[prost(uint64, tag = "4")]
     pub disk_bytes: u64,
+}
+
+impl From<Limits> for Amounts {
+    fn from(limits: Limits) -> Self {
+        let Limits { memory_bytes, cpu_millis, pids, disk_bytes } = limits;
+        Self { memory_bytes, cpu_millis, pids, disk_bytes }
+    }
+}
+
+impl From<Amounts> for Limits {
+    fn from(amounts: Amounts) -> Self {
+        let Amounts { memory_bytes, cpu_millis, pids, disk_bytes } = amounts;
+        Self { memory_bytes, cpu_millis, pids, disk_bytes }
+    }
+}
+
+/// Part of an order to the background process.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct Forecast {
+    /// The limits.
+    #[prost(message, required, tag = "1")]
+    pub amounts: Amounts,
     /// Changes go to memory.
-    #[prost(bool, tag = "5")]
+    #[prost(bool, tag = "2")]
     pub ephemeral: bool,
     /// Limits are written at all.
-    #[prost(bool, tag = "6")]
+    #[prost(bool, tag = "3")]
     pub limited: bool,
 }
 
@@ -49,40 +71,22 @@ impl Forecast {
     #[must_use]
     pub fn first(policy: &Policy) -> Option<Self> {
         let profile = policy.profiles.values().next()?;
-        Some(Self::of(&profile.default, true, policy))
+        Some(Self::of(profile.default, true, policy))
     }
 
     /// After a request: the same again.
     #[must_use]
     pub fn after(request: &Checked, policy: &Policy) -> Self {
-        Self::of(&request.limits, request.ephemeral, policy)
+        Self::of(request.limits, request.ephemeral, policy)
     }
 
-    fn of(limits: &Limits, ephemeral: bool, policy: &Policy) -> Self {
-        Self {
-            memory_bytes: limits.memory_bytes,
-            cpu_millis: limits.cpu_millis,
-            pids: limits.pids,
-            disk_bytes: limits.disk_bytes,
-            ephemeral,
-            limited: !policy.danger.without.iter().any(|name| name == "cgroup_limits"),
-        }
-    }
-
-    /// The limits.
-    #[must_use]
-    pub fn limits(&self) -> Limits {
-        Limits {
-            memory_bytes: self.memory_bytes,
-            cpu_millis: self.cpu_millis,
-            pids: self.pids,
-            disk_bytes: self.disk_bytes,
-        }
+    fn of(limits: Limits, ephemeral: bool, policy: &Policy) -> Self {
+        Self { amounts: limits.into(), ephemeral, limited: !policy.danger.switches_off("cgroup_limits") }
     }
 
     /// Gives a blank what will probably be asked of it. What does not succeed here is done, and reported, at the request.
     pub fn prepare(&self, tree: &Tree, blank: &mut Blank, range: Range, rootless: bool) {
-        let limits = self.limits();
+        let limits = Limits::from(self.amounts);
         if self.limited && tree.limit(&blank.name, &limits).is_ok() {
             blank.limits = Some(limits);
         }

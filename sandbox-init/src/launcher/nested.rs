@@ -115,6 +115,7 @@ pub fn make_blank(image: BorrowedFd<'_>, name: String, range: Range) -> Result<B
             group: None,
             limits: None,
             upper: None,
+            spent: Vec::new(),
         }),
     }
 }

@@ -139,6 +139,14 @@ pub struct Danger {
     pub without: Vec<String>,
 }
 
+impl Danger {
+    /// Whether this layer is left out.
+    #[must_use]
+    pub fn switches_off(&self, layer: &str) -> bool {
+        self.without.iter().any(|name| name == layer)
+    }
+}
+
 /// Layers that can be switched off.
 pub const SWITCHABLE: [&str; 5] = ["seccomp", "landlock", "capabilities", "proc_masked", "cgroup_limits"];
 

@@ -48,8 +48,10 @@ pub struct Blank {
     pub group: Option<Group>,
     /// Limits that its groups have already.
     pub limits: Option<Limits>,
-    /// An upper made ahead; later the mount that its root filesystem has its own copy of.
+    /// An upper made ahead.
     pub upper: Option<MemoryUpper>,
+    /// Mounts that it does not need any more. Dropping one dissolves it, which waits for all processors.
+    pub spent: Vec<OwnedFd>,
 }
 
 /// What a blank has of its own.
@@ -181,7 +183,18 @@ pub fn make_blank(workshop: &Workshop<'_>, name: String, range: Range) -> Result
     let user_namespace =
         release(workshop.tree, &name, range, pid, &gate_write).map_err(|source| Unmade { pid: Some(pid), source })?;
     let private = Some(Private { user_namespace, files });
-    Ok(Blank { name, slot: range.slot, pid, pidfd, boot: ours, private, group, limits: None, upper: None })
+    Ok(Blank {
+        name,
+        slot: range.slot,
+        pid,
+        pidfd,
+        boot: ours,
+        private,
+        group,
+        limits: None,
+        upper: None,
+        spent: Vec::new(),
+    })
 }
 
 /// Gives process 1 its ids and its v1 groups and lets it go on. Returns its user namespace.

@@ -119,11 +119,6 @@ impl Slots {
         Some(slot.cgroup.as_ref()?.directory.as_fd())
     }
 
-    /// The slot that was made ahead, when membership in it is a fact of the kernel.
-    pub(crate) fn prepared_group(&self) -> Option<SlotId> {
-        self.spare.filter(|_| self.work.is_some())
-    }
-
     /// Names the process that waits for the next call; it belongs to none.
     pub(crate) fn set_parked(&mut self, parked: Option<Pid>) {
         self.parked = parked;

@@ -40,6 +40,13 @@ impl Group {
     }
 }
 
+/// Enables the controllers on the way to what is made below a base.
+fn enable_down_to(base: &Path) {
+    for directory in base.parent().into_iter().chain([base]) {
+        enable(directory, &CONTROLLERS);
+    }
+}
+
 impl Tree {
     /// Makes the groups of one sandbox and gives process 1 (host uid `keeper`) what it needs to make slots.
     ///
@@ -63,9 +70,7 @@ impl Tree {
         if self.mode == Mode::Unified {
             if !enable(&sandbox, &CONTROLLERS) {
                 // Another launcher has just made the base that we share, and has not come to its controllers yet.
-                for directory in base.parent().into_iter().chain([base.as_path()]) {
-                    enable(directory, &CONTROLLERS);
-                }
+                enable_down_to(base);
                 enable(&sandbox, &CONTROLLERS);
             }
             enable(&work, &["memory", "pids"]);
@@ -104,9 +109,7 @@ impl Tree {
                 // While there was no base, a service manager may have taken back what nobody used above it, and processes
                 // of a container were where they were before.
                 base.parent().map_or(Ok(()), make_room)?;
-                for directory in base.parent().into_iter().chain([base]) {
-                    enable(directory, &CONTROLLERS);
-                }
+                enable_down_to(base);
             }
         }
         fs::create_dir(directory).map_err(failed)
