@@ -4,7 +4,9 @@
 //! beside it and reports back. Events of calls arrive through a board with one line per call, so a flood of output
 //! reports costs nothing and a sandbox is never held up by this loop.
 
+mod act;
 mod board;
+mod result;
 mod view;
 
 use std::collections::{HashMap, VecDeque};
@@ -16,15 +18,16 @@ use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::core::{Action, Config, Core, Input};
+use super::Outputs;
+use super::core::{Config, Core, Input};
 use super::registry::Registry;
-use super::{Outputs, present};
-use crate::journal::{Journal, JournalError};
+use crate::journal::Journal;
 use crate::work::{
-    BoxFuture, CallEnd, CallId, CallResult, Code, Gate, Progress, Sandbox, SandboxId, SandboxRequest, Sandboxes,
-    SessionId, SessionOpen, Stream, StreamSummary, ToolFailure, ToolInput, ToolResult, Update, WorkItem, limits,
+    BoxFuture, CallEnd, CallId, CallResult, Progress, Sandbox, SandboxId, Sandboxes, SessionId, ToolFailure, Update,
+    WorkItem,
 };
 use board::{Board, Line};
+use result::presented;
 pub use view::{View, ViewCall, ViewSession};
 
 /// Sandboxes that are made at the same time.
@@ -310,165 +313,6 @@ impl Loop {
             self.inputs.push_back(Input::StartDeadline { call_id });
         }
     }
-
-    /// Runs something beside the loop; what is ready at once is taken at once.
-    fn beside<T: 'static>(
-        &mut self,
-        mut future: BoxFuture<'static, T>,
-        report: impl FnOnce(T) -> Done + Send + 'static,
-    ) {
-        if let Some(value) = (&mut future).now_or_never() {
-            if let Done::Input(input) = report(value) {
-                self.inputs.push_back(input);
-            }
-            return;
-        }
-        let done = self.done.clone();
-        tokio::spawn(async move {
-            // A closed channel means that the loop has ended, and with it everybody who cares.
-            let _ = done.send(report(future.await)).await;
-        });
-    }
-
-    async fn execute(&mut self, action: Action) {
-        match action {
-            Action::Tell(update) => self.tell(update).await,
-            Action::CreateSandbox(open) => self.create(*open),
-            Action::CloseSandbox { session_id, grace } => {
-                let Some(sandbox) = self.outputs.session(&session_id) else { return };
-                let (done, closed, sandbox_id) = (self.done.clone(), sandbox.close(grace), sandbox.sandbox_id());
-                tokio::spawn(async move {
-                    closed.await;
-                    // A closed channel means that the loop has ended, and with it everybody who cares.
-                    let _ = done.send(Done::Gone(session_id, sandbox_id, None)).await;
-                });
-            }
-            Action::ReleaseSandbox { session_id } => self.outputs.remove_session(&session_id),
-            Action::WriteAccepted(call) => {
-                let written = self.journal.accepted(&call);
-                let call_id = call.call_id;
-                self.beside(written, |r| Done::Input(Input::Accepted { call_id, durable: written_down(&r) }));
-            }
-            Action::WriteStarted { call_id } => {
-                let written = self.journal.started(&call_id);
-                self.beside(written, |r| Done::Input(Input::StartWritten { call_id, durable: written_down(&r) }));
-            }
-            Action::WriteFinished { call_id, result } => {
-                self.deadlines.remove(&call_id);
-                let written = self.journal.finished(&call_id, &result);
-                self.beside(written, |r| Done::Input(Input::EndWritten { call_id, durable: written_down(&r) }));
-            }
-            Action::Trim { call_id } => self.journal.trimmed(&call_id),
-            Action::ArmStartDeadline { call_id, within } => {
-                // A deadline beyond what a clock can hold is none.
-                if let Some(at) = Instant::now().checked_add(within) {
-                    self.deadlines.insert(call_id, at);
-                }
-            }
-            Action::Acknowledge { call_id } => {
-                if let Some(sandbox) = self.outputs.remove_call(&call_id) {
-                    let acknowledged = sandbox.acknowledge(&call_id);
-                    self.beside(acknowledged, move |result| {
-                        // The sandbox may be gone with everything in it, and then there is nothing to forget.
-                        if let Err(failure) = result {
-                            tracing::debug!(%call_id, error = %failure, "acknowledgement was not taken");
-                        }
-                        drop(sandbox);
-                        Done::Nothing
-                    });
-                }
-            }
-            other => self.execute_in_sandbox(other),
-        }
-    }
-
-    fn execute_in_sandbox(&mut self, action: Action) {
-        match action {
-            Action::Prepare { session_id, call } => {
-                let call_id = call.call_id.clone();
-                self.deadlines.remove(&call_id);
-                if let Some(failure) = present::refusal(&call.input) {
-                    return self.inputs.push_back(Input::PrepareFailed { call_id, failure });
-                }
-                let Some(sandbox) = self.outputs.session(&session_id) else {
-                    let failure = gone(&session_id);
-                    return self.inputs.push_back(Input::PrepareFailed { call_id, failure });
-                };
-                self.outputs.insert_call(call_id.clone(), Arc::clone(&sandbox));
-                let observer = Board::observer(&self.board, session_id, call_id.clone());
-                let has_gate = call.gate == Gate::Held;
-                let prepared = sandbox.start_call(call, observer);
-                self.beside(prepared, move |result| match result {
-                    Ok(()) => Done::Input(Input::Prepared { call_id }),
-                    // Without a gate the call may have run before its sandbox was lost; what the loss brings settles it.
-                    Err(failure) if failure.code == Code::SandboxLost && !has_gate => Done::Nothing,
-                    Err(failure) => Done::Input(Input::PrepareFailed { call_id, failure }),
-                });
-            }
-            Action::Go { session_id, call_id } => {
-                let Some(sandbox) = self.outputs.session(&session_id) else { return };
-                self.beside(sandbox.go(&call_id), |_| Done::Nothing);
-            }
-            Action::Abort { session_id, call_id } => {
-                let Some(sandbox) = self.outputs.session(&session_id) else { return };
-                // Its gate was never opened, so it never ran, whatever the sandbox says now.
-                self.beside(sandbox.abort(&call_id), |_| Done::Input(Input::Aborted { call_id }));
-            }
-            Action::Cancel { session_id, call_id, mode } => {
-                let Some(sandbox) = self.outputs.session(&session_id) else { return };
-                // Its outcome comes through the observer; a call that has ended meanwhile cannot be cancelled.
-                self.beside(sandbox.cancel(&call_id, mode), |_| Done::Nothing);
-            }
-            Action::Stdin { session_id, call_id, offset, data, eof } => {
-                let Some(sandbox) = self.outputs.session(&session_id) else { return };
-                let written = sandbox.stdin(&call_id, offset, data, eof);
-                let done = self.done.clone();
-                tokio::spawn(async move {
-                    let update = match written.await {
-                        Ok(accepted) => Update::StdinAccepted { call_id, accepted },
-                        Err(failure) => refused(crate::work::RequestKind::Stdin, session_id, call_id, failure),
-                    };
-                    // A closed channel means that the loop has ended, and with it everybody who cares.
-                    let _ = done.send(Done::Update(update)).await;
-                });
-            }
-            Action::Resize { session_id, call_id, columns, rows } => {
-                let Some(sandbox) = self.outputs.session(&session_id) else { return };
-                let resized = sandbox.resize(&call_id, columns, rows);
-                let done = self.done.clone();
-                tokio::spawn(async move {
-                    if let Err(failure) = resized.await {
-                        let update = refused(crate::work::RequestKind::Resize, session_id, call_id, failure);
-                        // A closed channel means that the loop has ended, and with it everybody who cares.
-                        let _ = done.send(Done::Update(update)).await;
-                    }
-                });
-            }
-            _ => {}
-        }
-    }
-
-    fn create(&mut self, open: SessionOpen) {
-        let session_id = open.session_id.clone();
-        let Ok(sandbox_id) = SandboxId::new(format!("sb-{}", uuid::Uuid::new_v4().simple())) else { return };
-        let request = SandboxRequest {
-            sandbox_id,
-            environment: open.environment,
-            limits: open.limits,
-            network: open.network,
-            variables: open.variables,
-            min_tier: open.min_tier,
-            orphan_timeout: open.orphan_timeout,
-        };
-        let (done, creates, sandboxes) = (self.done.clone(), Arc::clone(&self.creates), Arc::clone(&self.sandboxes));
-        tokio::spawn(async move {
-            let permit = creates.acquire_owned().await;
-            let result = sandboxes.create(request).await;
-            drop(permit);
-            // A closed channel means that the loop has ended; dropping the sandbox ends it.
-            let _ = done.send(Done::Created(session_id, result)).await;
-        });
-    }
 }
 
 async fn sleep_until(deadline: Option<Instant>) {
@@ -476,61 +320,4 @@ async fn sleep_until(deadline: Option<Instant>) {
         Some(at) => tokio::time::sleep_until(at).await,
         None => std::future::pending().await,
     }
-}
-
-fn written_down(result: &Result<(), JournalError>) -> bool {
-    if let Err(error) = result {
-        tracing::error!(call_id = %error.call_id, error = error as &dyn std::error::Error, "journal refused a record");
-    }
-    result.is_ok()
-}
-
-fn refused(request: crate::work::RequestKind, session_id: SessionId, call_id: CallId, failure: ToolFailure) -> Update {
-    Update::Refused { request, session_id: Some(session_id), call_id: Some(call_id), epoch: 0, failure }
-}
-
-fn gone(session_id: &SessionId) -> ToolFailure {
-    ToolFailure::new(
-        crate::work::Code::SessionLost,
-        format!("session {session_id} has no sandbox any more"),
-        "open the session again with a higher epoch",
-    )
-}
-
-async fn presented(input: &ToolInput, end: &CallEnd, call_id: &CallId, sandbox: &dyn Sandbox) -> ToolResult {
-    if !matches!(input, ToolInput::Bash(_) | ToolInput::Exec(_)) {
-        return match &end.result {
-            Some(result) if result.size() <= limits::INLINE_RESULT_BYTES => result.clone(),
-            None if !end.streams.iter().any(|stream| stream.stream == Stream::Result) => present::tool_text(input, end),
-            // Too large for a frame: it is delivered as a stream.
-            _ => ToolResult { is_error: false, content: Vec::new() },
-        };
-    }
-    let mut bytes = Vec::new();
-    let mut cut = false;
-    for stream in end.streams.iter().filter(|stream| stream.stream != Stream::Result) {
-        cut |= stream.total_bytes > present::TAIL_BYTES as u64;
-        bytes.extend(tail_of(stream, call_id, sandbox).await);
-    }
-    present::command_text(input, end, present::Tail { bytes: &bytes, cut })
-}
-
-/// The last bytes of a stream, as far as they are kept.
-async fn tail_of(stream: &StreamSummary, call_id: &CallId, sandbox: &dyn Sandbox) -> Vec<u8> {
-    if let Some(inline) = &stream.inline {
-        return inline.clone();
-    }
-    let mut offset = stream.total_bytes.saturating_sub(present::TAIL_BYTES as u64);
-    let mut bytes = Vec::new();
-    while offset < stream.total_bytes && bytes.len() < present::TAIL_BYTES {
-        match sandbox.read_output(call_id, stream.stream, offset, limits::CHUNK_BYTES).await {
-            Ok(chunk) if !chunk.bytes.is_empty() => {
-                offset = chunk.offset.saturating_add(chunk.bytes.len() as u64);
-                bytes.extend(chunk.bytes);
-            }
-            // What cannot be read any more is not shown; the summary still tells how much there was.
-            Ok(_) | Err(_) => break,
-        }
-    }
-    bytes
 }

@@ -30,6 +30,7 @@ pub(crate) mod call;
 pub(crate) mod cause;
 pub(crate) mod clock;
 pub(crate) mod connection;
+mod due;
 pub(crate) mod ending;
 pub(crate) mod event;
 pub(crate) mod finish;

@@ -11,12 +11,10 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{OFlag, open};
 use nix::sched::{CloneFlags, sched_getaffinity, unshare};
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt, listen, socket, socketpair,
-    sockopt::SockType as SockTypeOption,
+    AddressFamily, SockFlag, SockType, getsockopt, socketpair, sockopt::SockType as SockTypeOption,
 };
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Pid, geteuid};
-use proto::launch::v1::{HostReport, MissingLayer};
 use sha2::{Digest, Sha256};
 
 use super::background::{Background, chain};
@@ -24,13 +22,14 @@ use super::cgroup::Tree;
 use super::files::Owners;
 use super::host;
 use super::ids::{IdsError, Slots};
+use super::listen::listen_on;
 use super::nested;
 use super::policy_file::{self, Policy, PolicyError};
 use super::replace::{Handover, Program, ReplaceError};
+use super::report::report;
 use super::serve::{End, Launcher, Parts, hold_signals};
 use super::shape::{self, Refusal, Shape};
 use super::state;
-use crate::policy::landlock;
 use crate::sys::process::{CloneArguments, Cloned, clone3, close_range, inherited_descriptor, reset_signals};
 
 /// Why the launcher cannot serve.
@@ -124,11 +123,11 @@ const USAGE: u8 = 2;
 /// `EX_CONFIG` of sysexits.h.
 const CONFIGURATION: u8 = 78;
 
-fn step(step: &'static str) -> impl FnOnce(nix::Error) -> StartError {
+pub(super) fn step(step: &'static str) -> impl FnOnce(nix::Error) -> StartError {
     move |source| StartError::Step { step, source }
 }
 
-fn file(path: &Path) -> impl FnOnce(std::io::Error) -> StartError + '_ {
+pub(super) fn file(path: &Path) -> impl FnOnce(std::io::Error) -> StartError + '_ {
     move |source| StartError::File { path: path.to_owned(), source }
 }
 
@@ -458,114 +457,12 @@ fn tag(policy: &Policy) -> String {
     digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The socket of the runner, under the name that the policy gives.
-///
-/// The directory above may be the runner's. If the socket were made there and then given its mode and its owner by name, the
-/// runner could exchange it for a link in between, and be given any file of the host. So it is made in a directory that
-/// nobody else can enter, and moves to its name when it is complete.
-fn listen_on(policy: &Policy, rootless: bool) -> Result<OwnedFd, StartError> {
-    use nix::fcntl::{AtFlags, openat, renameat};
-    use nix::sys::stat::{FchmodatFlags, fchmodat, fstat, mkdirat};
-    use nix::unistd::{Gid, Uid, UnlinkatFlags, fchownat, unlinkat};
-    let path = policy.listen.as_deref().ok_or(StartError::NoSocket)?;
-    let (Some(above), Some(name)) = (path.parent(), path.file_name()) else { return Err(StartError::NoSocket) };
-    let failed = |errno: nix::Error| file(path)(errno.into());
-    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let above = open(above, flags, Mode::empty()).map_err(failed)?;
-    match mkdirat(&above, WORKSHOP, Mode::S_IRWXU) {
-        Ok(()) | Err(nix::Error::EEXIST) => {}
-        Err(errno) => return Err(failed(errno)),
-    }
-    let workshop = openat(&above, WORKSHOP, flags | OFlag::O_NOFOLLOW, Mode::empty()).map_err(failed)?;
-    let found = fstat(&workshop).map_err(failed)?;
-    if found.st_uid != geteuid().as_raw() || found.st_mode & 0o077 != 0 {
-        return Err(StartError::Foreign { path: path.with_file_name(WORKSHOP), owner: found.st_uid });
-    }
-    // What a launcher that was killed at this moment has left.
-    match unlinkat(&workshop, "socket", UnlinkatFlags::NoRemoveDir) {
-        Ok(()) | Err(nix::Error::ENOENT) => {}
-        Err(errno) => return Err(failed(errno)),
-    }
-    let kind = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let listener = socket(AddressFamily::Unix, SockType::SeqPacket, kind, None).map_err(step("make the socket"))?;
-    let address = UnixAddr::new(format!("/proc/self/fd/{}/socket", workshop.as_raw_fd()).as_str())
-        .map_err(step("name the socket"))?;
-    bind(listener.as_raw_fd(), &address).map_err(step("bind the socket"))?;
-    let place = || {
-        let mode = Mode::S_IRUSR | Mode::S_IWUSR;
-        fchmodat(&workshop, "socket", mode, FchmodatFlags::FollowSymlink)?;
-        if !rootless {
-            let (uid, gid) = (Uid::from_raw(policy.runner_uid), Gid::from_raw(policy.runner_gid));
-            fchownat(&workshop, "socket", Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW)?;
-        }
-        renameat(&workshop, "socket", &above, name)
-    };
-    let placed = place();
-    // Empty now, unless the move failed; then what is in it is removed by the next launcher.
-    let _ = unlinkat(&above, WORKSHOP, UnlinkatFlags::RemoveDir);
-    placed.map_err(failed)?;
-    listen(&listener, Backlog::new(16).unwrap_or(Backlog::MAXCONN)).map_err(step("listen"))?;
-    Ok(listener)
-}
-
-/// Name of the directory in which the socket is made.
-const WORKSHOP: &str = ".launcher-socket";
-
 fn processors() -> Vec<u32> {
     let Ok(set) = sched_getaffinity(Pid::from_raw(0)) else { return Vec::new() };
     (0..nix::sched::CpuSet::count())
         .filter(|cpu| set.is_set(*cpu).unwrap_or(false))
         .filter_map(|cpu| u32::try_from(cpu).ok())
         .collect()
-}
-
-fn report(policy: &Policy, tree: &Tree, shape: Shape, refusal: Option<&Refusal>) -> HostReport {
-    let rootless = shape == Shape::Unprivileged;
-    let mut missing = refusal.map(nested::missing).unwrap_or_default();
-    if let Some(failure) = &tree.failure {
-        missing.extend(["cgroup_memory", "cgroup_pids", "cgroup_cpu", "cgroup_kill"].map(|layer| MissingLayer {
-            layer: layer.to_owned(),
-            attempt: chain(failure.as_ref()),
-            errno: failure.errno(),
-            remedy: cgroup_remedy(rootless).to_owned(),
-        }));
-    }
-    if rootless {
-        missing.push(MissingLayer {
-            layer: "separate_principals".to_owned(),
-            attempt: "only one id can be mapped".to_owned(),
-            errno: libc::EPERM,
-            remedy: "run as root, or give the user a range in /etc/subuid".to_owned(),
-        });
-    }
-    let image_source = fs::read_link("/proc/self/exe")
-        .map(|link| if link.to_string_lossy().starts_with("/memfd:") { "memfd" } else { "file" })
-        .unwrap_or("file");
-    HostReport {
-        cgroup_mode: tree.mode().name().to_owned(),
-        cgroup_controllers: tree.controllers.clone(),
-        landlock_abi: landlock::kernel_abi().and_then(|abi| u32::try_from(abi).ok()).unwrap_or(0),
-        ids_per_sandbox: policy.ids.per_sandbox,
-        slots: policy.ids.slots,
-        rootless,
-        image_source: image_source.to_owned(),
-        idmapped_lowers: shape == Shape::Privileged,
-        missing,
-        shape: shape.name().to_owned(),
-        switched_off: policy.danger.without.clone(),
-    }
-}
-
-fn cgroup_remedy(rootless: bool) -> &'static str {
-    if rootless {
-        "run as root, or under systemd with Delegate=yes"
-    } else if host::in_user_namespace() {
-        "give the container's own cgroup to the container's root: with cgroup version 2 a privileged container with its own \
-         cgroup namespace has that; with version 1 the directory of the container, and in the unified one cgroup.procs, \
-         must be chowned to its root in every hierarchy"
-    } else {
-        "let root write to the cgroup tree: on a host that is mounted at /sys/fs/cgroup, in a container run it privileged"
-    }
 }
 
 /// Arguments of the launcher role.

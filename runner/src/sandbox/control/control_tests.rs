@@ -1,7 +1,8 @@
 //! The client against a scripted process 1, good and hostile.
 
 use super::*;
-use crate::work::{BashInput, CallId, CallLimits, Gate, Outcome, OutputMode, ToolInput};
+use crate::work::{BashInput, CallEvent, CallId, CallLimits, Gate, Outcome, OutputMode, ToolInput};
+use prost::Message;
 
 use std::io::IoSlice;
 use std::mem::MaybeUninit;

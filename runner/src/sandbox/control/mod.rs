@@ -7,32 +7,29 @@
 mod calls;
 mod decode;
 mod encode;
+mod exchange;
+mod reader;
 mod violation;
 
-use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use prost::Message;
 use proto::init::v1 as wire;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 use tokio::task::AbortHandle;
-use tokio::time::Instant;
-use tracing::{debug, warn};
 
-use super::packet::{Descriptors, PacketError, PacketSocket};
-use crate::work::{BoxFuture, CallEnd, CallEvent, CallObserver, CancelMode, OutputChunk, PreparedCall, Stream, limits};
-use calls::{AddError, CallTable, Ended, LARGEST_RESULT};
+use super::packet::{Descriptors, PacketSocket};
+use crate::work::{BoxFuture, CallObserver, CancelMode, OutputChunk, PreparedCall, Stream, limits};
+use calls::AddError;
+use exchange::{Shared, end_of};
 pub use violation::Violation;
 
 /// Largest packet of the protocol.
 pub const LARGEST_PACKET: usize = 128 * 1024;
 const PROTOCOL_MAJOR: u32 = 1;
-/// Requests without an answer yet.
-const MOST_OUTSTANDING: usize = 512;
 /// What process 1 may need beyond limit and grace before a running call counts as overdue.
 const OVERDUE_MARGIN: Duration = Duration::from_secs(30);
 
@@ -123,30 +120,6 @@ impl Drop for Connection {
     }
 }
 
-struct Shared {
-    socket: PacketSocket,
-    generation: u64,
-    patience: Patience,
-    output_root: String,
-    next_id: AtomicU64,
-    state: Mutex<State>,
-    end: watch::Sender<Option<ControlEnd>>,
-}
-
-#[derive(Default)]
-struct State {
-    outstanding: HashMap<u64, Waiting>,
-    calls: CallTable,
-    shell_generation: u64,
-}
-
-/// A request without an answer.
-struct Waiting {
-    kind: &'static str,
-    since: Instant,
-    answer: oneshot::Sender<wire::frame::Body>,
-}
-
 impl Control {
     /// Connects to the socket at `path` and greets process 1. `output_root` is where its workload sees the output of calls;
     /// empty is the usual place.
@@ -192,7 +165,7 @@ impl Control {
             state: Mutex::default(),
             end: watch::channel(None).0,
         });
-        let reader = tokio::spawn(read_loop(Arc::clone(&shared))).abort_handle();
+        let reader = tokio::spawn(reader::read_loop(Arc::clone(&shared))).abort_handle();
         let control = Self { connection: Arc::new(Connection { shared, reader }) };
         let hello = wire::request::Body::Hello(wire::Hello { major: PROTOCOL_MAJOR });
         match control.request("hello", hello).await {
@@ -407,323 +380,6 @@ impl Control {
     fn shared(&self) -> &Arc<Shared> {
         &self.connection.shared
     }
-}
-
-impl Shared {
-    fn state(&self) -> MutexGuard<'_, State> {
-        // Every change under the lock is complete before anything can panic.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    async fn request(&self, kind: &'static str, body: wire::request::Body) -> Result<wire::frame::Body, ControlError> {
-        let answer = self.ask(kind, body).await?;
-        self.answer(answer).await
-    }
-
-    /// Sends a request; its answer is another matter.
-    async fn ask(
-        &self,
-        kind: &'static str,
-        body: wire::request::Body,
-    ) -> Result<oneshot::Receiver<wire::frame::Body>, ControlError> {
-        let request_id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let packet = wire::Request { request_id, generation: self.generation, body: Some(body) }.encode_to_vec();
-        if packet.len() > LARGEST_PACKET {
-            return Err(ControlError::TooLarge { size: packet.len() });
-        }
-        let answer = self.expect_answer(request_id, kind)?;
-        self.send(&packet).await?;
-        Ok(answer)
-    }
-
-    /// Waits for an answer. Silence is noticed by the reader, which ends the connection and with it this wait.
-    async fn answer(&self, answer: oneshot::Receiver<wire::frame::Body>) -> Result<wire::frame::Body, ControlError> {
-        match answer.await {
-            Err(_) => Err(self.end.borrow().clone().unwrap_or(ControlEnd::Closed).into()),
-            Ok(wire::frame::Body::Failure(failure)) => Err(refusal(failure)),
-            Ok(body) => Ok(body),
-        }
-    }
-
-    async fn send(&self, packet: &[u8]) -> Result<(), ControlEnd> {
-        match self.socket.send_now(packet) {
-            Err(PacketError::Io { source, .. }) if source.kind() == std::io::ErrorKind::WouldBlock => {}
-            outcome => return outcome.map_err(|error| self.finish(end_of(error))),
-        }
-        let mut end = self.end.subscribe();
-        tokio::select! {
-            sent = self.socket.send(packet) => sent.map_err(|error| self.finish(end_of(error))),
-            _ = end.wait_for(Option::is_some) => Err(self.end.borrow().clone().unwrap_or(ControlEnd::Closed)),
-        }
-    }
-
-    /// When the oldest request has waited for too long; the connection is at its end if that is now.
-    fn next_silence(&self) -> Result<Instant, Violation> {
-        let state = self.state();
-        let now = Instant::now();
-        let patience = self.patience.answer;
-        match state.outstanding.values().min_by_key(|waiting| waiting.since) {
-            Some(oldest) if oldest.since + patience <= now => {
-                Err(Violation::Silence { request: oldest.kind, after: patience })
-            }
-            Some(oldest) => Ok(oldest.since + patience),
-            None => Ok(now + patience),
-        }
-    }
-
-    fn expect_answer(
-        &self,
-        request_id: u64,
-        kind: &'static str,
-    ) -> Result<oneshot::Receiver<wire::frame::Body>, ControlError> {
-        let mut state = self.state();
-        // Looked at under the lock that `finish` takes, so no request can slip in behind it and wait for ever.
-        if let Some(end) = self.end.borrow().clone() {
-            return Err(end.into());
-        }
-        if state.outstanding.len() >= MOST_OUTSTANDING {
-            return Err(ControlError::Busy { what: "requests" });
-        }
-        let (sender, answer) = oneshot::channel();
-        state.outstanding.insert(request_id, Waiting { kind, since: Instant::now(), answer: sender });
-        Ok(answer)
-    }
-
-    async fn read_output(
-        &self,
-        call_id: &str,
-        stream: Stream,
-        offset: u64,
-        max_bytes: usize,
-    ) -> Result<OutputChunk, ControlError> {
-        let at_most = max_bytes.clamp(1, limits::CHUNK_BYTES);
-        let read = wire::ReadOutput {
-            call_id: call_id.to_owned(),
-            stream: encode::stream(stream),
-            offset,
-            max_bytes: u32::try_from(at_most).unwrap_or(u32::MAX),
-        };
-        match self.request("read_output", wire::request::Body::ReadOutput(read)).await? {
-            wire::frame::Body::OutputData(data) if data.call_id == call_id => {
-                decode::output(data, stream, offset, at_most).map_err(|violation| self.finish(violation.into()).into())
-            }
-            _ => Err(self.finish(Violation::WrongAnswer { request: "read_output" }.into()).into()),
-        }
-    }
-
-    /// Ends the connection for everybody who waits. The first reason stays.
-    fn finish(&self, end: ControlEnd) -> ControlEnd {
-        let mut state = self.state();
-        let first = self.end.borrow().clone();
-        if let Some(first) = first {
-            return first;
-        }
-        self.end.send_replace(Some(end.clone()));
-        state.outstanding.clear();
-        end
-    }
-
-    fn deliver(self: &Arc<Self>, bytes: &[u8]) -> Result<(), Violation> {
-        let frame = wire::Frame::decode(bytes).map_err(|error| Violation::Undecodable(shorten(&error.to_string())))?;
-        if frame.generation != self.generation {
-            // Written for our predecessor, which is no fault; written for a successor, which cannot be.
-            return if frame.generation < self.generation {
-                Ok(())
-            } else {
-                Err(Violation::Malformed("for a later runner"))
-            };
-        }
-        let body = frame.body.ok_or(Violation::Malformed("without content"))?;
-        if frame.request_id == 0 {
-            return self.event(body);
-        }
-        let waiting = self.state().outstanding.remove(&frame.request_id);
-        let waiting = waiting.ok_or(Violation::UnknownRequest(frame.request_id))?;
-        let body = match body {
-            // A call that was over at once: its end says that it was prepared.
-            wire::frame::Body::CallFinished(finished) => {
-                let prepared = wire::CallPrepared { call_id: finished.call_id.clone() };
-                self.event(wire::frame::Body::CallFinished(finished))?;
-                wire::frame::Body::CallPrepared(prepared)
-            }
-            body => body,
-        };
-        // Who asked may have given up meanwhile.
-        drop(waiting.answer.send(body));
-        Ok(())
-    }
-
-    fn event(self: &Arc<Self>, body: wire::frame::Body) -> Result<(), Violation> {
-        match body {
-            wire::frame::Body::CallStarted(started) => {
-                let (observer, time_limit, shell_generation) = {
-                    let mut state = self.state();
-                    let (observer, time_limit) = state.calls.started(&started.call_id)?;
-                    (observer, time_limit, state.shell_generation)
-                };
-                if let Some(limit) = time_limit {
-                    self.watch_overdue(started.call_id, limit);
-                }
-                observer.observe(CallEvent::Started { boottime_ns: started.boottime_ns, shell_generation });
-            }
-            wire::frame::Body::OutputAdvanced(advanced) => {
-                let lengths = decode::lengths(&advanced.streams)?;
-                let (observer, lengths) = self.state().calls.advanced(&advanced.call_id, lengths)?;
-                observer.observe(CallEvent::OutputAdvanced(lengths));
-            }
-            wire::frame::Body::CallFinished(finished) => {
-                let call_id = finished.call_id.clone();
-                let end = decode::call_end(finished, &self.output_root)?;
-                let (Ended { observer, unannounced, ahead }, shell_generation) = {
-                    let mut state = self.state();
-                    state.shell_generation = end.shell_generation.max(state.shell_generation);
-                    (state.calls.finished(&call_id, &end)?, state.shell_generation)
-                };
-                if unannounced {
-                    observer
-                        .observe(CallEvent::Started { boottime_ns: started_before(end.duration), shell_generation });
-                }
-                self.report_end(call_id, end, ahead, observer);
-            }
-            wire::frame::Body::OutputData(data) if data.stream == i32::from(wire::Stream::Result) => {
-                self.state().calls.sent_ahead(&data.call_id, data.offset, &data.data)?;
-            }
-            _ => return Err(Violation::Malformed("is an answer without a request")),
-        }
-        Ok(())
-    }
-
-    /// Tells the observer; the result of a tool that did not travel along is fetched first.
-    fn report_end(
-        self: &Arc<Self>,
-        call_id: String,
-        mut end: CallEnd,
-        ahead: Vec<u8>,
-        observer: Arc<dyn CallObserver>,
-    ) {
-        let result = end.streams.iter().find(|summary| summary.stream == Stream::Result);
-        let fetch = match result {
-            Some(summary) => match &summary.inline {
-                Some(bytes) => {
-                    end.result = decode::tool_result(bytes);
-                    None
-                }
-                None if !ahead.is_empty() && summary.total_bytes == ahead.len() as u64 => {
-                    end.result = decode::tool_result(&ahead);
-                    None
-                }
-                None if summary.total_bytes <= LARGEST_RESULT as u64 => Some(summary.total_bytes),
-                None => None,
-            },
-            None => None,
-        };
-        let Some(total) = fetch else {
-            observer.observe(CallEvent::Finished(Box::new(end)));
-            return;
-        };
-        let shared = Arc::downgrade(self);
-        tokio::spawn(async move {
-            if let Some(shared) = shared.upgrade() {
-                end.result = fetch_result(&shared, &call_id, total).await.and_then(|bytes| decode::tool_result(&bytes));
-            }
-            observer.observe(CallEvent::Finished(Box::new(end)));
-        });
-    }
-
-    /// Process 1 enforces time limits; that it does so is not taken on trust.
-    fn watch_overdue(self: &Arc<Self>, call_id: String, limit: Duration) {
-        let shared = Arc::downgrade(self);
-        let wait = limit.saturating_add(self.patience.overdue_margin);
-        let mut end = self.end.subscribe();
-        tokio::spawn(async move {
-            tokio::select! {
-                () = tokio::time::sleep(wait) => {}
-                _ = end.wait_for(Option::is_some) => return,
-            }
-            if let Some(shared) = shared.upgrade()
-                && shared.state().calls.is_running(&call_id)
-            {
-                shared.finish(Violation::Overdue.into());
-            }
-        });
-    }
-}
-
-async fn read_loop(shared: Arc<Shared>) {
-    let mut buffer = shared.socket.buffer();
-    let mut end = shared.end.subscribe();
-    // One clock for all requests: setting one for each would cost more than the request.
-    let silence = tokio::time::sleep(shared.patience.answer);
-    tokio::pin!(silence);
-    let reason = loop {
-        let packet = tokio::select! {
-            packet = shared.socket.receive(&mut buffer) => packet,
-            _ = end.wait_for(Option::is_some) => return,
-            () = &mut silence => {
-                match shared.next_silence() {
-                    Ok(next) => silence.as_mut().reset(next),
-                    Err(violation) => break violation.into(),
-                }
-                continue;
-            }
-        };
-        match packet {
-            Err(error) => break end_of(error),
-            Ok(packet) => {
-                if let Err(violation) = shared.deliver(packet.bytes) {
-                    break violation.into();
-                }
-            }
-        }
-    };
-    match &reason {
-        ControlEnd::Closed => debug!("process 1 closed its connection"),
-        _ => warn!(reason = %reason, "connection to process 1 was given up"),
-    }
-    shared.finish(reason);
-}
-
-async fn fetch_result(shared: &Shared, call_id: &str, total: u64) -> Option<Vec<u8>> {
-    let mut bytes = Vec::new();
-    while (bytes.len() as u64) < total {
-        let chunk = shared
-            .read_output(call_id, Stream::Result, bytes.len() as u64, limits::CHUNK_BYTES)
-            .await
-            .inspect_err(|error| debug!(%error, "result of a tool could not be read"))
-            .ok()?;
-        if chunk.bytes.is_empty() || chunk.offset != bytes.len() as u64 {
-            return None;
-        }
-        bytes.extend_from_slice(&chunk.bytes);
-    }
-    (bytes.len() as u64 == total).then_some(bytes)
-}
-
-/// CLOCK_BOOTTIME that long ago, for a call whose start was not announced because its end came first.
-fn started_before(duration: Duration) -> u64 {
-    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).map(Duration::from).unwrap_or_default();
-    u64::try_from(now.saturating_sub(duration).as_nanos()).unwrap_or(u64::MAX)
-}
-
-fn refusal(failure: wire::Failure) -> ControlError {
-    const CODES: [&str; 7] =
-        ["CALL_UNKNOWN", "CALL_ID_REUSED", "CALL_BUSY", "INVALID_FIELD", "TOO_LARGE", "NOT_SUPPORTED", "INTERNAL"];
-    let code = CODES.iter().find(|code| **code == failure.code).map_or("INTERNAL", |code| *code);
-    ControlError::Refused { code: code.to_owned(), message: shorten(&failure.message) }
-}
-
-fn end_of(error: PacketError) -> ControlEnd {
-    match error {
-        PacketError::Closed => ControlEnd::Closed,
-        PacketError::TooLarge { limit } => Violation::Oversize(limit).into(),
-        PacketError::UnexpectedDescriptors => Violation::Descriptors.into(),
-        PacketError::Io { step, source } => ControlEnd::Failed(format!("{step}: {source}")),
-    }
-}
-
-/// Text of a sandbox, harmless for a log or a terminal.
-fn shorten(text: &str) -> String {
-    text.chars().take(500).filter(|character| !character.is_control()).collect()
 }
 
 #[cfg(test)]

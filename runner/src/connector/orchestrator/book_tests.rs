@@ -1,0 +1,154 @@
+//! Which piece is due under which credit, and when a call is delivered.
+
+use super::*;
+
+const NOW: Duration = Duration::from_secs(1);
+
+fn call() -> CallId {
+    CallId::new("c").unwrap()
+}
+
+fn book(credit: u64, bytes: u64) -> Book {
+    let mut book = Book::default();
+    book.call_requested(call(), SessionId::new("s").unwrap(), RequestDigest([1; 32]), false);
+    book.link_opened(credit, None);
+    report(&mut book, bytes);
+    book
+}
+
+fn report(book: &mut Book, bytes: u64) {
+    let mut lengths = StreamLengths::default();
+    lengths.advance(Stream::Stdout, bytes);
+    book.advanced(&call(), &lengths);
+}
+
+fn end(book: &mut Book, total: u64, inline: bool) {
+    let summary = StreamSummary {
+        stream: Stream::Stdout,
+        total_bytes: total,
+        head_bytes: total,
+        tail_bytes: 0,
+        sha256: [0; 32],
+        inline: inline.then(Vec::new),
+        spool_path: String::new(),
+    };
+    book.finished(&call(), &[summary], false);
+}
+
+fn read(book: &mut Book, now: Duration) -> Option<Piece> {
+    match book.next_piece(now) {
+        Next::Read(piece) => Some(piece),
+        Next::Wait(_) | Next::Idle => None,
+    }
+}
+
+#[test]
+fn no_credit_means_no_output() {
+    assert_eq!(book(0, 100).next_piece(NOW), Next::Idle);
+}
+
+#[test]
+fn pieces_never_exceed_credit_and_unused_credit_is_given_back() {
+    let mut book = book(100, 1000);
+    let piece = read(&mut book, NOW).unwrap();
+    assert_eq!((piece.offset, piece.max_bytes), (0, 100));
+    book.piece_read(&piece, 0, 60, NOW).unwrap();
+    let piece = read(&mut book, NOW + FLUSH_AFTER).unwrap();
+    assert_eq!((piece.offset, piece.max_bytes), (60, 40));
+}
+
+#[test]
+fn small_pieces_wait_for_company_and_large_ones_do_not() {
+    let mut book = book(1 << 20, 10);
+    let piece = read(&mut book, NOW).unwrap();
+    book.piece_read(&piece, 0, 10, NOW).unwrap();
+    report(&mut book, 20);
+    assert_eq!(book.next_piece(NOW), Next::Wait(NOW + FLUSH_AFTER));
+    report(&mut book, 10 + FLUSH_BYTES);
+    assert!(read(&mut book, NOW).is_some());
+}
+
+#[test]
+fn call_is_forgotten_when_result_and_output_are_stored() {
+    let mut book = book(1 << 20, 50);
+    end(&mut book, 50, false);
+    assert!(!book.result_acknowledged(&call()));
+    let piece = read(&mut book, NOW).unwrap();
+    assert_eq!(book.piece_read(&piece, 0, 50, NOW), Some((0, 0, true)));
+    assert!(!book.output_acknowledged(&call(), Stream::Stdout, 49));
+    assert!(book.output_acknowledged(&call(), Stream::Stdout, 50));
+}
+
+#[test]
+fn acknowledgement_of_bytes_that_were_never_sent_counts_for_nothing() {
+    let mut book = book(1 << 20, 50);
+    end(&mut book, 50, false);
+    book.result_acknowledged(&call());
+    assert!(!book.output_acknowledged(&call(), Stream::Stdout, 50));
+}
+
+#[test]
+fn output_that_travels_with_the_end_is_not_sent_again() {
+    let mut book = book(1 << 20, 50);
+    end(&mut book, 50, true);
+    assert_eq!(book.next_piece(NOW), Next::Idle);
+    assert!(book.result_acknowledged(&call()));
+}
+
+#[test]
+fn new_link_sends_again_from_what_is_acknowledged() {
+    let mut book = book(1 << 20, 50);
+    let piece = read(&mut book, NOW).unwrap();
+    book.piece_read(&piece, 0, 50, NOW).unwrap();
+    book.output_acknowledged(&call(), Stream::Stdout, 20);
+    book.link_opened(1 << 20, None);
+    assert_eq!(read(&mut book, NOW).unwrap().offset, 20);
+}
+
+#[test]
+fn calls_keep_their_turn_over_short_links() {
+    let mut book = book(1 << 20, 1 << 20);
+    let other = CallId::new("d").unwrap();
+    book.call_requested(other.clone(), SessionId::new("s").unwrap(), RequestDigest([2; 32]), false);
+    let mut lengths = StreamLengths::default();
+    lengths.advance(Stream::Stdout, 1 << 20);
+    book.advanced(&other, &lengths);
+    let first = read(&mut book, NOW).unwrap();
+
+    book.link_opened(1 << 20, None);
+    let second = read(&mut book, NOW).unwrap();
+    book.link_opened(1 << 20, None);
+    let third = read(&mut book, NOW).unwrap();
+
+    assert_eq!([first.call_id, second.call_id, third.call_id], [call(), other, call()]);
+}
+
+#[test]
+fn call_whose_last_acknowledgement_was_lost_is_forgotten_when_the_next_link_says_so() {
+    let mut book = book(1 << 20, 50);
+    end(&mut book, 50, false);
+    assert!(!book.result_acknowledged(&call()));
+    let piece = read(&mut book, NOW).unwrap();
+    book.piece_read(&piece, 0, 50, NOW).unwrap();
+    book.link_opened(1 << 20, None);
+    assert!(book.stored_through(&call(), Stream::Stdout, 50));
+    assert!(book.is_empty());
+}
+
+#[test]
+fn dropped_bytes_are_declared() {
+    let mut book = book(1 << 20, 500);
+    let piece = read(&mut book, NOW).unwrap();
+    assert_eq!(book.piece_read(&piece, 300, 10, NOW), Some((300, 300, false)));
+}
+
+#[test]
+fn stream_that_was_read_before_its_end_was_known_still_gets_its_mark() {
+    let mut book = book(50, 50);
+    let piece = read(&mut book, NOW).unwrap();
+    assert_eq!(book.piece_read(&piece, 0, 50, NOW), Some((0, 0, false)));
+    end(&mut book, 50, false);
+    let piece = read(&mut book, NOW + FLUSH_AFTER).unwrap();
+    assert_eq!(book.piece_read(&piece, 50, 0, NOW), Some((50, 0, true)));
+    assert_eq!(book.next_piece(NOW + FLUSH_AFTER), Next::Idle);
+}

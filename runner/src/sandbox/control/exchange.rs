@@ -1,0 +1,187 @@
+//! Requests to process 1 and their answers: one packet each way, matched by number, bounded in number and in patience.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use prost::Message;
+use proto::init::v1 as wire;
+use tokio::sync::{oneshot, watch};
+use tokio::time::Instant;
+
+use super::calls::CallTable;
+use super::violation::Violation;
+use super::{ControlEnd, ControlError, LARGEST_PACKET, Patience, decode, encode};
+use crate::sandbox::packet::{PacketError, PacketSocket};
+use crate::work::{OutputChunk, Stream, limits};
+
+/// Requests without an answer yet.
+const MOST_OUTSTANDING: usize = 512;
+
+/// What the askers and the reading task share.
+pub(super) struct Shared {
+    pub(super) socket: PacketSocket,
+    pub(super) generation: u64,
+    pub(super) patience: Patience,
+    pub(super) output_root: String,
+    pub(super) next_id: AtomicU64,
+    pub(super) state: Mutex<State>,
+    pub(super) end: watch::Sender<Option<ControlEnd>>,
+}
+
+#[derive(Default)]
+pub(super) struct State {
+    pub(super) outstanding: HashMap<u64, Waiting>,
+    pub(super) calls: CallTable,
+    pub(super) shell_generation: u64,
+}
+
+/// A request without an answer.
+pub(super) struct Waiting {
+    pub(super) kind: &'static str,
+    pub(super) since: Instant,
+    pub(super) answer: oneshot::Sender<wire::frame::Body>,
+}
+
+impl Shared {
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        // Every change under the lock is complete before anything can panic.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) async fn request(
+        &self,
+        kind: &'static str,
+        body: wire::request::Body,
+    ) -> Result<wire::frame::Body, ControlError> {
+        let answer = self.ask(kind, body).await?;
+        self.answer(answer).await
+    }
+
+    /// Sends a request; its answer is another matter.
+    pub(super) async fn ask(
+        &self,
+        kind: &'static str,
+        body: wire::request::Body,
+    ) -> Result<oneshot::Receiver<wire::frame::Body>, ControlError> {
+        let request_id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let packet = wire::Request { request_id, generation: self.generation, body: Some(body) }.encode_to_vec();
+        if packet.len() > LARGEST_PACKET {
+            return Err(ControlError::TooLarge { size: packet.len() });
+        }
+        let answer = self.expect_answer(request_id, kind)?;
+        self.send(&packet).await?;
+        Ok(answer)
+    }
+
+    /// Waits for an answer. Silence is noticed by the reader, which ends the connection and with it this wait.
+    pub(super) async fn answer(
+        &self,
+        answer: oneshot::Receiver<wire::frame::Body>,
+    ) -> Result<wire::frame::Body, ControlError> {
+        match answer.await {
+            Err(_) => Err(self.end.borrow().clone().unwrap_or(ControlEnd::Closed).into()),
+            Ok(wire::frame::Body::Failure(failure)) => Err(refusal(failure)),
+            Ok(body) => Ok(body),
+        }
+    }
+
+    async fn send(&self, packet: &[u8]) -> Result<(), ControlEnd> {
+        match self.socket.send_now(packet) {
+            Err(PacketError::Io { source, .. }) if source.kind() == std::io::ErrorKind::WouldBlock => {}
+            outcome => return outcome.map_err(|error| self.finish(end_of(error))),
+        }
+        let mut end = self.end.subscribe();
+        tokio::select! {
+            sent = self.socket.send(packet) => sent.map_err(|error| self.finish(end_of(error))),
+            _ = end.wait_for(Option::is_some) => Err(self.end.borrow().clone().unwrap_or(ControlEnd::Closed)),
+        }
+    }
+
+    /// When the oldest request has waited for too long; the connection is at its end if that is now.
+    pub(super) fn next_silence(&self) -> Result<Instant, Violation> {
+        let state = self.state();
+        let now = Instant::now();
+        let patience = self.patience.answer;
+        match state.outstanding.values().min_by_key(|waiting| waiting.since) {
+            Some(oldest) if oldest.since + patience <= now => {
+                Err(Violation::Silence { request: oldest.kind, after: patience })
+            }
+            Some(oldest) => Ok(oldest.since + patience),
+            None => Ok(now + patience),
+        }
+    }
+
+    fn expect_answer(
+        &self,
+        request_id: u64,
+        kind: &'static str,
+    ) -> Result<oneshot::Receiver<wire::frame::Body>, ControlError> {
+        let mut state = self.state();
+        // Looked at under the lock that `finish` takes, so no request can slip in behind it and wait for ever.
+        if let Some(end) = self.end.borrow().clone() {
+            return Err(end.into());
+        }
+        if state.outstanding.len() >= MOST_OUTSTANDING {
+            return Err(ControlError::Busy { what: "requests" });
+        }
+        let (sender, answer) = oneshot::channel();
+        state.outstanding.insert(request_id, Waiting { kind, since: Instant::now(), answer: sender });
+        Ok(answer)
+    }
+
+    pub(super) async fn read_output(
+        &self,
+        call_id: &str,
+        stream: Stream,
+        offset: u64,
+        max_bytes: usize,
+    ) -> Result<OutputChunk, ControlError> {
+        let at_most = max_bytes.clamp(1, limits::CHUNK_BYTES);
+        let read = wire::ReadOutput {
+            call_id: call_id.to_owned(),
+            stream: encode::stream(stream),
+            offset,
+            max_bytes: u32::try_from(at_most).unwrap_or(u32::MAX),
+        };
+        match self.request("read_output", wire::request::Body::ReadOutput(read)).await? {
+            wire::frame::Body::OutputData(data) if data.call_id == call_id => {
+                decode::output(data, stream, offset, at_most).map_err(|violation| self.finish(violation.into()).into())
+            }
+            _ => Err(self.finish(Violation::WrongAnswer { request: "read_output" }.into()).into()),
+        }
+    }
+
+    /// Ends the connection for everybody who waits. The first reason stays.
+    pub(super) fn finish(&self, end: ControlEnd) -> ControlEnd {
+        let mut state = self.state();
+        let first = self.end.borrow().clone();
+        if let Some(first) = first {
+            return first;
+        }
+        self.end.send_replace(Some(end.clone()));
+        state.outstanding.clear();
+        end
+    }
+}
+
+fn refusal(failure: wire::Failure) -> ControlError {
+    const CODES: [&str; 7] =
+        ["CALL_UNKNOWN", "CALL_ID_REUSED", "CALL_BUSY", "INVALID_FIELD", "TOO_LARGE", "NOT_SUPPORTED", "INTERNAL"];
+    let code = CODES.iter().find(|code| **code == failure.code).map_or("INTERNAL", |code| *code);
+    ControlError::Refused { code: code.to_owned(), message: shorten(&failure.message) }
+}
+
+pub(super) fn end_of(error: PacketError) -> ControlEnd {
+    match error {
+        PacketError::Closed => ControlEnd::Closed,
+        PacketError::TooLarge { limit } => Violation::Oversize(limit).into(),
+        PacketError::UnexpectedDescriptors => Violation::Descriptors.into(),
+        PacketError::Io { step, source } => ControlEnd::Failed(format!("{step}: {source}")),
+    }
+}
+
+/// Text of a sandbox, harmless for a log or a terminal.
+pub(super) fn shorten(text: &str) -> String {
+    text.chars().take(500).filter(|character| !character.is_control()).collect()
+}
