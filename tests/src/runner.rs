@@ -310,7 +310,17 @@ pub fn wait(child: &mut Child, patience: Duration) -> Option<ExitStatus> {
 /// A time that nothing takes, on this machine: `SANDBOX_TEST_PATIENCE` says how many times slower than a real one it is.
 #[must_use]
 pub fn scaled(patience: Duration) -> Duration {
-    patience * std::env::var("SANDBOX_TEST_PATIENCE").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
+    patience * slowness()
+}
+
+/// Whether this machine is many times slower than a real one, so that a test may take a smaller measure of the same.
+#[must_use]
+pub fn is_slow() -> bool {
+    slowness() > 2
+}
+
+fn slowness() -> u32 {
+    std::env::var("SANDBOX_TEST_PATIENCE").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
 }
 
 fn wait_until(child: &mut Child, deadline: Instant) -> Option<ExitStatus> {
