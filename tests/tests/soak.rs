@@ -19,6 +19,7 @@ use sandbox_runner_tests::daemon::{
 use sandbox_runner_tests::faultproxy::Cut;
 use sandbox_runner_tests::host;
 use sandbox_runner_tests::needs_root;
+use sandbox_runner_tests::runner::scaled;
 
 /// Sessions side by side. One of them stays from the beginning to the end.
 const DRIVERS: u64 = 4;
@@ -32,7 +33,7 @@ const MARGIN_DESCRIPTORS: u64 = 24;
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn half_a_minute_of_load_holds_nothing_more_than_its_beginning() {
     needs_root!();
-    soak(Duration::from_secs(20)).await;
+    soak(scaled(Duration::from_secs(20))).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -16,8 +16,9 @@ const ROUND_MS: u64 = 20;
 const TERM_ROUND: u64 = 5;
 /// Rounds of an interrupted command: SIGKILL from here.
 const KILL_ROUND: u64 = 9;
-/// Rounds that the shell is given after everything else was killed.
-const SHELL_ROUNDS: u64 = 10;
+/// Rounds that the shell is given after everything else was killed: two seconds, because on a busy machine it may not have run
+/// at all in a fifth of one, and with it goes the state that an interrupt is meant to keep.
+const SHELL_ROUNDS: u64 = 100;
 
 /// A call that is being ended.
 #[derive(Clone, Copy, Debug)]
@@ -138,7 +139,7 @@ mod tests {
     #[test]
     fn an_interrupted_command_is_asked_told_and_killed_and_the_shell_comes_last() {
         assert_eq!(
-            steps(true, CancelMode::Interrupt, 5000, &[0, 80, 100, 160, 180, 360, 380]),
+            steps(true, CancelMode::Interrupt, 5000, &[0, 80, 100, 160, 180, 2160, 2180]),
             [
                 (Some(SIGINT), Some(SIGINT)),
                 (Some(SIGINT), Some(SIGINT)),

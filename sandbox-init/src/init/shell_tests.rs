@@ -202,8 +202,9 @@ fn a_timeout_of_a_command_is_an_interrupt() {
     let sandbox = TestSandbox::start();
     let mut client = sandbox.connect(1);
     client.bash("x=kept");
-    let result = client.bash_with_timeout("echo partial; sleep 30; touch f", 150);
-    assert!(matches!(result.kind(), Kind::TimedOut(timed_out) if timed_out.after_ms == 150), "{result:?}");
+    let limit = u64::try_from(scaled(Duration::from_millis(150)).as_millis()).unwrap();
+    let result = client.bash_with_timeout("echo partial; sleep 30; touch f", limit);
+    assert!(matches!(result.kind(), Kind::TimedOut(timed_out) if timed_out.after_ms == limit), "{result:?}");
     assert_eq!((status(&result), result.text().as_str()), ((130, false), "partial\n"));
     assert_eq!(client.bash("echo $x").text(), "kept\n");
     assert!(!sandbox.work().join("f").exists());
