@@ -17,13 +17,13 @@ use crate::admin;
 use crate::connector::Ports;
 use crate::connector::orchestrator::{self, Handle, LinkStatus, Settings, Stop};
 use crate::connector::tls::TlsError;
-use crate::journal::Journal;
+use crate::journal::{Journal, JournalMemory, Recovered};
 use crate::session::core::Config as CoreConfig;
 use crate::session::registry::{Registry, Reserve};
 use crate::session::{SessionHandle, Sessions};
 use crate::shutdown::{Signal, Signals};
 use crate::systemd::{Notifier, Watchdog};
-use crate::work::{DrainMode, Receipt, ResourceLimits, Sandboxes, Update, WorkItem};
+use crate::work::{DrainMode, Memory, Receipt, ResourceLimits, Sandboxes, Update, WorkItem};
 
 /// Time to end sandboxes after patience with calls has ended.
 const CLOSE_TIME: Duration = Duration::from_secs(10);
@@ -36,6 +36,8 @@ pub struct Parts {
     pub sandboxes: Arc<dyn Sandboxes>,
     /// Where calls are written down.
     pub journal: Arc<dyn Journal>,
+    /// What an earlier runner left there.
+    pub recovered: Recovered,
     /// What is set aside for sandboxes.
     pub reserve: Reserve,
     /// Limits of a session that names none.
@@ -79,6 +81,16 @@ pub enum DaemonError {
 #[error("the launcher is gone ({0}), and with it every sandbox; start the runner again")]
 pub struct LauncherGone(String);
 
+/// How a daemon ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// In order: nothing of it is left.
+    Done,
+    /// Its sandboxes and calls are there for the next runner. Whoever holds them here must not drop them, because that
+    /// would end them.
+    Left,
+}
+
 /// A daemon whose parts are joined.
 pub struct Daemon {
     sessions: SessionHandle,
@@ -102,16 +114,18 @@ impl Daemon {
     /// `DaemonError`; what was begun ends with the runtime.
     pub fn start(parts: Parts) -> Result<Self, DaemonError> {
         let (sandboxes, receipt) = (Arc::clone(&parts.sandboxes), parts.sandboxes.receipt());
+        let memory = Arc::new(JournalMemory::new(Arc::clone(&parts.journal), &parts.recovered));
         let sessions = Sessions {
             config: CoreConfig::default(),
             registry: Registry::new(parts.reserve, parts.defaults),
             sandboxes: parts.sandboxes,
             journal: parts.journal,
+            recovered: parts.recovered,
         };
         let (handle, updates) = sessions.start();
         let (stop, stopped) = watch::channel(Stop::Run);
         let link = match parts.link {
-            Some(settings) => Some(start_link(settings, &handle, updates, stopped)?),
+            Some(settings) => Some(start_link(settings, &handle, updates, memory, stopped)?),
             None => {
                 tokio::spawn(forget(updates));
                 None
@@ -138,7 +152,7 @@ impl Daemon {
     ///
     /// # Errors
     /// [`LauncherGone`]: there is nothing left to serve with. What is finished was delivered as at any other end.
-    pub async fn run(self, mut signals: Signals, notifier: &Notifier) -> Result<(), LauncherGone> {
+    pub async fn run(self, mut signals: Signals, notifier: &Notifier) -> Result<End, LauncherGone> {
         notifier.ready();
         info!("runner started");
         let mut watchdog = Watchdog::new(self.sessions.progress.clone());
@@ -154,9 +168,18 @@ impl Daemon {
                         }
                     }
                     Signal::Drain => break,
+                    Signal::Leave if self.sandboxes.outlive_us() => {
+                        notifier.stopping();
+                        self.leave().await;
+                        return Ok(End::Left);
+                    }
+                    Signal::Leave => {
+                        warn!("nothing here outlives this process, so it ends in order");
+                        break;
+                    }
                     Signal::Now => {
                         self.end(Duration::ZERO).await;
-                        return Ok(());
+                        return Ok(End::Done);
                     }
                 },
                 reason = &mut gone => {
@@ -179,10 +202,10 @@ impl Daemon {
         let mut ending = std::pin::pin!(self.end(patience));
         loop {
             tokio::select! {
-                () = &mut ending => return Ok(()),
+                () = &mut ending => return Ok(End::Done),
                 signal = signals.next() => if signal == Signal::Now {
                     warn!("second signal, ending without delivering what is left");
-                    return Ok(());
+                    return Ok(End::Done);
                 },
                 _ = feed.tick(), if every.is_some() => if watchdog.has_moved() { notifier.alive() },
             }
@@ -206,13 +229,20 @@ impl Daemon {
                 link.task.abort();
             }
         }
-        if let Some((task, path)) = self.admin {
-            task.abort();
-            if let Err(error) = std::fs::remove_file(&path) {
-                warn!(%error, "administration socket could not be removed");
-            }
-        }
+        end_admin(self.admin);
         info!("runner ended");
+    }
+
+    /// Ends the link and nothing else.
+    async fn leave(self) {
+        self.stop.send_replace(Stop::Leave);
+        if let Some(mut link) = self.link
+            && tokio::time::timeout(DELIVERY_TIME, &mut link.task).await.is_err()
+        {
+            link.task.abort();
+        }
+        end_admin(self.admin);
+        info!("runner left, its sandboxes wait for the next one");
     }
 
     /// Asks for a drain and waits until no session is left, or time is over.
@@ -230,10 +260,19 @@ impl Daemon {
     }
 }
 
+fn end_admin(admin: Option<(tokio::task::JoinHandle<()>, PathBuf)>) {
+    let Some((task, path)) = admin else { return };
+    task.abort();
+    if let Err(error) = std::fs::remove_file(&path) {
+        warn!(%error, "administration socket could not be removed");
+    }
+}
+
 fn start_link(
     settings: Settings,
     sessions: &SessionHandle,
     updates: mpsc::Receiver<Update>,
+    memory: Arc<dyn Memory>,
     stopped: watch::Receiver<Stop>,
 ) -> Result<Handle, TlsError> {
     let ports = Ports {
@@ -241,6 +280,7 @@ fn start_link(
         updates,
         outputs: Arc::new(sessions.outputs.clone()),
         progress: sessions.progress.clone(),
+        memory,
     };
     orchestrator::start(settings, ports, stopped)
 }

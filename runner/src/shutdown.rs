@@ -1,7 +1,7 @@
 //! Signals as events, and the order in which a runner ends.
 //!
-//! The first SIGTERM or SIGINT asks for a drain, the second ends everything at once. SIGHUP looks at the certificates
-//! again. Nothing here decides what a drain is.
+//! The first SIGTERM or SIGINT asks for a drain, the second ends everything at once. SIGUSR1 leaves the sandboxes to the
+//! next runner; a service manager sends it for a restart. SIGHUP looks at the certificates again. Nothing here decides what a drain is.
 
 use std::io;
 
@@ -12,6 +12,8 @@ use tokio::signal::unix::{Signal as Stream, SignalKind, signal};
 pub enum Signal {
     /// Look at files that may have changed.
     Reload,
+    /// End, and leave every sandbox as it is.
+    Leave,
     /// End when accepted calls have ended.
     Drain,
     /// End now.
@@ -24,6 +26,7 @@ pub struct Signals {
     terminate: Stream,
     interrupt: Stream,
     hangup: Stream,
+    leave: Stream,
     seen: bool,
 }
 
@@ -37,6 +40,7 @@ impl Signals {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
             hangup: signal(SignalKind::hangup())?,
+            leave: signal(SignalKind::user_defined1())?,
             seen: false,
         })
     }
@@ -47,6 +51,7 @@ impl Signals {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
             _ = self.hangup.recv() => return Signal::Reload,
+            _ = self.leave.recv() => return Signal::Leave,
         }
         if std::mem::replace(&mut self.seen, true) { Signal::Now } else { Signal::Drain }
     }

@@ -2,8 +2,10 @@
 //! seams (`Sandboxes` and `OutputSource`) at which the parts are joined.
 //!
 //! Plain values and traits over `std` only. Nothing here performs I/O, reads a clock or knows a wire format, so every
-//! rule about these types can be tested without a runtime.
+//! rule about these types can be tested without a runtime. What the journal keeps can be serialized: names of fields and
+//! variants are part of its format.
 
+mod bytes;
 mod call;
 mod failure;
 mod flow;
@@ -18,14 +20,16 @@ pub use call::{
     RequestDigest, Terminal, ToolCall, ToolInput, WriteInput,
 };
 pub use failure::{Blame, Code, ToolFailure};
-pub use flow::{CallPhase, DrainMode, Replay, RequestKind, SessionClose, SessionEnd, SessionOpen, Update, WorkItem};
+pub use flow::{
+    CallPhase, DrainMode, Memory, Replay, RequestKind, SessionClose, SessionEnd, SessionOpen, Update, WorkItem,
+};
 pub use id::{CallId, IdError, RunnerId, SandboxId, SessionId};
 pub use outcome::{CallEnd, CallResult, Content, Note, NoteKind, Outcome, ToolResult, Usage};
 pub use output::{OutputChunk, OutputSource, Stream, StreamLengths, StreamSummary};
 pub use progress::Progress;
 pub use sandbox::{
-    CallEvent, CallObserver, EnvironmentRef, Gate, Layer, Network, PreparedCall, Receipt, ResourceLimits, RootfsChoice,
-    Sandbox, SandboxRequest, Sandboxes,
+    Attached, CallEvent, CallObserver, EnvironmentRef, ExpectedCall, FoundCall, Gate, Layer, Network, PreparedCall,
+    Receipt, ResourceLimits, RootfsChoice, Sandbox, SandboxRequest, Sandboxes,
 };
 
 /// A future that can be stored behind a trait object.

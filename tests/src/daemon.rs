@@ -87,10 +87,15 @@ impl Daemon {
         chown(&run, None, Some(RUNNER_UID)).expect("chown of the run directory");
         fs::set_permissions(&run, Permissions::from_mode(0o1771)).expect("chmod of the run directory");
         let identity = state.join("identity");
-        fs::create_dir(&identity).expect("a directory of our own");
+        let journal = state.join("journal");
+        for directory in [&identity, &journal] {
+            fs::create_dir(directory).expect("a directory of our own");
+        }
         let orchestrator = Arc::new(Orchestrator::start(options.link).await.expect("the orchestrator starts"));
         orchestrator.write_client_files(&identity, "runner-1").expect("certificates");
-        for path in host::files_below(&identity).iter().map(PathBuf::as_path).chain([identity.as_path()]) {
+        for path in
+            host::files_below(&identity).iter().map(PathBuf::as_path).chain([identity.as_path(), journal.as_path()])
+        {
             chown(path, Some(RUNNER_UID), Some(RUNNER_UID)).expect("chown to the runner");
         }
         let wire = FaultProxy::to(orchestrator.address()).await;
@@ -275,7 +280,7 @@ level = "info"
     #[must_use]
     pub fn sandboxes(&self) -> Vec<String> {
         let connection = Connection::greeted(&self.setup.socket()).expect("the launcher serves");
-        match connection.ask(request::Body::ListSandboxes(ListSandboxes {})).expect("an answer").body {
+        match connection.ask(request::Body::ListSandboxes(ListSandboxes::default())).expect("an answer").body {
             Some(reply::Body::SandboxList(list)) => list.sandboxes.into_iter().map(|entry| entry.sandbox_id).collect(),
             other => panic!("no list: {other:?}"),
         }
@@ -305,6 +310,27 @@ level = "info"
         // A runner that has ended already is waited for all the same.
         let _ = kill(Pid::from_raw(process.id().cast_signed()), Signal::SIGTERM);
         wait(&mut process, PATIENCE)
+    }
+
+    /// Kills the runner without warning.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn kill_runner(&mut self) {
+        let mut process = self.runner.take().expect("a runner");
+        process.kill().expect("own child");
+        process.wait().expect("own child");
+    }
+
+    /// Asks the runner to leave everything to the next one, as a service manager does for a restart.
+    ///
+    /// # Panics
+    /// When it does not end well.
+    pub fn leave_runner(&mut self) {
+        let mut process = self.runner.take().expect("a runner");
+        kill(Pid::from_raw(process.id().cast_signed()), Signal::SIGUSR1).expect("own child");
+        let status = wait(&mut process, PATIENCE);
+        assert!(status.is_some_and(|status| status.success()), "{status:?}: {}", self.end_of_log());
     }
 
     /// Asks the launcher to end with everything it holds.

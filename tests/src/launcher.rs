@@ -256,6 +256,12 @@ impl Connection {
         }
     }
 
+    /// The connection itself, for a client that goes on with it.
+    #[must_use]
+    pub fn into_descriptor(self) -> OwnedFd {
+        self.socket
+    }
+
     /// Sends bytes as one packet.
     ///
     /// # Errors

@@ -2,7 +2,8 @@
 //!
 //! The suites talk to the shipped program through its command line and its sockets, never to its modules. Linked are only
 //! the system call table, because a table is compared with the kernel's own answers, the generated message types, and the
-//! reference orchestrator, which is the other end of the daemon's link.
+//! reference orchestrator, which is the other end of the daemon's link. What one runner leaves to the next is tested with the
+//! runner's own clients of launcher and process 1: nothing else can be dropped and begun again at a chosen moment.
 //!
 //! - [`prober`]: builds the attack program and reads its result lines
 //! - [`runner`]: finds the built command, runs it as root or as uid 65534
@@ -13,6 +14,7 @@
 //! - [`host`]: everything a sandbox could leave behind, counted from outside
 //! - [`launcher`]: a launcher of our own and a hostile runner's end of its socket
 //! - [`keeper`]: the runner's end of the control socket of one sandbox
+//! - [`successor`]: runners that follow one another on the sandboxes of one launcher
 //! - [`skip`]: how a missing capability is reported
 #![forbid(unsafe_code)]
 
@@ -26,3 +28,4 @@ pub mod prober;
 pub mod rootfs;
 pub mod runner;
 pub mod skip;
+pub mod successor;

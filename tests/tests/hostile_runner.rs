@@ -69,7 +69,7 @@ fn kill(connection: &Connection, id: &str) {
 }
 
 fn list(connection: &Connection) -> Vec<SandboxEntry> {
-    match connection.ask(request::Body::ListSandboxes(ListSandboxes {})).expect("an answer").body {
+    match connection.ask(request::Body::ListSandboxes(ListSandboxes::default())).expect("an answer").body {
         Some(reply::Body::SandboxList(list)) => list.sandboxes,
         other => panic!("no list: {other:?}"),
     }
@@ -318,7 +318,7 @@ fn garbage_unknown_fields_and_oversize_packets_do_no_harm() {
         let Ok(connection) = Connection::greeted(&bench.socket()) else { panic!("no longer served after garbage") };
         // A packet larger than the socket's buffer is refused by the kernel before it is sent.
         if connection.send(&packet).is_ok() {
-            let _ = connection.ask(request::Body::ListSandboxes(ListSandboxes {}));
+            let _ = connection.ask(request::Body::ListSandboxes(ListSandboxes::default()));
         }
     }
     let connection = bench.connect();

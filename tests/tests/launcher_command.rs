@@ -24,7 +24,7 @@ fn command(program: &Path, setup: &Setup) -> Command {
 }
 
 fn sandboxes(socket: &Path) -> Option<Vec<String>> {
-    let answer = Connection::greeted(socket).ok()?.ask(request::Body::ListSandboxes(ListSandboxes {})).ok()?;
+    let answer = Connection::greeted(socket).ok()?.ask(request::Body::ListSandboxes(ListSandboxes::default())).ok()?;
     match answer.body {
         Some(reply::Body::SandboxList(list)) => {
             Some(list.sandboxes.into_iter().map(|entry| entry.sandbox_id).collect())

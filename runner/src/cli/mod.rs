@@ -9,6 +9,7 @@ mod doctor;
 mod embedded;
 mod exec;
 mod floor;
+mod journal;
 mod launcher;
 mod outcome;
 mod run;
@@ -65,6 +66,8 @@ enum Command {
     Doctor(doctor::DoctorArguments),
     /// Check or show the configuration
     Config(config::ConfigArguments),
+    /// Show the journal: what is written down, and what the next runner would begin with
+    Journal(journal::JournalArguments),
     /// Become the launcher, the only privileged process; for service managers
     Launcher(launcher::LauncherArguments),
 }
@@ -96,6 +99,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Config(arguments) => config::run(&arguments),
+        Command::Journal(arguments) => journal::run(&arguments),
     }
 }
 

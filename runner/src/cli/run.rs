@@ -10,15 +10,17 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use nix::sys::resource::{Resource, getrlimit};
+use rustix::fs::statfs;
 use tracing::{info, warn};
 
 use super::config::{self, DEFAULT_PATH};
 use super::embedded::{self, Wishes};
 use super::{code, complain, floor, say};
 use crate::config::resolve::Config;
+use crate::connector::orchestrator;
 use crate::daemon::settings::{self, SettingsError};
-use crate::daemon::{AdminSocket, Daemon, DaemonError, LauncherGone, Parts};
-use crate::journal::Volatile;
+use crate::daemon::{AdminSocket, Daemon, DaemonError, End, LauncherGone, Parts};
+use crate::journal::{FileJournal, Journal, OpenError, Recovered, Volatile};
 use crate::sandbox::HostSandboxes;
 use crate::sandbox::home::{Home, Identity};
 use crate::sandbox::identity::{IdentityError, become_identity};
@@ -26,10 +28,10 @@ use crate::sandbox::launch::{HostReport, LaunchError, Launcher};
 use crate::sandbox::measure::{MeasureError, measure};
 use crate::sandbox::receipt::Tier;
 use crate::sandbox::start::{LauncherProcess, StartError, StartedLauncher};
-use crate::shutdown::Signals;
+use crate::shutdown::{Signal, Signals};
 use crate::systemd::{Environment, Notifier};
 use crate::telemetry::{self, LogLevel};
-use crate::work::Receipt;
+use crate::work::{Receipt, Sandboxes};
 
 /// How long accepted calls may go on after a signal; with what follows it stays below the unit's TimeoutStopSec.
 const DRAIN_TIME: Duration = Duration::from_secs(90);
@@ -46,6 +48,9 @@ pub(super) struct RunArguments {
     /// Directory for everything the runner keeps, in place of the configured ones
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
+    /// Keep no journal: what runs when this process dies is lost, and the orchestrator is told so in advance
+    #[arg(long)]
+    ephemeral: bool,
 }
 
 /// Why there is no daemon.
@@ -75,6 +80,16 @@ enum RunError {
     Signals(#[source] std::io::Error),
     #[error("the socket that systemd names cannot be used")]
     Notifier(#[source] std::io::Error),
+    #[error(transparent)]
+    Journal(#[from] OpenError),
+    #[error(
+        "state directory {} is on {kind}, which does not outlive the machine or the container, and the journal must; put it \
+         on a disk (state_directory in [runner], or --state-dir), or give up the journal with --ephemeral",
+        path.display()
+    )]
+    Forgetful { path: PathBuf, kind: &'static str },
+    #[error("cannot look at the file system of {}", path.display())]
+    FileSystem { path: PathBuf, source: rustix::io::Errno },
     #[error("isolation is below the floor")]
     BelowFloor,
 }
@@ -104,7 +119,14 @@ pub(super) fn run(arguments: &RunArguments, log_level: Option<LogLevel>) -> Exit
         Err(RunError::BelowFloor) => ExitCode::from(code::BELOW_FLOOR),
         Err(error) => {
             complain(&error);
-            let settings = matches!(error, RunError::Settings(_) | RunError::Daemon(DaemonError::Certificates(_)));
+            let settings = match &error {
+                RunError::Settings(_) | RunError::Daemon(DaemonError::Certificates(_)) | RunError::Forgetful { .. } => {
+                    true
+                }
+                // What is written there does not change by trying again.
+                RunError::Journal(OpenError::Scan(_)) => true,
+                _ => false,
+            };
             if settings { ExitCode::from(code::CONFIGURATION) } else { ExitCode::FAILURE }
         }
     }
@@ -130,13 +152,18 @@ fn try_run(arguments: &RunArguments, config: &mut Config) -> Result<(), RunError
         }
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(RunError::Runtime)?;
-    let (result, process) = runtime.block_on(serve(config, source));
+    let (result, process) = runtime.block_on(serve(config, source, arguments.ephemeral));
+    if matches!(result, Ok(End::Left)) {
+        // What is in it would end every sandbox when it is dropped, and the next runner wants them alive.
+        std::mem::forget(runtime);
+        return Ok(());
+    }
     // What is still open belongs to links and sockets that are over.
     runtime.shutdown_timeout(Duration::from_secs(1));
     if let Some(mut process) = process {
         process.end();
     }
-    result
+    result.map(|_| ())
 }
 
 /// An ordinary user who has configured no directories has none of the system's.
@@ -156,20 +183,21 @@ fn give_up_root_for(socket: &Path) -> Result<(), RunError> {
     Ok(become_identity(Identity { uid: found.uid(), gid: found.gid() })?)
 }
 
-async fn serve(config: &Config, source: Source) -> (Result<(), RunError>, Option<LauncherProcess>) {
+async fn serve(config: &Config, source: Source, ephemeral: bool) -> (Result<End, RunError>, Option<LauncherProcess>) {
     match source {
         Source::Own(started) => match embedded::sandboxes(*started) {
-            Ok((sandboxes, process)) => (serve_with(config, sandboxes).await, Some(process)),
+            Ok((sandboxes, process)) => (serve_with(config, sandboxes, ephemeral).await, Some(process)),
             Err(error) => (Err(error.into()), None),
         },
-        Source::Service(path) => match connect(config, &path).await {
-            Ok(sandboxes) => (serve_with(config, sandboxes).await, None),
+        Source::Service(path) => match connect(config, &path, !ephemeral).await {
+            Ok(sandboxes) => (serve_with(config, sandboxes, ephemeral).await, None),
             Err(error) => (Err(error.into()), None),
         },
     }
 }
 
-async fn connect(config: &Config, path: &Path) -> Result<HostSandboxes, LaunchError> {
+/// With `outlive`, sandboxes stay for the next runner when this one ends without ending them.
+async fn connect(config: &Config, path: &Path, outlive: bool) -> Result<HostSandboxes, LaunchError> {
     let deadline = Instant::now() + LAUNCHER_PATIENCE;
     let (launcher, host) = loop {
         match Launcher::connect(path).await {
@@ -178,13 +206,9 @@ async fn connect(config: &Config, path: &Path) -> Result<HostSandboxes, LaunchEr
             Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
         }
     };
-    // Sandboxes of a runner before this one hold calls that nobody remembers.
-    for left in launcher.list().await? {
-        warn!(sandbox_id = %left.sandbox_id, "ending a sandbox that an earlier runner left");
-        launcher.kill(&left.sandbox_id).await?;
-    }
     let home = Home { state: config.state_directory.clone(), run: config.run_directory.clone() };
-    Ok(HostSandboxes::new(launcher, host, home.sandboxes(), generation()))
+    let sandboxes = HostSandboxes::new(launcher, host, home.sandboxes(), generation());
+    Ok(if outlive { sandboxes.outliving() } else { sandboxes })
 }
 
 /// Larger than that of every earlier runner since the boot, which is as long as a sandbox lives.
@@ -193,25 +217,44 @@ fn generation() -> u64 {
     now.ok().and_then(|time| u64::try_from(Duration::from(time).as_millis()).ok()).unwrap_or(1).max(1)
 }
 
-async fn serve_with(config: &Config, sandboxes: HostSandboxes) -> Result<(), RunError> {
+async fn serve_with(config: &Config, sandboxes: HostSandboxes, ephemeral: bool) -> Result<End, RunError> {
     // From here a signal ends in order, also while the host is being measured.
     let mut signals = Signals::listen().map_err(RunError::Signals)?;
-    let measured = tokio::select! {
-        measured = measure(&sandboxes) => measured?,
-        _ = signals.next() => return Ok(()),
+    let identity = settings::identity(&config.runner_id, &config.state_directory)?;
+    let (journal, recovered) = journal(config, &identity, ephemeral)?;
+    // Sandboxes that no session has hold calls that nobody remembers.
+    let kept: Vec<_> =
+        recovered.sessions.iter().filter_map(|session| session.sandbox.as_ref()).map(|(id, _)| id.clone()).collect();
+    sandboxes.end_others(&kept).await?;
+    let measured = {
+        let mut measuring = std::pin::pin!(measure(&sandboxes));
+        loop {
+            tokio::select! {
+                measured = &mut measuring => break measured?,
+                signal = signals.next() => match signal {
+                    Signal::Reload => {}
+                    Signal::Leave if sandboxes.outlive_us() => return Ok(End::Left),
+                    Signal::Leave | Signal::Drain | Signal::Now => {
+                        // Whoever asks for the end before the beginning wants nothing to be left all the same.
+                        sandboxes.end_others(&[]).await?;
+                        return Ok(End::Done);
+                    }
+                },
+            }
+        }
     };
     info!(tier = measured.receipt.tier, attacks = measured.attempts.len(), "isolation measured");
     check_floor(config, &measured.receipt, sandboxes.host())?;
     let notifier = Notifier::new(&Environment::read(), std::process::id()).map_err(RunError::Notifier)?;
     let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(now, _)| now);
-    // The journal of this runner does not outlive it, and it says so to the orchestrator.
-    let link = settings::link(config, measured.receipt, true)?;
+    let link = settings::link(config, identity, measured.receipt, ephemeral)?;
     if link.is_none() {
         warn!("no [orchestrator] is configured, so no work will come");
     }
     let daemon = Daemon::start(Parts {
         sandboxes: Arc::new(sandboxes),
-        journal: Arc::new(Volatile),
+        journal,
+        recovered,
         reserve: settings::reserve(config, descriptors),
         defaults: settings::defaults(config),
         link,
@@ -222,6 +265,40 @@ async fn serve_with(config: &Config, sandboxes: HostSandboxes) -> Result<(), Run
         drain_time: DRAIN_TIME,
     })?;
     Ok(daemon.run(signals, &notifier).await?)
+}
+
+/// The journal of this runner, and what an earlier one left in it.
+fn journal(
+    config: &Config,
+    identity: &orchestrator::Identity,
+    ephemeral: bool,
+) -> Result<(Arc<dyn Journal>, Recovered), RunError> {
+    if ephemeral {
+        warn!("no journal is kept: what runs when this process dies is lost");
+        return Ok((Arc::new(Volatile), Recovered::default()));
+    }
+    let state = &config.state_directory;
+    let file_system = statfs(state).map_err(|source| RunError::FileSystem { path: state.clone(), source })?;
+    if let Some(kind) = forgetful(file_system.f_type) {
+        return Err(RunError::Forgetful { path: state.clone(), kind });
+    }
+    let directory = state.join("journal");
+    let (journal, recovered) = FileJournal::open(&directory, &identity.state_id, &identity.boot_id)?;
+    if !recovered.sessions.is_empty() || !recovered.calls.is_empty() {
+        let (sessions, calls) = (recovered.sessions.len(), recovered.calls.len());
+        info!(sessions, calls, same_boot = recovered.same_boot, "going on with what an earlier runner left");
+    }
+    Ok((Arc::new(journal), recovered))
+}
+
+/// File systems that are gone with the machine or with the container, by the magic numbers of statfs(2).
+fn forgetful(magic: rustix::fs::FsWord) -> Option<&'static str> {
+    match magic {
+        0x0102_1994 => Some("tmpfs"),
+        0x8584_58f6 => Some("ramfs"),
+        0x794c_7630 => Some("overlayfs"),
+        _ => None,
+    }
 }
 
 /// One line for each missing layer, with what would add it.

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc;
 
-use crate::work::{OutputSource, Progress, Update, WorkItem};
+use crate::work::{Memory, OutputSource, Progress, Update, WorkItem};
 
 /// The joints between a connector and the rest of the runner.
 pub struct Ports {
@@ -24,6 +24,8 @@ pub struct Ports {
     pub outputs: Arc<dyn OutputSource>,
     /// Ticks while sessions make progress; without it no lease is renewed.
     pub progress: Progress,
+    /// What outlives the process.
+    pub memory: Arc<dyn Memory>,
 }
 
 impl std::fmt::Debug for Ports {

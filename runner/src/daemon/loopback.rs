@@ -15,7 +15,7 @@ use crate::config::file::{ConfigFile, OrchestratorSection, RunnerSection};
 use crate::config::launcher_policy::HostSize;
 use crate::config::resolve::{Host, resolve};
 use crate::connector::tls::TlsFiles;
-use crate::journal::Volatile;
+use crate::journal::{Recovered, Volatile};
 use crate::work::{Receipt, Sandboxes};
 
 /// What such a daemon is told.
@@ -81,12 +81,14 @@ impl Loopback<'_> {
             LoopbackError::Config(problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
         })?;
         let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(now, _)| now);
+        let identity = settings::identity(&config.runner_id, &config.state_directory)?;
         Ok(Daemon::start(Parts {
             sandboxes,
             journal: Arc::new(Volatile),
+            recovered: Recovered::default(),
             reserve: settings::reserve(&config, descriptors),
             defaults: settings::defaults(&config),
-            link: settings::link(&config, self.receipt, true)?,
+            link: settings::link(&config, identity, self.receipt, true)?,
             admin: None,
             drain_time: Duration::from_secs(5),
         })?)

@@ -68,7 +68,12 @@ pub fn defaults(config: &Config) -> ResourceLimits {
 ///
 /// # Errors
 /// `SettingsError` names the field or the file.
-pub fn link(config: &Config, receipt: Receipt, ephemeral: bool) -> Result<Option<Settings>, SettingsError> {
+pub fn link(
+    config: &Config,
+    identity: Identity,
+    receipt: Receipt,
+    ephemeral: bool,
+) -> Result<Option<Settings>, SettingsError> {
     let Some(orchestrator) = &config.orchestrator else { return Ok(None) };
     let count = |number| u32::try_from(number).unwrap_or(u32::MAX);
     Ok(Some(Settings {
@@ -78,7 +83,7 @@ pub fn link(config: &Config, receipt: Receipt, ephemeral: bool) -> Result<Option
             certificate: orchestrator.certificate_file.clone(),
             key: orchestrator.key_file.clone(),
         },
-        identity: identity(&config.runner_id, &config.state_directory)?,
+        identity,
         labels: config.labels.clone(),
         capacity: Capacity {
             max_sessions: count(config.capacity.max_sessions),
@@ -141,7 +146,11 @@ fn host_and_port(text: &str, default: u16) -> Option<(String, u16)> {
     is_name.then(|| (host.to_owned(), port))
 }
 
-fn identity(runner_id: &str, state_directory: &Path) -> Result<Identity, SettingsError> {
+/// Who this process is: the name that is configured, the state directory, this process, and this boot of the machine.
+///
+/// # Errors
+/// `SettingsError` names the field or the file.
+pub fn identity(runner_id: &str, state_directory: &Path) -> Result<Identity, SettingsError> {
     let path = state_directory.join("identity").join("state_id");
     let state_id = state_id(&path).map_err(|source| SettingsError::State { path, source })?;
     let read = |path: &str| fs::read_to_string(path).map(|text| text.trim().to_owned()).unwrap_or_default();

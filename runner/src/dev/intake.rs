@@ -62,9 +62,18 @@ fn welcome(shared: &Shared, hello: &pb::Hello, pages: &[pb::ResumePage], sender:
     let state = &mut *guard;
     let instance = |hello: &pb::Hello| hello.runner.as_ref().map(|runner| runner.instance_id.clone());
     // Another process without a journal counts from the beginning, and knows nothing of what the one before it held.
-    if hello.ephemeral && state.hello.as_ref().is_some_and(|before| instance(before) != instance(hello)) {
+    let another = state.hello.as_ref().is_some_and(|before| instance(before) != instance(hello));
+    if hello.ephemeral && another {
         state.event_through = 0;
         settle_lost(shared, state);
+    } else if hello.next_event_seq <= state.event_through {
+        let (next, known) = (hello.next_event_seq, state.event_through);
+        state.complain(format!(
+            "the next event is {next}, and {known} came already: the state of the runner was set back"
+        ));
+    } else if another {
+        // What the process before it had told, and was not acknowledged, is told again under numbers of its own.
+        state.event_through = state.event_through.max(hello.first_unacked_event_seq.saturating_sub(1));
     }
     state.links += 1;
     let number = state.links;
@@ -223,8 +232,9 @@ fn take(shared: &Shared, state: &mut State, body: Said) {
             }
         }
         Said::CallStarted(started) => {
-            let before = state.calls.get_mut(&started.call_id).and_then(|call| call.started.replace(started.event_seq));
-            if before.is_some_and(|before| before != started.event_seq) {
+            let at = started.started_boottime_ns;
+            let before = state.calls.get_mut(&started.call_id).and_then(|call| call.started.replace(at));
+            if before.is_some_and(|before| before != at) {
                 state.complain(format!("call {} started twice", started.call_id));
             }
             let _ = shared.seen.send(Link::Started(started.call_id));

@@ -1,40 +1,66 @@
-//! What must be on disk before something may happen, as a trait.
+//! What must be on disk before something may happen, as a trait, and what is found there by the next runner.
 //!
 //! A call is written down three times: accepted before its caller hears so, started before its gate opens, finished
-//! before its result is sent. `Volatile` is the explicit opt-out: it keeps nothing, so calls need no gate.
+//! before its result is sent. Records are a sequence: after any cut a prefix of it is found, so a record vouches for all
+//! that were appended before it, and only those are waited for whose loss would break a promise by itself. `Volatile` is
+//! the explicit opt-out: it keeps nothing, so calls need no gate.
+//!
+//! From the top down: `file` queues records for the one thread that writes, `log` appends batches to segments and copies what
+//! is `live`, `scan` finds the records that count, `frame` and `codec` are the bytes. All I/O goes through `disk`.
 
-use std::sync::Arc;
+mod codec;
+mod copy;
+mod disk;
+mod file;
+mod frame;
+mod inspect;
+mod live;
+mod log;
+mod memory;
+mod record;
+mod scan;
+mod segment;
 
-use crate::work::{BoxFuture, CallId, CallResult, ToolCall};
+#[cfg(test)]
+mod file_tests;
+#[cfg(test)]
+mod format_tests;
+#[cfg(test)]
+mod log_tests;
+#[cfg(test)]
+mod oracle;
+#[cfg(test)]
+mod samples;
+#[cfg(test)]
+mod simulated;
 
-/// Why a record could not be written. The journal is poisoned afterwards: a failed sync is never repeated.
+use crate::work::BoxFuture;
+pub use file::{Condition, FileJournal, OpenError};
+pub use inspect::{CallReport, RecordReport, Recovery, Report, SegmentReport, SessionReport, inspect};
+pub use memory::JournalMemory;
+pub use record::{Record, Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
+pub use scan::{ScanError, Unreadable};
+
+/// Why a record could not be written. After a failed write or sync nothing is written any more: it is never repeated.
 #[derive(Debug, Clone, thiserror::Error)]
-#[error("journal refused record {record} of call {call_id}: {reason}")]
+#[error("journal refused a record ({record}): {reason}")]
 pub struct JournalError {
     /// Kind of record.
     pub record: &'static str,
-    /// The call.
-    pub call_id: CallId,
     /// What the file system said.
     pub reason: String,
+    /// Every later record is refused as well. If not, this one alone was: the disk is slow or full, and nothing builds on it.
+    pub is_final: bool,
 }
 
-/// Durable memory of calls. Each future resolves when the record would survive a power cut.
+/// Durable memory of calls.
 pub trait Journal: Send + Sync {
     /// Whether records outlive the process; if so, calls are held at a gate until their start is written.
     fn is_durable(&self) -> bool;
 
-    /// The call will get exactly one outcome.
-    fn accepted(&self, call: &ToolCall) -> BoxFuture<'static, Result<(), JournalError>>;
-
-    /// The call may have effects from here.
-    fn started(&self, call_id: &CallId) -> BoxFuture<'static, Result<(), JournalError>>;
-
-    /// The call is over.
-    fn finished(&self, call_id: &CallId, result: &Arc<CallResult>) -> BoxFuture<'static, Result<(), JournalError>>;
-
-    /// The result is stored elsewhere; the record may go. Losing this only causes a repeat, so nobody waits for it.
-    fn trimmed(&self, call_id: &CallId);
+    /// Appends a record. It has its place in the sequence when this returns; the future resolves when it would survive a
+    /// power cut, and may be dropped by those who need no more than the order.
+    fn append(&self, record: Record) -> BoxFuture<'static, Result<(), JournalError>>;
 }
 
 /// Keeps nothing beyond the process.
@@ -46,17 +72,7 @@ impl Journal for Volatile {
         false
     }
 
-    fn accepted(&self, _call: &ToolCall) -> BoxFuture<'static, Result<(), JournalError>> {
+    fn append(&self, _record: Record) -> BoxFuture<'static, Result<(), JournalError>> {
         Box::pin(std::future::ready(Ok(())))
     }
-
-    fn started(&self, _call_id: &CallId) -> BoxFuture<'static, Result<(), JournalError>> {
-        Box::pin(std::future::ready(Ok(())))
-    }
-
-    fn finished(&self, _call_id: &CallId, _result: &Arc<CallResult>) -> BoxFuture<'static, Result<(), JournalError>> {
-        Box::pin(std::future::ready(Ok(())))
-    }
-
-    fn trimmed(&self, _call_id: &CallId) {}
 }

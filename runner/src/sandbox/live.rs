@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::control::{Control, ControlEnd, ControlError};
-use super::launch::{Created, Ended, Inspection, LaunchError, Launcher};
+use super::launch::{Ended, Inspection, LaunchError, Launcher};
 use crate::work::{
     BoxFuture, CallId, CallObserver, CancelMode, Code, OutputChunk, PreparedCall, Receipt, Sandbox, SandboxId, Stream,
     ToolFailure,
@@ -44,27 +44,26 @@ struct Parts {
     ended: watch::Receiver<Option<Ended>>,
 }
 
+/// What the launcher says of a living sandbox.
+#[derive(Debug, Clone)]
+pub struct Known {
+    /// Its id.
+    pub sandbox_id: SandboxId,
+    /// Host pid of process 1.
+    pub pid: u32,
+    /// Number of host ids.
+    pub id_count: u32,
+    /// Becomes `Some` when it has ended.
+    pub ended: watch::Receiver<Option<Ended>>,
+}
+
 impl LiveSandbox {
-    /// Takes charge of a sandbox that was just made. Must be called inside a tokio runtime.
-    pub fn new(
-        launcher: Launcher,
-        created: &Created,
-        sandbox_id: SandboxId,
-        control: Control,
-        receipt: Receipt,
-    ) -> Self {
+    /// Takes charge of a sandbox, one that was just made or one that an earlier runner made. Must be called inside a tokio
+    /// runtime.
+    pub fn new(launcher: Launcher, known: Known, control: Control, receipt: Receipt) -> Self {
         let (sender, phase) = watch::channel(Phase::Ready);
-        let ended = created.ended.clone();
-        let parts = Arc::new(Parts {
-            sandbox_id,
-            launcher,
-            control,
-            receipt,
-            pid: created.pid,
-            id_count: created.id_count,
-            phase: sender,
-            ended,
-        });
+        let Known { sandbox_id, pid, id_count, ended } = known;
+        let parts = Arc::new(Parts { sandbox_id, launcher, control, receipt, pid, id_count, phase: sender, ended });
         tokio::spawn(guard(Arc::clone(&parts)));
         Self { parts, phase }
     }
@@ -242,6 +241,11 @@ impl Sandbox for LiveSandbox {
     fn resize(&self, call_id: &CallId, columns: u16, rows: u16) -> BoxFuture<'static, Result<(), ToolFailure>> {
         let (control, call_id) = (self.parts.control.clone(), call_id.clone());
         Box::pin(async move { control.resize(call_id.as_str(), columns, rows).await.map_err(failure) })
+    }
+
+    fn deadline(&self, boottime_ns: u64) -> BoxFuture<'static, Result<(), ToolFailure>> {
+        let control = self.parts.control.clone();
+        Box::pin(async move { control.deadline(boottime_ns).await.map_err(failure) })
     }
 
     fn close(&self, grace: Duration) -> BoxFuture<'static, ()> {

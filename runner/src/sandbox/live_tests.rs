@@ -10,6 +10,7 @@ use proto::{init::v1 as init, launch::v1 as wire};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use crate::sandbox::control::Patience;
+use crate::sandbox::launch::Created;
 use crate::sandbox::launch::tests::{created, ended, launcher, reply};
 use crate::sandbox::spec::Spec;
 
@@ -58,7 +59,8 @@ async fn live(kills: &Arc<AtomicUsize>) -> LiveSandbox {
     let (launcher, created) = made(Arc::clone(kills)).await;
     let (control, _) = Control::from_connection(process_1(), 1, Patience::default()).await.expect("greeted");
     let sandbox_id = SandboxId::new("a").expect("valid");
-    LiveSandbox::new(launcher, &created, sandbox_id, control, Receipt::default())
+    let known = Known { sandbox_id, pid: created.pid, id_count: created.id_count, ended: created.ended.clone() };
+    LiveSandbox::new(launcher, known, control, Receipt::default())
 }
 
 #[tokio::test]

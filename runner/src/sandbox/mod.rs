@@ -4,6 +4,7 @@
 //! Knows no session and no connector. Holds no privilege: everything that needs some is asked of the launcher, in words it
 //! has agreed to before.
 
+mod attach;
 pub mod control;
 pub mod home;
 pub mod host;
@@ -23,13 +24,17 @@ use std::time::Duration;
 
 use tracing::info;
 
+pub use self::attach::AttachError;
 use self::control::{Control, ControlEnd, Patience};
 use self::launch::{Created, HostReport, LaunchError, Launcher};
-use self::live::LiveSandbox;
+use self::live::{Known, LiveSandbox};
 use self::measure::Attempt;
 use self::spec::{EnvironmentVariable, Limits, Rootfs, Spec, SpecError};
 use crate::config::launcher_policy::PROFILE_DEFAULT;
-use crate::work::{BoxFuture, Code, Receipt, RootfsChoice, Sandbox, SandboxId, SandboxRequest, Sandboxes, ToolFailure};
+use crate::work::{
+    Attached, BoxFuture, Code, ExpectedCall, Receipt, RootfsChoice, Sandbox, SandboxId, SandboxRequest, Sandboxes,
+    ToolFailure,
+};
 
 /// Why there is no sandbox.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +65,7 @@ pub struct HostSandboxes {
     host: Arc<HostReport>,
     socket_directory: PathBuf,
     generation: u64,
+    outlive: bool,
     measured: Arc<OnceLock<Measured>>,
 }
 
@@ -72,7 +78,13 @@ struct Measured {
 impl HostSandboxes {
     /// Uses `launcher`, whose sockets appear in `socket_directory`. `generation` tells this runner from earlier ones.
     pub fn new(launcher: Launcher, host: HostReport, socket_directory: PathBuf, generation: u64) -> Self {
-        Self { launcher, host: Arc::new(host), socket_directory, generation, measured: Arc::default() }
+        Self { launcher, host: Arc::new(host), socket_directory, generation, outlive: false, measured: Arc::default() }
+    }
+
+    /// The same, of a launcher that keeps sandboxes when its runner ends.
+    #[must_use]
+    pub fn outliving(self) -> Self {
+        Self { outlive: true, ..self }
     }
 
     /// What the launcher found out about the host.
@@ -103,7 +115,9 @@ impl HostSandboxes {
             Ok(control) => {
                 let took_us = u64::try_from(created.took.as_micros()).unwrap_or(u64::MAX);
                 info!(%sandbox_id, pid = created.pid, took_us, tier = receipt.tier, "sandbox created");
-                Ok(LiveSandbox::new(self.launcher.clone(), &created, sandbox_id, control, receipt))
+                let Created { pid, id_count, ended, .. } = created;
+                let known = Known { sandbox_id, pid, id_count, ended };
+                Ok(LiveSandbox::new(self.launcher.clone(), known, control, receipt))
             }
             Err(error) => {
                 // The error that matters is the first one; the launcher ends what it cannot kill now at its own end.
@@ -133,6 +147,10 @@ impl HostSandboxes {
 }
 
 impl Sandboxes for HostSandboxes {
+    fn outlive_us(&self) -> bool {
+        self.outlive
+    }
+
     fn create(&self, request: SandboxRequest) -> BoxFuture<'static, Result<Arc<dyn Sandbox>, ToolFailure>> {
         let this = self.clone();
         Box::pin(async move {
@@ -144,6 +162,16 @@ impl Sandboxes for HostSandboxes {
             }
             Ok(Arc::new(sandbox) as Arc<dyn Sandbox>)
         })
+    }
+
+    fn attach(
+        &self,
+        sandbox_id: SandboxId,
+        receipt: Receipt,
+        calls: Vec<ExpectedCall>,
+    ) -> BoxFuture<'static, Result<Attached, ToolFailure>> {
+        let this = self.clone();
+        Box::pin(async move { this.attach_live(sandbox_id, receipt, calls).await })
     }
 
     fn receipt(&self) -> Receipt {

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 
 use super::core::{Action, Config, Core, Input};
-use super::core_tests::{call, cancel, close, core, ended, open, sid};
+use super::core_tests::{call, cancel, close, core, ended, open, sandbox_id, sid};
 use crate::work::*;
 
 const SESSIONS: [&str; 3] = ["s0", "s1", "s2"];
@@ -106,13 +106,17 @@ impl Model {
 
     fn answer(&mut self, action: Action, well: bool, gated: bool) -> Option<Input> {
         Some(match action {
-            Action::CreateSandbox(open) if well => {
-                Input::SandboxReady { session_id: open.session_id, receipt: Receipt::default() }
-            }
+            Action::CreateSandbox(open) if well => Input::SandboxReady {
+                session_id: open.session_id,
+                sandbox_id: sandbox_id(),
+                receipt: Receipt::default(),
+            },
             Action::CreateSandbox(open) => {
                 let failure = ToolFailure::new(Code::SandboxCreateFailed, "no", "none");
                 Input::SandboxFailed { session_id: open.session_id, failure }
             }
+            Action::WriteReady { session_id, .. } => Input::ReadyWritten { session_id, durable: well },
+            Action::WriteTombstone { call_id, epoch, .. } => Input::TombstoneWritten { call_id, epoch, durable: true },
             Action::CloseSandbox { session_id, .. } => Input::SandboxClosed { session_id },
             Action::WriteAccepted(call) => {
                 self.accepted.insert(call.call_id.clone());
@@ -144,6 +148,8 @@ fn answerable(action: &Action) -> bool {
         action,
         Action::CreateSandbox(_)
             | Action::CloseSandbox { .. }
+            | Action::WriteReady { .. }
+            | Action::WriteTombstone { .. }
             | Action::WriteAccepted(_)
             | Action::WriteStarted { .. }
             | Action::WriteFinished { .. }

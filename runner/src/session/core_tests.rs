@@ -69,10 +69,19 @@ pub(super) fn ended(id: &str) -> Input {
     Input::Ended { call_id: cid(id), result: Arc::new(CallResult { end, presented, recovered: false }) }
 }
 
+pub(super) fn sandbox_id() -> SandboxId {
+    SandboxId::new("sb-1").unwrap()
+}
+
 /// A ready session.
 fn ready(core: &mut Core, session: &str, epoch: u64) {
     core.handle(open(session, epoch));
-    core.handle(Input::SandboxReady { session_id: sid(session), receipt: Receipt::default() });
+    core.handle(Input::SandboxReady {
+        session_id: sid(session),
+        sandbox_id: sandbox_id(),
+        receipt: Receipt::default(),
+    });
+    core.handle(Input::ReadyWritten { session_id: sid(session), durable: true });
 }
 
 /// Brings a call to the point where it runs.
@@ -247,7 +256,7 @@ fn cancel_of_an_unknown_call_leaves_a_tombstone_and_tombstones_are_bounded() {
     ready(&mut core, "s", 1);
     for id in ["a", "b", "c"] {
         let actions = core.handle(cancel("s", 1, id, CancelMode::Kill));
-        assert!(matches!(&actions[..], [Action::Tell(Update::CancelNoted { phase: None, .. })]));
+        assert!(matches!(&actions[..], [Action::WriteTombstone { epoch: 1, .. }]));
     }
     assert_eq!(refusal(&core.handle(call("s", 1, "c", 0))), Code::CancelledBeforeStart);
     assert!(!core.handle(call("s", 1, "a", 0)).iter().any(|a| matches!(a, Action::Tell(Update::Refused { .. }))));
@@ -261,7 +270,13 @@ fn stale_epochs_are_refused_and_a_newer_one_takes_the_session_over() {
     assert_eq!(refusal(&core.handle(call("s", 4, "c", 0))), Code::StaleEpoch);
     assert_eq!(refusal(&core.handle(close("s", 4))), Code::StaleEpoch);
     let actions = core.handle(open("s", 6));
-    assert!(matches!(&actions[..], [Action::Tell(Update::SessionOpened { epoch: 6, replay: Replay::Duplicate, .. })]));
+    let told = Update::SessionOpened {
+        session_id: sid("s"),
+        epoch: 6,
+        receipt: Receipt::default(),
+        replay: Replay::Duplicate,
+    };
+    assert_eq!(actions.last(), Some(&Action::Tell(told)));
     assert_eq!(
         refusal(
             &core
@@ -387,7 +402,11 @@ fn close_while_the_sandbox_is_being_made_ends_it_as_soon_as_it_is_there() {
     let mut core = core(Config::default());
     core.handle(open("s", 1));
     assert!(core.handle(close("s", 1)).is_empty());
-    let actions = core.handle(Input::SandboxReady { session_id: sid("s"), receipt: Receipt::default() });
+    let actions = core.handle(Input::SandboxReady {
+        session_id: sid("s"),
+        sandbox_id: sandbox_id(),
+        receipt: Receipt::default(),
+    });
     assert!(matches!(&actions[..], [Action::CloseSandbox { .. }]));
     let actions = core.handle(Input::SandboxClosed { session_id: sid("s") });
     assert!(actions.iter().any(|a| matches!(a, Action::Tell(Update::SessionEnded { .. }))));

@@ -12,7 +12,11 @@ pub mod run;
 mod outputs;
 
 #[cfg(test)]
+mod core_crash_tests;
+#[cfg(test)]
 mod core_model_tests;
+#[cfg(test)]
+mod core_restore_tests;
 #[cfg(test)]
 mod core_tests;
 

@@ -82,6 +82,11 @@ impl Registry {
         Ok(limits)
     }
 
+    /// Gives a place to a session that has a sandbox already, however full it is: refusing it would free nothing.
+    pub fn reinstate(&mut self, session_id: &SessionId, limits: ResourceLimits) {
+        self.held.insert(session_id.clone(), limits);
+    }
+
     /// Gives the place back. Unknown sessions hold none.
     pub fn release(&mut self, session_id: &SessionId) {
         self.held.remove(session_id);

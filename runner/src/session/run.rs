@@ -9,7 +9,7 @@ mod board;
 mod result;
 mod view;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use futures_util::FutureExt;
@@ -20,11 +20,12 @@ use tracing::{info, warn};
 
 use super::Outputs;
 use super::core::{Config, Core, Input};
+use super::present;
 use super::registry::Registry;
-use crate::journal::Journal;
+use crate::journal::{Journal, Recovered};
 use crate::work::{
-    BoxFuture, CallEnd, CallId, CallResult, Progress, Sandbox, SandboxId, Sandboxes, SessionId, ToolFailure, Update,
-    WorkItem,
+    Attached, BoxFuture, CallEnd, CallId, CallResult, Outcome, Progress, Sandbox, SandboxId, Sandboxes, SessionId,
+    ToolFailure, Update, WorkItem,
 };
 use board::{Board, Line};
 use result::presented;
@@ -43,6 +44,8 @@ pub struct Sessions {
     pub sandboxes: Arc<dyn Sandboxes>,
     /// Where calls are written down.
     pub journal: Arc<dyn Journal>,
+    /// What an earlier runner left there.
+    pub recovered: Recovered,
 }
 
 impl std::fmt::Debug for Sessions {
@@ -92,8 +95,9 @@ impl Sessions {
             updates: update_sender,
             done: done_sender,
             creates: Arc::new(Semaphore::new(PARALLEL_CREATES)),
-            inputs: VecDeque::new(),
+            inputs: VecDeque::from([Input::Recovered(Box::new(self.recovered))]),
             deadlines: HashMap::new(),
+            attaching: HashSet::new(),
             watches: HashMap::new(),
             presenting: HashMap::new(),
             held_back: HashMap::new(),
@@ -116,6 +120,7 @@ enum Done {
     /// A sandbox has ended: by itself with a reason, or because it was closed.
     Gone(SessionId, SandboxId, Option<String>),
     Created(SessionId, Result<Arc<dyn Sandbox>, ToolFailure>),
+    Attached(SessionId, Result<Attached, ToolFailure>),
     Presented(SessionId, Input),
     Update(Update),
     Nothing,
@@ -142,6 +147,8 @@ struct Loop {
     inputs: VecDeque<Input>,
     /// Start deadlines of waiting calls.
     deadlines: HashMap<CallId, Instant>,
+    /// Sessions whose sandbox is being taken over: what it reports meanwhile waits on the board.
+    attaching: HashSet<SessionId>,
     /// Tasks that wait for a sandbox to end by itself.
     watches: HashMap<SessionId, AbortHandle>,
     /// Ends whose text is being read, per session; the end of the sandbox waits for them.
@@ -161,6 +168,7 @@ impl Loop {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut work_open = true;
         let board = Arc::clone(&self.board);
+        self.settle().await;
         loop {
             let deadline = self.deadlines.values().min().copied();
             let event = tokio::select! {
@@ -203,22 +211,32 @@ impl Loop {
             Done::Input(input) => self.inputs.push_back(input),
             Done::Gone(session_id, sandbox_id, lost) => self.sandbox_gone(session_id, &sandbox_id, lost).await,
             Done::Created(session_id, Ok(sandbox)) => {
-                info!(%session_id, sandbox_id = %sandbox.sandbox_id(), "sandbox created");
-                let receipt = sandbox.receipt();
-                let (done, lost, watched) = (self.done.clone(), sandbox.lost(), session_id.clone());
-                let sandbox_id = sandbox.sandbox_id();
-                let watch = tokio::spawn(async move {
-                    let reason = lost.await;
-                    // A closed channel means that the loop has ended, and with it everybody who cares.
-                    let _ = done.send(Done::Gone(watched, sandbox_id, Some(reason))).await;
-                });
-                self.watches.insert(session_id.clone(), watch.abort_handle());
-                self.outputs.insert_session(session_id.clone(), sandbox);
-                self.inputs.push_back(Input::SandboxReady { session_id, receipt });
+                let (sandbox_id, receipt) = (sandbox.sandbox_id(), sandbox.receipt());
+                info!(%session_id, %sandbox_id, "sandbox created");
+                self.keep(session_id.clone(), sandbox);
+                self.inputs.push_back(Input::SandboxReady { session_id, sandbox_id, receipt });
             }
             Done::Created(session_id, Err(failure)) => {
                 warn!(%session_id, error = %failure, "sandbox could not be created");
                 self.inputs.push_back(Input::SandboxFailed { session_id, failure });
+            }
+            Done::Attached(session_id, Ok(Attached { sandbox, found })) => {
+                info!(%session_id, sandbox_id = %sandbox.sandbox_id(), calls = found.len(), "sandbox taken over");
+                for call_id in found.keys() {
+                    self.outputs.insert_call(call_id.clone(), Arc::clone(&sandbox));
+                }
+                self.keep(session_id.clone(), sandbox);
+                self.attaching.remove(&session_id);
+                self.inputs.push_back(Input::SandboxAttached { session_id, found });
+                self.settle().await;
+                self.take_board().await;
+            }
+            Done::Attached(session_id, Err(failure)) => {
+                warn!(%session_id, error = %failure, "sandbox of an earlier runner could not be taken over");
+                self.attaching.remove(&session_id);
+                self.take_board().await;
+                self.settle().await;
+                self.inputs.push_back(Input::SandboxLost { session_id, reason: failure.message });
             }
             Done::Presented(session_id, input) => {
                 self.inputs.push_back(input);
@@ -233,6 +251,19 @@ impl Loop {
             Done::Update(update) => self.tell(update).await,
             Done::Nothing => {}
         }
+    }
+
+    /// From here the sandbox serves its session, and its end is noticed.
+    fn keep(&mut self, session_id: SessionId, sandbox: Arc<dyn Sandbox>) {
+        let (done, lost, watched) = (self.done.clone(), sandbox.lost(), session_id.clone());
+        let sandbox_id = sandbox.sandbox_id();
+        let watch = tokio::spawn(async move {
+            let reason = lost.await;
+            // A closed channel means that the loop has ended, and with it everybody who cares.
+            let _ = done.send(Done::Gone(watched, sandbox_id, Some(reason))).await;
+        });
+        self.watches.insert(session_id.clone(), watch.abort_handle());
+        self.outputs.insert_session(session_id, sandbox);
     }
 
     /// A sandbox may be reported as lost and as closed, and by then its session may have another one.
@@ -265,7 +296,7 @@ impl Loop {
     }
 
     async fn take_board(&mut self) {
-        for (call_id, line) in self.board.take() {
+        for (call_id, line) in self.board.take(&self.attaching) {
             let Line { session_id, started, lengths, finished } = line;
             if let Some((boottime_ns, shell_generation)) = started {
                 self.inputs.push_back(Input::Started { call_id: call_id.clone(), boottime_ns, shell_generation });
@@ -284,11 +315,19 @@ impl Loop {
     /// Adds the text a model reads; where output is long, its tail is read beside the loop.
     fn present(&mut self, session_id: SessionId, call_id: CallId, end: CallEnd) {
         let Some(input) = self.core.request(&call_id).map(|request| request.input.clone()) else { return };
-        let Some(sandbox) = self.outputs.call(&call_id) else { return };
-        let owner = session_id.clone();
+        let Some(sandbox) = self.outputs.call(&call_id) else {
+            // Of a sandbox that was not taken over; all that it has said of the call is that it cannot be known.
+            if matches!(end.outcome, Outcome::Indeterminate { .. }) {
+                let presented = present::failure_text(&end.outcome);
+                let result = Arc::new(CallResult { end, presented, recovered: true });
+                self.inputs.push_back(Input::Ended { call_id, result });
+            }
+            return;
+        };
+        let (owner, recovered) = (session_id.clone(), self.core.is_restored(&call_id));
         let mut future: BoxFuture<'static, Done> = Box::pin(async move {
             let presented = presented(&input, &end, &call_id, sandbox.as_ref()).await;
-            let result = Arc::new(CallResult { end, presented, recovered: false });
+            let result = Arc::new(CallResult { end, presented, recovered });
             Done::Presented(session_id, Input::Ended { call_id, result })
         });
         match (&mut future).now_or_never() {

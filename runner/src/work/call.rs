@@ -3,11 +3,13 @@
 use std::fmt;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use super::{CallId, SessionId, ToolFailure};
 
 /// SHA-256 over everything that makes two requests the same.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub struct RequestDigest(pub [u8; 32]);
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct RequestDigest(#[serde(with = "serde_bytes")] pub [u8; 32]);
 
 impl fmt::Display for RequestDigest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -22,7 +24,8 @@ impl fmt::Debug for RequestDigest {
 }
 
 /// One call, validated and owned by nobody but its current holder.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ToolCall {
     /// Chosen by the caller; the key of deduplication.
     pub call_id: CallId,
@@ -53,7 +56,8 @@ impl fmt::Debug for ToolCall {
 }
 
 /// Limits of one call.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct CallLimits {
     /// Longest time in the queue; the call is refused afterwards.
     pub start_within: Option<Duration>,
@@ -80,7 +84,8 @@ impl Default for CallLimits {
 }
 
 /// How standard output and standard error are kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub enum OutputMode {
     /// One pipe: exact order between both.
     #[default]
@@ -90,7 +95,8 @@ pub enum OutputMode {
 }
 
 /// How hard a call is ended; the order is the order of hardness.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub enum CancelMode {
     /// SIGINT; the shell survives.
     Interrupt,
@@ -101,7 +107,8 @@ pub enum CancelMode {
 }
 
 /// What runs.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub enum ToolInput {
     /// The persistent shell.
     Bash(BashInput),
@@ -120,7 +127,8 @@ pub enum ToolInput {
 }
 
 /// Input of `bash`.
-#[derive(Clone, PartialEq, Eq, Default)]
+#[derive(Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct BashInput {
     /// The text; may be missing only with `restart`.
     pub command: Option<String>,
@@ -129,7 +137,8 @@ pub struct BashInput {
 }
 
 /// Input of `read`.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ReadInput {
     /// The file.
     pub file_path: String,
@@ -138,7 +147,8 @@ pub struct ReadInput {
 }
 
 /// Input of `write`.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct WriteInput {
     /// The file.
     pub file_path: String,
@@ -147,7 +157,8 @@ pub struct WriteInput {
 }
 
 /// Input of `edit`.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct EditInput {
     /// The file.
     pub file_path: String,
@@ -160,7 +171,8 @@ pub struct EditInput {
 }
 
 /// Input of `glob`.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct GlobInput {
     /// The pattern.
     pub pattern: String,
@@ -169,7 +181,8 @@ pub struct GlobInput {
 }
 
 /// Input of `grep`.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct GrepInput {
     /// The regular expression.
     pub pattern: String,
@@ -178,13 +191,17 @@ pub struct GrepInput {
 }
 
 /// A program of its own.
-#[derive(Clone, PartialEq, Eq, Default)]
+#[derive(Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ExecInput {
     /// Program and arguments; bytes without NUL.
+    #[serde(with = "super::bytes")]
     pub argv: Vec<Vec<u8>>,
     /// NAME=value, replacing the default for the names given.
+    #[serde(with = "super::bytes")]
     pub env: Vec<Vec<u8>>,
     /// Working directory; that of the environment when missing.
+    #[serde(with = "serde_bytes")]
     pub cwd: Option<Vec<u8>>,
     /// Standard input is a pipe instead of /dev/null.
     pub stdin: bool,
@@ -193,7 +210,8 @@ pub struct ExecInput {
 }
 
 /// Size of a terminal.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Terminal {
     /// Columns.
     pub columns: u16,

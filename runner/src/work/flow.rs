@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use super::{
     CallId, CallResult, CancelMode, EnvironmentRef, Network, Receipt, RequestDigest, ResourceLimits, SessionId,
     StreamLengths, ToolCall, ToolFailure,
@@ -62,12 +64,36 @@ pub enum WorkItem {
         /// One session, or all that were not suspended by themselves.
         session_id: Option<SessionId>,
     },
+    /// The orchestrator may be counted on until then. A sandbox lives beyond it for its orphan time, whatever becomes of this
+    /// process and of the link.
+    Lease {
+        /// CLOCK_BOOTTIME.
+        until_ns: u64,
+        /// For sessions that name none of their own.
+        orphan_time: Duration,
+    },
     /// Take no more work, in one of several ways.
     Drain(DrainMode),
 }
 
+/// What a connector has remembered beyond the process.
+pub trait Memory: Send + Sync {
+    /// Highest number of an event that an earlier process may have used.
+    fn events_through(&self) -> u64;
+
+    /// Highest term that an earlier process has obeyed.
+    fn term(&self) -> u64;
+
+    /// Resolves with true when numbers of events up to `through` may be used.
+    fn reserve_events(&self, through: u64) -> super::BoxFuture<'static, bool>;
+
+    /// Resolves with true when no process after this one will obey an orchestrator of an older term.
+    fn obey(&self, term: u64) -> super::BoxFuture<'static, bool>;
+}
+
 /// Request to open a session.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct SessionOpen {
     /// Chosen by the caller.
     pub session_id: SessionId,
@@ -186,6 +212,28 @@ pub enum SessionEnd {
 /// From the sessions to the connector that brought the session.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Update {
+    /// A session of an earlier runner is open here.
+    SessionRestored {
+        /// The session.
+        session_id: SessionId,
+        /// Its placement.
+        epoch: u64,
+        /// Its sandbox takes calls; otherwise it is being made anew, and nothing has run in it.
+        ready: bool,
+    },
+    /// A call of an earlier runner is known here; whatever it waits for is told as for any other call.
+    CallRestored {
+        /// The call.
+        call_id: CallId,
+        /// Its session, which may be over.
+        session_id: SessionId,
+        /// Tells a repeat from another request under the same id.
+        digest: RequestDigest,
+        /// Where it is now.
+        phase: CallPhase,
+    },
+    /// All that an earlier runner left is known now; the first link may be made.
+    Restored,
     /// The session can take calls.
     SessionOpened {
         /// The session.

@@ -2,10 +2,13 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use super::{CancelMode, StreamSummary, ToolFailure};
 
 /// How a call ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub enum Outcome {
     /// Ended by itself.
     Exited {
@@ -70,7 +73,8 @@ pub enum Outcome {
 }
 
 /// Kinds of note.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub enum NoteKind {
     /// The disk limit was reached.
     DiskLimit,
@@ -89,7 +93,8 @@ pub enum NoteKind {
 }
 
 /// Something the caller should know beside the outcome.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Note {
     /// Its kind.
     pub kind: NoteKind,
@@ -98,7 +103,8 @@ pub struct Note {
 }
 
 /// One piece of a tool result.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub enum Content {
     /// Text for the model.
     Text(String),
@@ -107,6 +113,7 @@ pub enum Content {
         /// IANA media type.
         media_type: String,
         /// The file as it is.
+        #[serde(with = "serde_bytes")]
         data: Vec<u8>,
     },
     /// A document.
@@ -114,6 +121,7 @@ pub enum Content {
         /// IANA media type.
         media_type: String,
         /// The file as it is.
+        #[serde(with = "serde_bytes")]
         data: Vec<u8>,
     },
 }
@@ -142,7 +150,8 @@ impl std::fmt::Debug for Content {
 }
 
 /// What a tool answers the model.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ToolResult {
     /// Whether the tool reports an error.
     pub is_error: bool,
@@ -165,7 +174,8 @@ impl ToolResult {
 }
 
 /// What a call used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Usage {
     /// Processor time.
     pub cpu: Duration,
@@ -176,7 +186,8 @@ pub struct Usage {
 }
 
 /// The end of a call as the sandbox reports it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct CallEnd {
     /// How it ended.
     pub outcome: Outcome,
@@ -218,7 +229,8 @@ impl CallEnd {
 }
 
 /// The end of a call with the text a model reads; what is journalled, sent and sent again.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct CallResult {
     /// How it ended and what it printed.
     pub end: CallEnd,

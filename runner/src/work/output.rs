@@ -1,9 +1,12 @@
 //! Output by stream and offset. A slow reader costs disk where the spool is, never memory here.
 
+use serde::{Deserialize, Serialize};
+
 use super::{BoxFuture, CallId, ToolFailure};
 
 /// Which pipe a byte went through.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub enum Stream {
     /// Standard output; in merged mode standard error too.
     Stdout,
@@ -70,7 +73,8 @@ pub struct OutputChunk {
 }
 
 /// One stream of a finished call.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct StreamSummary {
     /// Which stream.
     pub stream: Stream,
@@ -81,8 +85,10 @@ pub struct StreamSummary {
     /// Bytes kept from the end, not counting the head.
     pub tail_bytes: u64,
     /// SHA-256 of the whole original stream.
+    #[serde(with = "serde_bytes")]
     pub sha256: [u8; 32],
     /// The whole stream, when it was short enough to travel with the end of the call.
+    #[serde(with = "serde_bytes")]
     pub inline: Option<Vec<u8>>,
     /// Path inside the sandbox of the file that keeps the stream; empty when it was never spooled.
     pub spool_path: String,

@@ -3,9 +3,12 @@
 //! A sandbox has never heard of a session: it gets a request, runs calls, and reports through an observer. The traits
 //! return boxed futures so that tests can put an in-memory sandbox in the place of a real one.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
 
 use super::{
     BoxFuture, CallEnd, CallId, CallLimits, CancelMode, OutputChunk, OutputMode, SandboxId, Stream, StreamLengths,
@@ -44,7 +47,8 @@ impl fmt::Debug for SandboxRequest {
 }
 
 /// Which environment.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct EnvironmentRef {
     /// Name of an environment the operator knows; empty means the default one.
     pub name: String,
@@ -55,7 +59,8 @@ pub struct EnvironmentRef {
 }
 
 /// What a root file system is made of.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub enum RootfsChoice {
     /// The host's /usr, read-only.
     Host,
@@ -64,7 +69,8 @@ pub enum RootfsChoice {
 }
 
 /// How much a sandbox may use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ResourceLimits {
     /// Thousandths of a processor.
     pub cpu_millis: u64,
@@ -77,7 +83,8 @@ pub struct ResourceLimits {
 }
 
 /// What a sandbox may reach.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub enum Network {
     /// Nothing.
     #[default]
@@ -85,7 +92,8 @@ pub enum Network {
 }
 
 /// One layer of isolation: what was asked for, what is in force.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Layer {
     /// Its name.
     pub name: String,
@@ -98,7 +106,8 @@ pub struct Layer {
 }
 
 /// Requested versus enforced, layer by layer.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Receipt {
     /// Name of the tier computed from the layers; empty when it was not measured.
     pub tier: String,
@@ -164,10 +173,72 @@ pub trait CallObserver: Send + Sync {
     fn observe(&self, event: CallEvent);
 }
 
+/// A call that a sandbox is believed to hold, from the journal of an earlier runner.
+#[derive(Clone)]
+pub struct ExpectedCall {
+    /// The call.
+    pub call_id: CallId,
+    /// `Open` when its start was written down: then its gate may have been opened, and it may be running or over.
+    pub gate: Gate,
+    /// When process 1 must have ended it at the latest, counted from its start.
+    pub time_limit: Option<Duration>,
+    /// Who hears of it from here.
+    pub observer: Arc<dyn CallObserver>,
+}
+
+impl fmt::Debug for ExpectedCall {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ExpectedCall").field("call_id", &self.call_id).field("gate", &self.gate).finish_non_exhaustive()
+    }
+}
+
+/// What a sandbox knows of a call that an earlier runner gave it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FoundCall {
+    /// It waits at its gate and provably has not begun.
+    Prepared,
+    /// It has begun. Its end, and what it prints until then, comes through its observer.
+    Running,
+    /// It is over and not acknowledged. Its end comes through its observer.
+    Finished,
+}
+
+/// A sandbox of an earlier runner, taken over.
+pub struct Attached {
+    /// The sandbox.
+    pub sandbox: Arc<dyn Sandbox>,
+    /// Every expected call that it knows. One that is absent never reached it, or was acknowledged.
+    pub found: BTreeMap<CallId, FoundCall>,
+}
+
+impl fmt::Debug for Attached {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Attached").field("found", &self.found).finish_non_exhaustive()
+    }
+}
+
 /// Makes sandboxes.
 pub trait Sandboxes: Send + Sync {
     /// Creates a sandbox and waits until it can take calls. On failure nothing is left behind.
     fn create(&self, request: SandboxRequest) -> BoxFuture<'static, Result<Arc<dyn Sandbox>, ToolFailure>>;
+
+    /// Takes over a sandbox that an earlier runner made, with the calls that it may hold. Held calls that have not begun are
+    /// dropped there, to be handed over anew. Calls that it holds beyond the expected ones are dropped when they have not
+    /// begun, and ended otherwise. Observers may hear of their calls before this returns. On failure the sandbox is ended.
+    ///
+    /// A held call that the sandbox says has run ends the sandbox, now or later. Its observer is told first that the outcome
+    /// is unknown: a record that was lost looks the same as a lie, so such a call must not be run again.
+    fn attach(
+        &self,
+        sandbox_id: SandboxId,
+        receipt: Receipt,
+        calls: Vec<ExpectedCall>,
+    ) -> BoxFuture<'static, Result<Attached, ToolFailure>>;
+
+    /// Whether sandboxes live on when this process ends.
+    fn outlive_us(&self) -> bool {
+        false
+    }
 
     /// What a sandbox made here would be protected by.
     fn receipt(&self) -> Receipt;
@@ -227,6 +298,9 @@ pub trait Sandbox: Send + Sync {
 
     /// New size of the terminal of a running call.
     fn resize(&self, call_id: &CallId, columns: u16, rows: u16) -> BoxFuture<'static, Result<(), ToolFailure>>;
+
+    /// Moves the moment, by CLOCK_BOOTTIME, at which the sandbox ends by itself.
+    fn deadline(&self, boottime_ns: u64) -> BoxFuture<'static, Result<(), ToolFailure>>;
 
     /// Ends the sandbox: politely first when `grace` is not zero. Returns when nothing of it is left but spools of
     /// unacknowledged calls. Running calls report their end through their observers before this returns.

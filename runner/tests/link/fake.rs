@@ -19,6 +19,8 @@ pub struct Fakes {
     pub created: AtomicU64,
     pub closed: AtomicU64,
     pub fail_create: AtomicBool,
+    /// When each sandbox would end by itself.
+    pub deadlines: Mutex<HashMap<String, u64>>,
     /// Calls whose gate is held.
     pub gated: AtomicU64,
 }
@@ -53,6 +55,15 @@ impl Sandboxes for FakeSandboxes {
                 Arc::new(Fake { id: request.sandbox_id, fakes, calls: Mutex::default(), lost: watch::channel(None).0 });
             Ok(sandbox)
         })
+    }
+
+    fn attach(
+        &self,
+        _sandbox_id: SandboxId,
+        _receipt: Receipt,
+        _calls: Vec<ExpectedCall>,
+    ) -> BoxFuture<'static, Result<Attached, ToolFailure>> {
+        ready(Err(ToolFailure::new(Code::SandboxLost, "no sandbox of this name", "none")))
     }
 
     fn receipt(&self) -> Receipt {
@@ -257,6 +268,11 @@ impl Sandbox for Fake {
 
     fn resize(&self, call_id: &CallId, _columns: u16, _rows: u16) -> BoxFuture<'static, Result<(), ToolFailure>> {
         ready(self.call(call_id).map(|_| ()))
+    }
+
+    fn deadline(&self, boottime_ns: u64) -> BoxFuture<'static, Result<(), ToolFailure>> {
+        self.fakes.deadlines.lock().unwrap().insert(self.id.to_string(), boottime_ns);
+        ready(Ok(()))
     }
 
     fn close(&self, _grace: Duration) -> BoxFuture<'static, ()> {

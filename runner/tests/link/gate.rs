@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use runner::journal::{Journal, JournalError};
-use runner::work::{BoxFuture, CallId, CallResult, ToolCall};
+use runner::journal::{Journal, JournalError, Record};
+use runner::work::BoxFuture;
 
 use crate::world::{Options, World, within};
 
@@ -17,37 +17,26 @@ struct Slow {
     trimmed: AtomicU64,
 }
 
-impl Slow {
-    fn write(&self, record: &'static str, call_id: &CallId) -> BoxFuture<'static, Result<(), JournalError>> {
-        let broken = self.broken.load(Ordering::SeqCst);
-        let call_id = call_id.clone();
-        Box::pin(async move {
-            tokio::time::sleep(Duration::from_millis(2)).await;
-            if broken { Err(JournalError { record, call_id, reason: "disk full".into() }) } else { Ok(()) }
-        })
-    }
-}
-
 impl Journal for Slow {
     fn is_durable(&self) -> bool {
         true
     }
 
-    fn accepted(&self, call: &ToolCall) -> BoxFuture<'static, Result<(), JournalError>> {
-        self.write("ACCEPTED", &call.call_id)
-    }
-
-    fn started(&self, call_id: &CallId) -> BoxFuture<'static, Result<(), JournalError>> {
-        self.started.fetch_add(1, Ordering::SeqCst);
-        self.write("STARTED", call_id)
-    }
-
-    fn finished(&self, call_id: &CallId, _result: &Arc<CallResult>) -> BoxFuture<'static, Result<(), JournalError>> {
-        self.write("FINISHED", call_id)
-    }
-
-    fn trimmed(&self, _call_id: &CallId) {
-        self.trimmed.fetch_add(1, Ordering::SeqCst);
+    fn append(&self, record: Record) -> BoxFuture<'static, Result<(), JournalError>> {
+        match record {
+            Record::Started { .. } => drop(self.started.fetch_add(1, Ordering::SeqCst)),
+            Record::Acknowledged { .. } => drop(self.trimmed.fetch_add(1, Ordering::SeqCst)),
+            _ => {}
+        }
+        let broken = self.broken.load(Ordering::SeqCst);
+        Box::pin(async move {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+            if broken {
+                Err(JournalError { record: "some", reason: "disk full".into(), is_final: true })
+            } else {
+                Ok(())
+            }
+        })
     }
 }
 

@@ -116,6 +116,7 @@ async fn daemon_ends_in_order_calls_then_sandboxes_then_delivery_then_goodbye() 
     let daemon = Daemon::start(runner::daemon::Parts {
         sandboxes: Arc::new(FakeSandboxes(Arc::clone(&fakes))),
         journal: Arc::new(Volatile),
+        recovered: Default::default(),
         reserve: RESERVE,
         defaults: DEFAULTS,
         link: Some(settings(orchestrator.address().port(), files)),
@@ -145,6 +146,7 @@ async fn daemon_without_usable_certificates_does_not_begin() {
     let error = Daemon::start(runner::daemon::Parts {
         sandboxes: Arc::new(FakeSandboxes(Arc::default())),
         journal: Arc::new(Volatile),
+        recovered: Default::default(),
         reserve: RESERVE,
         defaults: DEFAULTS,
         link: Some(settings(1, files)),

@@ -10,7 +10,7 @@ use runner::connector::dial::Target;
 use runner::connector::orchestrator::{self, Capacity, Handle, Identity, Settings, Stop};
 use runner::connector::tls::TlsFiles;
 use runner::dev::{LinkSettings, Orchestrator};
-use runner::journal::{Journal, Volatile};
+use runner::journal::{Journal, JournalMemory, Recovered, Volatile};
 use runner::session::core::Config;
 use runner::session::registry::{Registry, Reserve};
 use runner::session::{SessionHandle, Sessions};
@@ -41,11 +41,18 @@ pub struct Options {
     pub core: Config,
     pub reserve: Reserve,
     pub journal: Arc<dyn Journal>,
+    pub recovered: Recovered,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { link: LinkSettings::default(), core: Config::default(), reserve: RESERVE, journal: Arc::new(Volatile) }
+        Self {
+            link: LinkSettings::default(),
+            core: Config::default(),
+            reserve: RESERVE,
+            journal: Arc::new(Volatile),
+            recovered: Recovered::default(),
+        }
     }
 }
 
@@ -77,11 +84,13 @@ impl Runner {
     /// Starts one that dials a port of this machine.
     pub fn dial(port: u16, files: TlsFiles, options: Options) -> Self {
         let fakes = Arc::new(Fakes::default());
+        let memory = Arc::new(JournalMemory::new(Arc::clone(&options.journal), &options.recovered));
         let (sessions, updates) = Sessions {
             config: options.core,
             registry: Registry::new(options.reserve, DEFAULTS),
             sandboxes: Arc::new(FakeSandboxes(Arc::clone(&fakes))),
             journal: options.journal,
+            recovered: options.recovered,
         }
         .start();
         let (stop, stopped) = watch::channel(Stop::Run);
@@ -90,6 +99,7 @@ impl Runner {
             updates,
             outputs: Arc::new(sessions.outputs.clone()),
             progress: sessions.progress.clone(),
+            memory,
         };
         let connector = orchestrator::start(settings(port, files), ports, stopped).unwrap();
         Self { fakes, sessions, connector, stop }

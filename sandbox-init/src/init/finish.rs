@@ -141,6 +141,7 @@ impl Engine {
             notes,
             working_directory: if is_bash { working_directory } else { String::new() },
             shell_generation: self.shells.generation,
+            started_boottime_ns: running.started,
         };
         // A runner that is told the end is told the beginning first; one that was told neither learns both from the end.
         let ahead = running.announced.ahead;

@@ -54,6 +54,8 @@ pub(crate) mod tool_call;
 pub(crate) mod tool_worker;
 
 #[cfg(test)]
+mod reconnect_tests;
+#[cfg(test)]
 mod serve_tests;
 #[cfg(test)]
 mod shell_tests;

@@ -13,7 +13,7 @@ use super::cause::Ender;
 use super::clock::{MILLISECOND, now};
 use super::ending::Ending;
 use super::event::Key;
-use super::prepare::{Refusal, prepare, window};
+use super::prepare::{Refusal, Staging, prepare, window};
 use super::serve::{Engine, Shutdown};
 use super::stream::INLINE_LIMIT;
 
@@ -99,6 +99,8 @@ impl Engine {
         if let Some(connection) = &mut self.connection {
             connection.generation = Some(generation);
         }
+        // What an earlier runner has left half-sent is never used, and would take the room of what comes.
+        self.staging = Staging::default();
         // The new connection has heard nothing yet.
         for call in self.calls.values_mut() {
             call.answer_to = None;

@@ -3,7 +3,6 @@
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
-use std::process::Command;
 
 use proto::runner::v1 as pb;
 use proto::runner::v1::outcome::Kind;
@@ -213,25 +212,42 @@ fn sessions_live_on_when_the_launcher_is_reloaded() {
     });
 }
 
-#[test]
-#[ignore = "needs the installed units; tests/guest/suite runs it"]
-fn restarted_runner_finishes_accepted_calls_first() {
+/// The runner goes and the next one comes while a call runs and another one waits.
+fn assert_taken_over(change: impl FnOnce(u32)) {
     let service = Service::start();
-    let session = service.open("drained", pb::ResourceLimits::default());
-    service.start_held(&session, "held", "finished");
+    let session = service.open("kept", pb::ResourceLimits::default());
+    service.bash(&session, "state", "export KEPT=yes; sleep 600.75 >/dev/null 2>&1 &");
+    service.start_held(&session, "held", "survived");
+    session.send("waits", bash("echo $KEPT"));
     let before = main_pid(RUNNER);
 
-    let mut restart = Command::new("systemctl").args(["restart", RUNNER]).spawn().expect("systemctl");
-    until("a drain", || (property(RUNNER, "ActiveState") == "deactivating").then_some(()));
-    assert_eq!(main_pid(RUNNER), before, "the call was not waited for");
-    release();
+    change(before);
 
-    assert_printed(&service.outcome(&session, "held"), "finished");
-    assert!(restart.wait().expect("systemctl").success(), "{}", journal());
-    assert_eq!(property(RUNNER, "Result"), "success");
     assert_ne!(main_pid(RUNNER), before);
-    let second = service.open("new", pb::ResourceLimits::default());
-    assert_printed(&service.bash(&second, "new", "echo new"), "new");
+    assert_eq!(list(&connect()).len(), 1);
+    release();
+    assert_printed(&service.outcome(&session, "held"), "survived");
+    assert_printed(&service.outcome(&session, "waits"), "yes");
+    assert!(!host::processes_with("600.75").is_empty(), "a process that a call had left was ended");
+    assert_eq!(service.orchestrator.complaints(), Vec::<String>::new());
+}
+
+#[test]
+#[ignore = "needs the installed units; tests/guest/suite runs it"]
+fn restarted_runner_leaves_sandboxes_shells_and_commands_to_the_next_one() {
+    assert_taken_over(|_| {
+        systemctl(&["restart", RUNNER]);
+        assert_eq!(property(RUNNER, "Result"), "success");
+    });
+}
+
+#[test]
+#[ignore = "needs the installed units; tests/guest/suite runs it"]
+fn killed_runner_is_replaced_and_what_it_left_is_taken_over() {
+    assert_taken_over(|before| {
+        host::kill_now(before);
+        replaced(RUNNER, before);
+    });
 }
 
 #[test]
@@ -250,20 +266,4 @@ fn stopped_runner_ends_its_sandboxes_and_exits_with_0() {
     systemctl(&["stop", LAUNCHER]);
     assert!(!Path::new(GROUP).exists());
     assert_eq!(files_of_sandboxes(), Vec::<std::path::PathBuf>::new());
-}
-
-#[test]
-#[ignore = "needs the installed units; tests/guest/suite runs it"]
-fn killed_runner_is_replaced_and_what_it_left_is_ended() {
-    let service = Service::start();
-    let session = service.open("lost", pb::ResourceLimits::default());
-    service.bash(&session, "some", "sleep 600.75 >/dev/null 2>&1 &");
-    let before = main_pid(RUNNER);
-
-    host::kill_now(before);
-
-    replaced(RUNNER, before);
-    until("the end of the process", || host::processes_with("600.75").is_empty().then_some(()));
-    let second = service.open("new", pb::ResourceLimits::default());
-    assert_printed(&service.bash(&second, "new", "echo new"), "new");
 }

@@ -13,6 +13,8 @@ pub(crate) const LAUNCHER: &str = "sandbox-launcher.service";
 pub(crate) const RUNNER: &str = "sandbox-runner.service";
 pub(crate) const POLICY: &str = "/etc/sandbox-runner/launcher.toml";
 pub(crate) const CONFIG: &str = "/etc/sandbox-runner/config.toml";
+/// What the runner has written down.
+const JOURNAL: &str = "/var/lib/sandbox-runner/journal";
 /// The group of the launcher's unit.
 pub(crate) const GROUP: &str = "/sys/fs/cgroup/sandbox.slice/sandbox-launcher.service";
 /// Everything here ends within seconds; emulated machines are slow.
@@ -34,6 +36,10 @@ impl Units {
         systemctl(&["stop", RUNNER, LAUNCHER]);
         // Nothing to reset is no problem.
         let _ = Command::new("systemctl").args(["reset-failed", RUNNER, LAUNCHER]).output();
+        // Each test brings an orchestrator of its own, which must not be told what another one was owed.
+        for file in fs::read_dir(JOURNAL).into_iter().flatten().flatten() {
+            fs::remove_file(file.path()).expect("a file of the journal");
+        }
         let read = |path: &str| fs::read_to_string(path).unwrap_or_else(|error| panic!("{path}: {error}"));
         let (policy, config) = INSTALLED.get_or_init(|| (read(POLICY), read(CONFIG)));
         let units = Self { _machine: machine, policy, config };
@@ -147,7 +153,7 @@ pub(crate) fn create_plain(sandbox_id: &str) -> SandboxCreated {
 }
 
 pub(crate) fn list(connection: &Connection) -> Vec<SandboxEntry> {
-    match connection.ask(request::Body::ListSandboxes(ListSandboxes {})).expect("an answer").body {
+    match connection.ask(request::Body::ListSandboxes(ListSandboxes::default())).expect("an answer").body {
         Some(reply::Body::SandboxList(list)) => list.sandboxes,
         other => panic!("no list: {other:?}"),
     }

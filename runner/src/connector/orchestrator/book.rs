@@ -97,6 +97,23 @@ impl Book {
         self.sessions.insert(session_id, BookSession { epoch, ready: true });
     }
 
+    pub(super) fn session_restored(&mut self, session_id: SessionId, epoch: u64, ready: bool) {
+        self.sessions.insert(session_id, BookSession { epoch, ready });
+    }
+
+    pub(super) fn call_restored(
+        &mut self,
+        call_id: CallId,
+        session_id: SessionId,
+        digest: RequestDigest,
+        phase: CallPhase,
+    ) {
+        self.call_requested(call_id.clone(), session_id, digest, false);
+        if let Some(call) = self.calls.get_mut(&call_id) {
+            (call.accepted, call.phase) = (true, phase);
+        }
+    }
+
     pub(super) fn session_requested(&mut self, session_id: SessionId, epoch: u64) {
         self.sessions.entry(session_id).or_insert(BookSession { epoch, ready: false });
     }

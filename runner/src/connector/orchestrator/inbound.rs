@@ -206,11 +206,17 @@ impl Task {
         let time =
             |field, value| decode::duration(field, value).map_err(|failure| LinkError::Violation(failure.message));
         self.lease.welcomed(link.greeted_ns, time("lease_ttl", welcome.lease_ttl.as_ref())?);
+        if let Some(orphan_time) = time("default_orphan_ttl", welcome.default_orphan_ttl.as_ref())? {
+            self.orphan_time = orphan_time;
+        }
         let every = time("heartbeat_every", welcome.heartbeat_every.as_ref())?.unwrap_or(Duration::from_secs(10));
         link.heartbeat = tokio::time::interval(every.max(Duration::from_millis(50)));
         link.heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let age = time("max_link_age", welcome.max_link_age.as_ref())?;
         link.oldest_at = age.and_then(|age| link.opened_at.checked_add(age));
+        if welcome.term > self.highest_term {
+            link.obeying = Some(self.ports.memory.obey(welcome.term));
+        }
         self.highest_term = welcome.term;
         self.link_id.clone_from(&welcome.link_id);
         for call_id in self.outbox.acknowledge(welcome.event_ack_through) {

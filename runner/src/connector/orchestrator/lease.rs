@@ -53,6 +53,11 @@ impl Lease {
         self.expires_ns = Some(self.expires_ns.map_or(until, |before| before.max(until)));
     }
 
+    /// Until when the lease holds, if there is one.
+    pub(super) fn until_ns(&self) -> Option<u64> {
+        self.expires_ns
+    }
+
     /// Whether there was a lease and it has lapsed.
     pub(super) fn has_lapsed(&self, now_ns: u64) -> bool {
         self.expires_ns.is_some_and(|until| now_ns >= until)

@@ -19,7 +19,7 @@ use super::encode::stream_to_wire;
 use super::outgoing::Lanes;
 use super::task::{Ended, Event, PENDING, Task};
 use super::{LinkError, Stop};
-use crate::work::{OutputChunk, SessionId, ToolFailure};
+use crate::work::{BoxFuture, OutputChunk, SessionId, ToolFailure};
 
 /// Pieces of output that are read at the same time.
 const PARALLEL_READS: usize = 4;
@@ -27,6 +27,8 @@ const PARALLEL_READS: usize = 4;
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Time for the orchestrator to close its half after Goodbye.
 const FAREWELL: Duration = Duration::from_secs(2);
+/// How long a service manager may take to start the next runner.
+const REPLACED_WITHIN: Duration = Duration::from_secs(30);
 /// Without progress for this long no heartbeat is sent.
 const STANDSTILL: Duration = Duration::from_secs(5);
 
@@ -46,6 +48,8 @@ pub(super) struct Link {
     pub(super) opened_at: Instant,
     pub(super) oldest_at: Option<Instant>,
     pub(super) greeted_ns: u64,
+    /// Resolves when no older orchestrator will be obeyed any more; until then this one is not either.
+    pub(super) obeying: Option<BoxFuture<'static, bool>>,
     reads: FuturesUnordered<Pin<Box<dyn Future<Output = Read> + Send>>>,
     output_wait: Option<Instant>,
     output_full: bool,
@@ -89,6 +93,7 @@ impl Task {
             opened_at: now,
             oldest_at: None,
             greeted_ns,
+            obeying: None,
             reads: FuturesUnordered::new(),
             output_wait: None,
             output_full: false,
@@ -106,7 +111,14 @@ impl Task {
                 _ = link.heartbeat.tick(), if live => self.beat(&mut link)?,
                 event = self.next_event() => self.take_on_link(event, &mut link),
                 frame = incoming.message(), if reading => match frame {
-                    Ok(Some(frame)) => self.incoming(frame, &mut link)?,
+                    Ok(Some(frame)) => {
+                        self.incoming(frame, &mut link)?;
+                        if let Some(obeying) = link.obeying.take()
+                            && !obeying.await
+                        {
+                            return Err(LinkError::Ended("the journal refuses to write down the term".to_owned()));
+                        }
+                    }
                     Ok(None) => return Err(LinkError::Ended("the orchestrator closed it".to_owned())),
                     Err(status) => return Err(LinkError::Ended(super::with_source(&status))),
                 },
@@ -138,6 +150,7 @@ impl Task {
         let delivered = self.is_delivered();
         match *self.stop.borrow() {
             Stop::Now => link.ended = Some(Ended::Said),
+            Stop::Leave => link.ended = Some(Ended::Left),
             Stop::WhenDelivered if link.live && delivered => link.ended = Some(Ended::Said),
             Stop::WhenDelivered | Stop::Run => {}
         }
@@ -259,6 +272,7 @@ impl Task {
     ) -> Result<Ended, LinkError> {
         let (reason, back_within) = match &ended {
             Ended::Said => ("the runner stops", None),
+            Ended::Left => ("the runner is replaced", Some(super::encode::time(REPLACED_WITHIN))),
             Ended::Rotation => ("new certificate", Some(super::encode::time(Duration::from_secs(5)))),
             Ended::Sent(after) => ("sent away", Some(super::encode::time(*after + Duration::from_secs(5)))),
         };

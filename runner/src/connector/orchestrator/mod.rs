@@ -110,6 +110,8 @@ pub enum Stop {
     WhenDelivered,
     /// Now, with a goodbye if there is a link.
     Now,
+    /// Say that another runner goes on with what there is, and end.
+    Leave,
 }
 
 /// State of the link, for people.

@@ -10,6 +10,9 @@ use proto::runner::v1::runner_frame::Body;
 
 use crate::work::CallId;
 
+/// Numbers that are reserved at once.
+const RESERVE: u64 = 16_384;
+
 /// Bound on what is kept.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Bound {
@@ -41,11 +44,25 @@ pub(super) struct Outbox {
     bytes: usize,
     /// First event that was not sent on the present link.
     cursor: u64,
+    /// Numbers up to here are reserved: no later process will use them for something else.
+    reserved: u64,
 }
 
 impl Outbox {
-    pub(super) fn new(bound: Bound) -> Self {
-        Self { bound, events: VecDeque::new(), next_seq: 1, bytes: 0, cursor: 1 }
+    /// `used` is the highest number that an earlier process may have used.
+    pub(super) fn new(bound: Bound, used: u64) -> Self {
+        let next = used.saturating_add(1);
+        Self { bound, events: VecDeque::new(), next_seq: next, bytes: 0, cursor: next, reserved: used }
+    }
+
+    /// Numbers that should be reserved now, if any: long before they are needed, so that nothing waits for them.
+    pub(super) fn to_reserve(&self) -> Option<u64> {
+        (self.reserved < self.next_seq.saturating_add(RESERVE / 2)).then(|| self.next_seq.saturating_add(RESERVE))
+    }
+
+    /// Numbers up to `through` may be used.
+    pub(super) fn reserve(&mut self, through: u64) {
+        self.reserved = self.reserved.max(through);
     }
 
     /// Adds an event made by `build` from its number.
@@ -80,6 +97,9 @@ impl Outbox {
     pub(super) fn next_to_send(&mut self) -> Option<Body> {
         let first = self.first_unacked();
         self.cursor = self.cursor.max(first);
+        if self.cursor > self.reserved {
+            return None;
+        }
         let index = usize::try_from(self.cursor - first).ok()?;
         let body = self.events.get(index)?.body.clone();
         self.cursor += 1;
@@ -87,7 +107,8 @@ impl Outbox {
     }
 
     pub(super) fn has_unsent(&self) -> bool {
-        self.cursor.max(self.first_unacked()) < self.next_seq
+        let next = self.cursor.max(self.first_unacked());
+        next < self.next_seq && next <= self.reserved
     }
 
     pub(super) fn is_full(&self) -> bool {
@@ -122,6 +143,12 @@ mod tests {
     use proptest::prelude::*;
     use proto::runner::v1::CallAccepted;
 
+    fn outbox(bound: Bound) -> Outbox {
+        let mut outbox = Outbox::new(bound, 0);
+        outbox.reserve(RESERVE);
+        outbox
+    }
+
     fn accepted(seq: u64) -> Body {
         Body::CallAccepted(CallAccepted { event_seq: seq, ..Default::default() })
     }
@@ -135,7 +162,7 @@ mod tests {
 
     #[test]
     fn acknowledged_calls_are_named_once() {
-        let mut outbox = Outbox::new(Bound::default());
+        let mut outbox = outbox(Bound::default());
         let call = CallId::new("c").unwrap();
         outbox.push(None, accepted);
         outbox.push(Some(call.clone()), accepted);
@@ -146,11 +173,24 @@ mod tests {
 
     #[test]
     fn full_outbox_says_so_and_drops_nothing() {
-        let mut outbox = Outbox::new(Bound { events: 2, bytes: 1 << 20 });
+        let mut outbox = outbox(Bound { events: 2, bytes: 1 << 20 });
         (0..3).for_each(|_| outbox.push(None, accepted));
         assert!(outbox.is_full() && outbox.len() == 3);
         outbox.acknowledge(2);
         assert!(!outbox.is_full());
+    }
+
+    #[test]
+    fn no_event_leaves_under_a_number_that_a_later_process_could_use_again() {
+        let mut outbox = Outbox::new(Bound::default(), 41);
+        outbox.push(None, accepted);
+        assert!(!outbox.has_unsent() && outbox.next_to_send().is_none(), "nothing is reserved yet");
+        let through = outbox.to_reserve().unwrap();
+        outbox.reserve(through);
+        assert_eq!(outbox.next_to_send().as_ref().map(seq_of), Some(42));
+        assert_eq!(outbox.to_reserve(), None);
+        (0..RESERVE).for_each(|_| outbox.push(None, accepted));
+        assert!(outbox.to_reserve().is_some());
     }
 
     proptest! {
@@ -158,7 +198,7 @@ mod tests {
         /// order, without gaps and without repeats.
         #[test]
         fn every_link_sees_unacknowledged_events_in_order(steps in proptest::collection::vec(0_u8..4, 1..200)) {
-            let mut outbox = Outbox::new(Bound::default());
+            let mut outbox = outbox(Bound::default());
             let (mut pushed, mut acked, mut sent) = (0_u64, 0_u64, 0_u64);
             for step in steps {
                 match step {

@@ -16,12 +16,15 @@ use super::{LinkError, LinkStatus, Settings, Stop, encode};
 use crate::connector::Ports;
 use crate::connector::backoff::{Backoff, draw};
 use crate::connector::tls::Credentials;
-use crate::work::{Code, RequestKind, Update, WorkItem};
+use crate::work::{BoxFuture, Code, RequestKind, Update, WorkItem};
 
 /// Work that waits for the sessions. When it is full, no more frames are read from the link.
 pub(super) const PENDING: usize = 256;
 /// After a refusal for good reasons there is no hurry, but an operator may repair it at any time.
 const REFUSED_DELAY: Duration = Duration::from_secs(60);
+
+/// How long sandboxes live beyond a lease when neither session nor orchestrator say; as the launcher's policy has it.
+const ORPHAN_TIME: Duration = Duration::from_secs(8100);
 
 /// What survives a link.
 pub(super) struct Task {
@@ -38,10 +41,16 @@ pub(super) struct Task {
     pub(super) replies: VecDeque<Body>,
     pub(super) highest_term: u64,
     pub(super) link_id: String,
+    /// How long sandboxes live beyond the lease when nobody says more.
+    pub(super) orphan_time: Duration,
     pub(super) reason: pb::HelloReason,
     pub(super) draining: bool,
     pub(super) drain_deadline: Option<Instant>,
     suspended: bool,
+    /// What an earlier process left is known, so that the first greeting can name all of it.
+    restored: bool,
+    /// Numbers of events that are being reserved.
+    reserving: Option<BoxFuture<'static, Reserved>>,
     updates_open: bool,
     tick: tokio::time::Interval,
 }
@@ -49,6 +58,8 @@ pub(super) struct Task {
 /// What can happen whether or not there is a link.
 pub(super) enum Event {
     Update(Option<Update>),
+    /// Numbers of events are reserved.
+    Reserved(Reserved),
     WorkTaken,
     Tick,
     Stop,
@@ -65,23 +76,29 @@ impl Task {
     ) -> Self {
         let mut tick = tokio::time::interval(Duration::from_secs(1));
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let highest_term = ports.memory.term();
+        let outbox = Outbox::new(Bound::default(), ports.memory.events_through());
         Self {
             settings,
             ports,
             stop,
             credentials,
             status,
-            outbox: Outbox::new(Bound::default()),
+            outbox,
             book: Book::default(),
             lease: Lease::new(),
             pending: VecDeque::new(),
             replies: VecDeque::new(),
-            highest_term: 0,
+            highest_term,
             link_id: String::new(),
+            orphan_time: ORPHAN_TIME,
             reason: pb::HelloReason::FirstStart,
             draining: false,
             drain_deadline: None,
-            suspended: false,
+            // Until the first lease nothing that an earlier process took goes on.
+            suspended: true,
+            restored: false,
+            reserving: None,
             updates_open: true,
             tick,
         }
@@ -90,13 +107,21 @@ impl Task {
     pub(super) async fn run(mut self) {
         let mut backoff = self.settings.backoff.clone();
         let mut delay = Duration::ZERO;
-        while *self.stop.borrow() != Stop::Now {
+        self.reserve_events();
+        while !self.restored && self.updates_open && !self.must_stop() {
+            let event = self.next_event().await;
+            self.take(event);
+        }
+        if self.ports.memory.events_through() > 0 {
+            self.reason = pb::HelloReason::DaemonRestart;
+        }
+        while !self.must_stop() {
             let started = Instant::now();
             let ended = self.one_link(delay).await;
             self.status.send_modify(|status| status.connected = false);
             backoff.link_lived(started.elapsed().saturating_sub(delay));
             delay = match ended {
-                Ok(Ended::Said) => return,
+                Ok(Ended::Said | Ended::Left) => return,
                 Ok(Ended::Rotation) => {
                     self.reason = pb::HelloReason::CertRotation;
                     continue_at_once()
@@ -136,8 +161,8 @@ impl Task {
                 opened = &mut connecting => break opened?,
                 event = self.next_event() => {
                     self.take(event);
-                    let stop = *self.stop.borrow();
-                    if stop == Stop::Now || (stop == Stop::WhenDelivered && self.is_delivered()) {
+                    let delivered = *self.stop.borrow() == Stop::WhenDelivered && self.is_delivered();
+                    if delivered || self.must_stop() {
                         return Ok(Ended::Said);
                     }
                 }
@@ -151,6 +176,7 @@ impl Task {
     pub(super) async fn next_event(&mut self) -> Event {
         tokio::select! {
             update = self.ports.updates.recv(), if self.updates_open => Event::Update(update),
+            reserved = maybe(&mut self.reserving), if self.reserving.is_some() => Event::Reserved(reserved),
             permit = self.ports.work.reserve(), if !self.pending.is_empty() => {
                 if let (Ok(permit), Some(item)) = (permit, self.pending.pop_front()) {
                     permit.send(item);
@@ -166,7 +192,20 @@ impl Task {
     /// Takes what happened. Never waits.
     pub(super) fn take(&mut self, event: Event) {
         match event {
-            Event::Update(Some(update)) => self.update(update),
+            Event::Update(Some(update)) => {
+                self.update(update);
+                self.reserve_events();
+            }
+            Event::Reserved(Reserved { through, done }) => {
+                self.reserving = None;
+                if done {
+                    self.outbox.reserve(through);
+                } else {
+                    warn!(
+                        "the journal refuses to reserve numbers of events; when the present ones are used up, nothing more is told"
+                    );
+                }
+            }
             Event::Update(None) => self.updates_open = false,
             Event::Tick => self.tick(),
             Event::WorkTaken | Event::Stop | Event::Certificate => {}
@@ -187,6 +226,9 @@ impl Task {
 
     /// The lease was renewed.
     pub(super) fn renewed(&mut self) {
+        if let Some(until_ns) = self.lease.until_ns() {
+            self.pending.push_back(WorkItem::Lease { until_ns, orphan_time: self.orphan_time });
+        }
         if self.suspended && !self.lease.has_lapsed((self.settings.clock)()) {
             info!("lease renewed, work goes on");
             self.suspended = false;
@@ -194,8 +236,24 @@ impl Task {
         }
     }
 
+    fn reserve_events(&mut self) {
+        if self.reserving.is_none()
+            && let Some(through) = self.outbox.to_reserve()
+        {
+            let reserved = self.ports.memory.reserve_events(through);
+            self.reserving = Some(Box::pin(async move { Reserved { through, done: reserved.await } }));
+        }
+    }
+
     fn update(&mut self, update: Update) {
         match update {
+            Update::SessionRestored { session_id, epoch, ready } => {
+                self.book.session_restored(session_id, epoch, ready)
+            }
+            Update::CallRestored { call_id, session_id, digest, phase } => {
+                self.book.call_restored(call_id, session_id, digest, phase);
+            }
+            Update::Restored => self.restored = true,
             Update::SessionOpened { session_id, epoch, receipt, replay } => {
                 self.book.session_opened(session_id.clone(), epoch);
                 let receipt = Some(encode::receipt_to_wire(&receipt));
@@ -285,6 +343,10 @@ impl Task {
         }
     }
 
+    fn must_stop(&self) -> bool {
+        matches!(*self.stop.borrow(), Stop::Now | Stop::Leave)
+    }
+
     /// Nothing is owed to the orchestrator.
     pub(super) fn is_delivered(&self) -> bool {
         self.outbox.len() == 0 && self.book.is_empty() && self.pending.is_empty()
@@ -296,11 +358,27 @@ impl Task {
     }
 }
 
+/// What came of a wish for numbers.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Reserved {
+    through: u64,
+    done: bool,
+}
+
+async fn maybe(reserving: &mut Option<BoxFuture<'static, Reserved>>) -> Reserved {
+    match reserving {
+        Some(reserving) => reserving.await,
+        None => std::future::pending().await,
+    }
+}
+
 /// How a link ended on purpose.
 #[derive(Debug)]
 pub(super) enum Ended {
     /// We said goodbye.
     Said,
+    /// We said that another runner goes on with what there is.
+    Left,
     /// A new certificate is there.
     Rotation,
     /// The orchestrator sent us away for this long.

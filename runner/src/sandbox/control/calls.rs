@@ -2,13 +2,16 @@
 //!
 //! held -> released -> started -> finished -> forgotten, each once, lengths only growing. A short call may finish without
 //! having been announced as started. Anything else is a violation; above all, that a call ran whose gate was never opened.
+//!
+//! Of a sandbox that is taken over, calls that nobody here knows are let into the table until [`super::snapshot`] has
+//! settled what there is, so that they can be ended in order; from then on the table is as strict as any other.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::violation::Violation;
-use crate::work::{CallEnd, CallObserver, Outcome, StreamLengths, limits};
+use crate::work::{CallEnd, CallId, CallObserver, Outcome, StreamLengths, limits};
 
 /// Calls that one sandbox can hold for us: prepared, running, or finished and not acknowledged.
 pub(super) const MOST_CALLS: usize = 256;
@@ -17,27 +20,50 @@ pub(super) const MOST_CALLS: usize = 256;
 pub(super) const LARGEST_RESULT: usize = limits::INLINE_RESULT_BYTES + 32 * 1024;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
+pub(super) enum Phase {
     Held,
     Released,
     Started,
     Finished,
 }
 
+/// Who gave a call to process 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// We did.
+    Here,
+    /// An earlier runner, which has left word of it. `recorded`: also that its gate may have been opened.
+    Earlier { recorded: bool },
+    /// An earlier runner, and nobody knows of it.
+    Stranger,
+}
+
 /// One call.
 pub(super) struct CallRecord {
-    phase: Phase,
-    lengths: StreamLengths,
-    time_limit: Option<Duration>,
-    observer: Arc<dyn CallObserver>,
+    pub(super) phase: Phase,
+    pub(super) lengths: StreamLengths,
+    pub(super) time_limit: Option<Duration>,
+    /// Nobody wants to hear of a stranger.
+    pub(super) observer: Option<Arc<dyn CallObserver>>,
     /// Result of a tool as far as it was sent ahead.
-    ahead: Vec<u8>,
+    pub(super) ahead: Vec<u8>,
+    pub(super) origin: Origin,
+}
+
+/// What the start of a call sets going.
+pub(super) struct Begun {
+    /// Whom to tell.
+    pub(super) observer: Option<Arc<dyn CallObserver>>,
+    /// The time after which it is overdue.
+    pub(super) time_limit: Option<Duration>,
+    /// It may have begun long before it was announced here.
+    pub(super) earlier: bool,
 }
 
 /// What the end of a call sets free.
 pub(super) struct Ended {
     /// Whom to tell.
-    pub(super) observer: Arc<dyn CallObserver>,
+    pub(super) observer: Option<Arc<dyn CallObserver>>,
     /// The start has still to be told.
     pub(super) unannounced: bool,
     /// What was sent ahead of the result.
@@ -47,7 +73,9 @@ pub(super) struct Ended {
 /// Every call of one sandbox that is not forgotten.
 #[derive(Default)]
 pub(super) struct CallTable {
-    calls: HashMap<String, CallRecord>,
+    pub(super) calls: HashMap<String, CallRecord>,
+    /// The sandbox is being taken over, and what it holds is not settled yet.
+    pub(super) is_unsettled: bool,
 }
 
 /// Why a call cannot be added.
@@ -72,16 +100,31 @@ impl CallTable {
         time_limit: Option<Duration>,
         observer: Arc<dyn CallObserver>,
     ) -> Result<(), AddError> {
+        let phase = if held { Phase::Held } else { Phase::Released };
+        self.insert(
+            call_id,
+            CallRecord { time_limit, observer: Some(observer), ..CallRecord::new(phase, Origin::Here) },
+        )
+    }
+
+    pub(super) fn insert(&mut self, call_id: &str, record: CallRecord) -> Result<(), AddError> {
         if self.calls.contains_key(call_id) {
             return Err(AddError::Duplicate);
         }
         if self.calls.len() >= MOST_CALLS {
             return Err(AddError::Full);
         }
-        let lengths = StreamLengths::default();
-        let phase = if held { Phase::Held } else { Phase::Released };
-        self.calls.insert(call_id.to_owned(), CallRecord { phase, lengths, time_limit, observer, ahead: Vec::new() });
+        self.calls.insert(call_id.to_owned(), record);
         Ok(())
+    }
+
+    /// The call that an event is about.
+    fn find(&mut self, call_id: &str, event: &'static str) -> Result<&mut CallRecord, Violation> {
+        if self.is_unsettled && CallId::new(call_id).is_ok() {
+            // Known already, or too many: the first is as it should be, the second is found out in the next line.
+            let _ = self.insert(call_id, CallRecord::new(Phase::Released, Origin::Stranger));
+        }
+        self.calls.get_mut(call_id).ok_or(Violation::UnknownCall { event })
     }
 
     /// The gate is about to be opened.
@@ -96,18 +139,19 @@ impl CallTable {
         self.calls.remove(call_id);
     }
 
-    /// The call has begun. Returns whom to tell, and the time after which it is overdue.
+    /// The call has begun.
     ///
     /// # Errors
     /// [`Violation`] when that cannot be.
-    pub(super) fn started(&mut self, call_id: &str) -> Result<(Arc<dyn CallObserver>, Option<Duration>), Violation> {
+    pub(super) fn started(&mut self, call_id: &str) -> Result<Begun, Violation> {
         const EVENT: &str = "call_started";
-        let record = self.calls.get_mut(call_id).ok_or(Violation::UnknownCall { event: EVENT })?;
+        let record = self.find(call_id, EVENT)?;
         if record.phase != Phase::Released {
-            return Err(Violation::WrongPhase { event: EVENT });
+            return Err(record.wrong_phase(call_id, EVENT));
         }
         record.phase = Phase::Started;
-        Ok((Arc::clone(&record.observer), record.time_limit))
+        let earlier = record.origin != Origin::Here;
+        Ok(Begun { observer: record.observer.clone(), time_limit: record.time_limit, earlier })
     }
 
     /// More output can be read. Returns whom to tell what.
@@ -118,20 +162,14 @@ impl CallTable {
         &mut self,
         call_id: &str,
         lengths: StreamLengths,
-    ) -> Result<(Arc<dyn CallObserver>, StreamLengths), Violation> {
+    ) -> Result<(Option<Arc<dyn CallObserver>>, StreamLengths), Violation> {
         const EVENT: &str = "output_advanced";
-        let record = self.calls.get_mut(call_id).ok_or(Violation::UnknownCall { event: EVENT })?;
+        let record = self.find(call_id, EVENT)?;
         if record.phase != Phase::Started {
-            return Err(Violation::WrongPhase { event: EVENT });
+            return Err(record.wrong_phase(call_id, EVENT));
         }
-        // An event names the streams that grew; one that is absent reads as 0 and is left alone.
-        for stream in crate::work::Stream::ALL {
-            if lengths.get(stream) != 0 && lengths.get(stream) < record.lengths.get(stream) {
-                return Err(Violation::impossible("output_advanced.total_bytes", lengths.get(stream)));
-            }
-        }
-        record.lengths.merge(&lengths);
-        Ok((Arc::clone(&record.observer), record.lengths))
+        record.grow("output_advanced.total_bytes", &lengths)?;
+        Ok((record.observer.clone(), record.lengths))
     }
 
     /// A piece of the result of a tool has come ahead of the end of the call.
@@ -140,9 +178,12 @@ impl CallTable {
     /// [`Violation`] when that cannot be.
     pub(super) fn sent_ahead(&mut self, call_id: &str, offset: u64, bytes: &[u8]) -> Result<(), Violation> {
         const EVENT: &str = "output_data";
-        let record = self.calls.get_mut(call_id).ok_or(Violation::UnknownCall { event: EVENT })?;
+        let record = self.find(call_id, EVENT)?;
         if !matches!(record.phase, Phase::Released | Phase::Started) {
-            return Err(Violation::WrongPhase { event: EVENT });
+            return Err(record.wrong_phase(call_id, EVENT));
+        }
+        if record.origin == Origin::Stranger {
+            return Ok(());
         }
         if offset != record.ahead.len() as u64 || bytes.is_empty() {
             return Err(Violation::impossible("output_data.offset", offset));
@@ -160,7 +201,7 @@ impl CallTable {
     /// [`Violation`] when it was over before, ran although it was held, or had more output than it admits.
     pub(super) fn finished(&mut self, call_id: &str, end: &CallEnd) -> Result<Ended, Violation> {
         const EVENT: &str = "call_finished";
-        let record = self.calls.get_mut(call_id).ok_or(Violation::UnknownCall { event: EVENT })?;
+        let record = self.find(call_id, EVENT)?;
         let ran = !matches!(
             end.outcome,
             Outcome::NeverStarted { .. }
@@ -168,7 +209,7 @@ impl CallTable {
                 | Outcome::Indeterminate { .. }
         );
         if record.phase == Phase::Finished || (record.phase == Phase::Held && ran) {
-            return Err(Violation::WrongPhase { event: EVENT });
+            return Err(record.wrong_phase(call_id, EVENT));
         }
         for summary in &end.streams {
             if summary.total_bytes < record.lengths.get(summary.stream) {
@@ -178,12 +219,47 @@ impl CallTable {
         let unannounced = record.phase == Phase::Released && ran;
         record.phase = Phase::Finished;
         let ahead = std::mem::take(&mut record.ahead);
-        Ok(Ended { observer: Arc::clone(&record.observer), unannounced, ahead })
+        Ok(Ended { observer: record.observer.clone(), unannounced, ahead })
     }
 
-    /// Whether the call has begun and is not over.
-    pub(super) fn is_running(&self, call_id: &str) -> bool {
-        self.calls.get(call_id).is_some_and(|record| record.phase == Phase::Started)
+    /// Whether the end of the call is still to come.
+    pub(super) fn is_open(&self, call_id: &str) -> bool {
+        self.calls.get(call_id).is_some_and(|record| record.phase != Phase::Finished)
+    }
+
+    /// Who hears of a call.
+    pub(super) fn observer(&self, call_id: &str) -> Option<Arc<dyn CallObserver>> {
+        self.calls.get(call_id)?.observer.clone()
+    }
+}
+
+impl CallRecord {
+    /// A call that nothing was heard of yet.
+    pub(super) fn new(phase: Phase, origin: Origin) -> Self {
+        let lengths = StreamLengths::default();
+        Self { phase, lengths, time_limit: None, observer: None, ahead: Vec::new(), origin }
+    }
+
+    /// What it means that `event` came in this phase.
+    pub(super) fn wrong_phase(&self, call_id: &str, event: &'static str) -> Violation {
+        match (self.phase, self.origin) {
+            (Phase::Held, Origin::Earlier { recorded: false }) => {
+                Violation::Unrecorded { event, call_id: call_id.to_owned() }
+            }
+            _ => Violation::WrongPhase { event },
+        }
+    }
+
+    /// Takes over lengths that were reported. A report names the streams that grew; one that is absent reads as 0 and is left
+    /// alone.
+    pub(super) fn grow(&mut self, field: &'static str, lengths: &StreamLengths) -> Result<(), Violation> {
+        for stream in crate::work::Stream::ALL {
+            if lengths.get(stream) != 0 && lengths.get(stream) < self.lengths.get(stream) {
+                return Err(Violation::impossible(field, lengths.get(stream)));
+            }
+        }
+        self.lengths.merge(lengths);
+        Ok(())
     }
 }
 

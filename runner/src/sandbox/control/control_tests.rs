@@ -13,10 +13,11 @@ use rustix::net::{
 };
 use wire::frame::Body;
 
-const IMPATIENT: Patience = Patience { answer: Duration::from_millis(300), overdue_margin: Duration::from_millis(50) };
+pub(super) const IMPATIENT: Patience =
+    Patience { answer: Duration::from_millis(300), overdue_margin: Duration::from_millis(50) };
 
 /// Process 1 as a thread that answers each request by a script, and may say more.
-fn process_1(script: impl FnMut(wire::Request) -> Vec<Vec<u8>> + Send + 'static) -> OwnedFd {
+pub(super) fn process_1(script: impl FnMut(wire::Request) -> Vec<Vec<u8>> + Send + 'static) -> OwnedFd {
     let (ours, theirs) = pair();
     std::thread::spawn(move || serve(&theirs, script));
     ours
@@ -40,7 +41,7 @@ fn serve(socket: &OwnedFd, mut script: impl FnMut(wire::Request) -> Vec<Vec<u8>>
     }
 }
 
-fn frame(request_id: u64, body: Body) -> Vec<u8> {
+pub(super) fn frame(request_id: u64, body: Body) -> Vec<u8> {
     wire::Frame { request_id, generation: 7, body: Some(body) }.encode_to_vec()
 }
 
@@ -77,7 +78,7 @@ fn then(after: Vec<Vec<u8>>) -> OwnedFd {
 }
 
 #[derive(Default)]
-struct Recorder(Mutex<Vec<CallEvent>>, tokio::sync::Notify);
+pub(super) struct Recorder(pub(super) Mutex<Vec<CallEvent>>, pub(super) tokio::sync::Notify);
 
 impl CallObserver for Recorder {
     fn observe(&self, event: CallEvent) {
@@ -87,7 +88,7 @@ impl CallObserver for Recorder {
 }
 
 impl Recorder {
-    fn outcome(&self) -> Option<Outcome> {
+    pub(super) fn outcome(&self) -> Option<Outcome> {
         self.0.lock().expect("not poisoned").iter().find_map(|event| match event {
             CallEvent::Finished(end) => Some(end.outcome.clone()),
             _ => None,

@@ -6,10 +6,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use prost::Message;
 use proto::init::v1 as wire;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Notify, oneshot, watch};
 use tokio::time::Instant;
 
 use super::calls::CallTable;
+use super::snapshot::Settled;
 use super::violation::Violation;
 use super::{ControlEnd, ControlError, LARGEST_PACKET, Patience, decode, encode};
 use crate::sandbox::packet::{PacketError, PacketSocket};
@@ -27,6 +28,8 @@ pub(super) struct Shared {
     pub(super) next_id: AtomicU64,
     pub(super) state: Mutex<State>,
     pub(super) end: watch::Sender<Option<ControlEnd>>,
+    /// Wakes whoever waits for the end of calls that nobody knows.
+    pub(super) stranger_gone: Notify,
 }
 
 #[derive(Default)]
@@ -34,6 +37,8 @@ pub(super) struct State {
     pub(super) outstanding: HashMap<u64, Waiting>,
     pub(super) calls: CallTable,
     pub(super) shell_generation: u64,
+    /// What was found in a sandbox that is taken over.
+    pub(super) settled: Option<Settled>,
 }
 
 /// A request without an answer.

@@ -4,11 +4,13 @@
 //! asked, events with what can follow. The first thing that cannot be ends the connection with a [`Violation`], and whoever
 //! owns the sandbox kills it. Never blocks on a slow observer and never holds output in memory.
 
+mod attach;
 mod calls;
 mod decode;
 mod encode;
 mod exchange;
 mod reader;
+mod snapshot;
 mod violation;
 
 use std::os::fd::OwnedFd;
@@ -18,13 +20,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use proto::init::v1 as wire;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
 
 use super::packet::{Descriptors, PacketSocket};
 use crate::work::{BoxFuture, CallObserver, CancelMode, OutputChunk, PreparedCall, Stream, limits};
-use calls::AddError;
-use exchange::{Shared, end_of};
+pub use attach::Resumed;
+use calls::{AddError, CallTable};
+use exchange::{Shared, State, end_of};
 pub use violation::Violation;
 
 /// Largest packet of the protocol.
@@ -93,6 +96,15 @@ pub enum ControlError {
     Duplicate,
 }
 
+impl From<AddError> for ControlError {
+    fn from(error: AddError) -> Self {
+        match error {
+            AddError::Duplicate => Self::Duplicate,
+            AddError::Full => Self::Busy { what: "calls" },
+        }
+    }
+}
+
 /// What the other side said of itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Greeting {
@@ -115,8 +127,9 @@ struct Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        // The reader holds the socket too.
+        // The reader holds the socket too, and so does whoever still waits for an answer.
         self.reader.abort();
+        self.shared.finish(ControlEnd::Closed);
     }
 }
 
@@ -133,7 +146,7 @@ impl Control {
         patience: Patience,
     ) -> Result<(Self, Greeting), ControlEnd> {
         let socket = PacketSocket::connect(path, LARGEST_PACKET, Descriptors::Refused).map_err(end_of)?;
-        Self::greet(socket, output_root, generation, patience).await
+        Self::greet(socket, output_root, generation, patience, CallTable::default()).await
     }
 
     /// The same over a connected socket.
@@ -146,7 +159,7 @@ impl Control {
         patience: Patience,
     ) -> Result<(Self, Greeting), ControlEnd> {
         let socket = PacketSocket::new(connection, LARGEST_PACKET, Descriptors::Refused).map_err(end_of)?;
-        Self::greet(socket, "", generation, patience).await
+        Self::greet(socket, "", generation, patience, CallTable::default()).await
     }
 
     async fn greet(
@@ -154,6 +167,7 @@ impl Control {
         output_root: &str,
         generation: u64,
         patience: Patience,
+        calls: CallTable,
     ) -> Result<(Self, Greeting), ControlEnd> {
         let output_root = if output_root.is_empty() { decode::OUTPUT_ROOT } else { output_root };
         let shared = Arc::new(Shared {
@@ -162,15 +176,15 @@ impl Control {
             patience,
             output_root: output_root.trim_end_matches('/').to_owned(),
             next_id: AtomicU64::new(1),
-            state: Mutex::default(),
+            state: Mutex::new(State { calls, ..State::default() }),
             end: watch::channel(None).0,
+            stranger_gone: Notify::new(),
         });
         let reader = tokio::spawn(reader::read_loop(Arc::clone(&shared))).abort_handle();
         let control = Self { connection: Arc::new(Connection { shared, reader }) };
         let hello = wire::request::Body::Hello(wire::Hello { major: PROTOCOL_MAJOR });
         match control.request("hello", hello).await {
             Ok(wire::frame::Body::Welcome(welcome)) if welcome.major == PROTOCOL_MAJOR => {
-                control.shared().state().shell_generation = welcome.shell_generation;
                 let greeting = Greeting { sandbox_id: welcome.sandbox_id, shell_generation: welcome.shell_generation };
                 Ok((control, greeting))
             }
@@ -230,12 +244,11 @@ impl Control {
         observer: Arc<dyn CallObserver>,
     ) -> Result<(), ControlError> {
         let call_id = encoded.start.call_id.clone();
-        self.shared().state().calls.add(&call_id, !encoded.start.start_immediately, time_limit, observer).map_err(
-            |error| match error {
-                AddError::Duplicate => ControlError::Duplicate,
-                AddError::Full => ControlError::Busy { what: "calls" },
-            },
-        )?;
+        self.shared()
+            .state()
+            .calls
+            .add(&call_id, !encoded.start.start_immediately, time_limit, observer)
+            .map_err(ControlError::from)?;
         let sent = self.send_call(encoded).await;
         if sent.is_err() {
             self.shared().state().calls.remove(&call_id);

@@ -8,7 +8,7 @@ use prost::Message;
 use proto::init::v1 as wire;
 use tracing::{debug, warn};
 
-use super::calls::{Ended, LARGEST_RESULT};
+use super::calls::{Begun, Ended, LARGEST_RESULT};
 use super::exchange::{Shared, end_of, shorten};
 use super::violation::Violation;
 use super::{ControlEnd, decode};
@@ -38,6 +38,15 @@ impl Shared {
                 self.event(wire::frame::Body::CallFinished(finished))?;
                 wire::frame::Body::CallPrepared(prepared)
             }
+            wire::frame::Body::Welcome(welcome) => {
+                self.state().shell_generation = welcome.shell_generation;
+                wire::frame::Body::Welcome(welcome)
+            }
+            // Settled here and not by who asked: what comes behind it is judged by it.
+            wire::frame::Body::Snapshot(snapshot) if waiting.kind == "snapshot" => {
+                self.settle(&snapshot)?;
+                wire::frame::Body::Snapshot(snapshot)
+            }
             body => body,
         };
         // Who asked may have given up meanwhile.
@@ -48,32 +57,42 @@ impl Shared {
     fn event(self: &Arc<Self>, body: wire::frame::Body) -> Result<(), Violation> {
         match body {
             wire::frame::Body::CallStarted(started) => {
-                let (observer, time_limit, shell_generation) = {
+                let (Begun { observer, time_limit, earlier }, shell_generation) = {
                     let mut state = self.state();
-                    let (observer, time_limit) = state.calls.started(&started.call_id)?;
-                    (observer, time_limit, state.shell_generation)
+                    (state.calls.started(&started.call_id)?, state.shell_generation)
                 };
                 if let Some(limit) = time_limit {
-                    self.watch_overdue(started.call_id, limit);
+                    // Counted from the start, which process 1 can only claim to be earlier than it was.
+                    let passed = if earlier { since(started.boottime_ns) } else { Duration::ZERO };
+                    self.watch_overdue(started.call_id, limit.saturating_sub(passed));
                 }
-                observer.observe(CallEvent::Started { boottime_ns: started.boottime_ns, shell_generation });
+                if let Some(observer) = observer {
+                    observer.observe(CallEvent::Started { boottime_ns: started.boottime_ns, shell_generation });
+                }
             }
             wire::frame::Body::OutputAdvanced(advanced) => {
                 let lengths = decode::lengths(&advanced.streams)?;
                 let (observer, lengths) = self.state().calls.advanced(&advanced.call_id, lengths)?;
-                observer.observe(CallEvent::OutputAdvanced(lengths));
+                if let Some(observer) = observer {
+                    observer.observe(CallEvent::OutputAdvanced(lengths));
+                }
             }
             wire::frame::Body::CallFinished(finished) => {
-                let call_id = finished.call_id.clone();
+                let (call_id, started) = (finished.call_id.clone(), finished.started_boottime_ns);
                 let end = decode::call_end(finished, &self.output_root)?;
                 let (Ended { observer, unannounced, ahead }, shell_generation) = {
                     let mut state = self.state();
                     state.shell_generation = end.shell_generation.max(state.shell_generation);
                     (state.calls.finished(&call_id, &end)?, state.shell_generation)
                 };
+                let Some(observer) = observer else {
+                    self.discard_when_settled(call_id);
+                    return Ok(());
+                };
                 if unannounced {
-                    observer
-                        .observe(CallEvent::Started { boottime_ns: started_before(end.duration), shell_generation });
+                    // A process 1 of an earlier version does not say.
+                    let boottime_ns = if started == 0 { started_before(end.duration) } else { started };
+                    observer.observe(CallEvent::Started { boottime_ns, shell_generation });
                 }
                 self.report_end(call_id, end, ahead, observer);
             }
@@ -123,7 +142,7 @@ impl Shared {
     }
 
     /// Process 1 enforces time limits; that it does so is not taken on trust.
-    fn watch_overdue(self: &Arc<Self>, call_id: String, limit: Duration) {
+    pub(super) fn watch_overdue(self: &Arc<Self>, call_id: String, limit: Duration) {
         let shared = Arc::downgrade(self);
         let wait = limit.saturating_add(self.patience.overdue_margin);
         let mut end = self.end.subscribe();
@@ -133,7 +152,7 @@ impl Shared {
                 _ = end.wait_for(Option::is_some) => return,
             }
             if let Some(shared) = shared.upgrade()
-                && shared.state().calls.is_running(&call_id)
+                && shared.state().calls.is_open(&call_id)
             {
                 shared.finish(Violation::Overdue.into());
             }
@@ -164,6 +183,7 @@ pub(super) async fn read_loop(shared: Arc<Shared>) {
             Err(error) => break end_of(error),
             Ok(packet) => {
                 if let Err(violation) = shared.deliver(packet.bytes) {
+                    shared.tell_unrecorded(&violation);
                     break violation.into();
                 }
             }
@@ -194,6 +214,14 @@ async fn fetch_result(shared: &Shared, call_id: &str, total: u64) -> Option<Vec<
 
 /// CLOCK_BOOTTIME that long ago, for a call whose start was not announced because its end came first.
 fn started_before(duration: Duration) -> u64 {
-    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).map(Duration::from).unwrap_or_default();
-    u64::try_from(now.saturating_sub(duration).as_nanos()).unwrap_or(u64::MAX)
+    u64::try_from(boottime().saturating_sub(duration).as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// How long ago that was; nothing when it is still to come.
+fn since(boottime_ns: u64) -> Duration {
+    boottime().saturating_sub(Duration::from_nanos(boottime_ns))
+}
+
+fn boottime() -> Duration {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).map(Duration::from).unwrap_or_default()
 }

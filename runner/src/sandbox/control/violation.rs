@@ -39,6 +39,15 @@ pub enum Violation {
         /// The event.
         event: &'static str,
     },
+    /// A call has run, or so it is said, and nobody wrote down that its gate may be opened. Either somebody else speaks for
+    /// process 1, or what was written down is lost; whether the call ran cannot be known.
+    #[error("{event} for call {call_id}, whose start was never written down")]
+    Unrecorded {
+        /// The event.
+        event: &'static str,
+        /// The call, one that was expected.
+        call_id: String,
+    },
     /// A number or text that cannot be.
     #[error("{field} cannot be {value}")]
     Impossible {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use proto::launch::v1 as wire;
 
-use super::{HostReport, InspectedLimits, Inspection, MissingLayer, ReportedLayer};
+use super::{HostReport, InspectedLimits, Inspection, ListedSandbox, MissingLayer, ReportedLayer};
 use crate::sandbox::spec::{Limits, Rootfs, Spec};
 
 pub(super) fn host_report(welcome: wire::Welcome) -> HostReport {
@@ -75,6 +75,18 @@ pub(super) fn layer(layer: wire::Layer) -> ReportedLayer {
         requested: layer.requested,
         enforced: Some(layer.enforced).filter(|text| !text.is_empty()),
         errno: layer.errno,
+    }
+}
+
+pub(super) fn listed(entry: wire::SandboxEntry) -> ListedSandbox {
+    ListedSandbox {
+        sandbox_id: entry.sandbox_id,
+        socket_name: entry.socket_name,
+        pid: entry.pid,
+        adopted: entry.adopted,
+        id_base: entry.id_base,
+        id_count: entry.id_count,
+        output_directory: entry.output_directory,
     }
 }
 

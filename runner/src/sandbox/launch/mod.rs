@@ -222,19 +222,26 @@ impl Launcher {
     /// # Errors
     /// [`LaunchError`].
     pub async fn list(&self) -> Result<Vec<ListedSandbox>, LaunchError> {
+        self.listed("").await
+    }
+
+    /// One sandbox, if the launcher holds it.
+    ///
+    /// # Errors
+    /// [`LaunchError`].
+    pub async fn find(&self, sandbox_id: &str) -> Result<Option<ListedSandbox>, LaunchError> {
+        // A launcher of an earlier version lists all of them.
+        Ok(self.listed(sandbox_id).await?.into_iter().find(|entry| entry.sandbox_id == sandbox_id))
+    }
+
+    async fn listed(&self, sandbox_id: &str) -> Result<Vec<ListedSandbox>, LaunchError> {
         const KIND: &str = "ListSandboxes";
-        match self.request(KIND, wire::request::Body::ListSandboxes(wire::ListSandboxes {})).await? {
-            (wire::reply::Body::SandboxList(list), _) => Ok(list
-                .sandboxes
-                .into_iter()
-                .filter(|entry| is_file_name(&entry.socket_name))
-                .map(|entry| ListedSandbox {
-                    sandbox_id: entry.sandbox_id,
-                    socket_name: entry.socket_name,
-                    pid: entry.pid,
-                    adopted: entry.adopted,
-                })
-                .collect()),
+        let request = wire::ListSandboxes { sandbox_id: sandbox_id.to_owned() };
+        match self.request(KIND, wire::request::Body::ListSandboxes(request)).await? {
+            (wire::reply::Body::SandboxList(list), _) => {
+                let usable = list.sandboxes.into_iter().filter(|entry| is_file_name(&entry.socket_name));
+                Ok(usable.map(frames::listed).collect())
+            }
             _ => Err(LaunchError::WrongAnswer { request: KIND }),
         }
     }
@@ -252,7 +259,9 @@ impl Launcher {
         }
     }
 
-    /// Waits for the ending of a sandbox that another runner made and this one takes over.
+    /// Waits for the ending of a sandbox that another runner made and this one takes over: the launcher tells every runner of
+    /// every ending. From here the sandbox is counted on, so that a launcher that comes back keeps it. Called before the
+    /// sandbox is looked for in the list, no ending is missed.
     pub fn watch_ending(&self, sandbox_id: &str) -> watch::Receiver<Option<Ended>> {
         let mut table = self.table();
         if let Link::Gone(reason) = &table.link {
@@ -260,6 +269,16 @@ impl Launcher {
             return watch::channel(Some(Ended { wait_status: None, oom_kills: 0, reason })).1;
         }
         table.endings.entry(sandbox_id.to_owned()).or_insert_with(|| watch::channel(None).0).subscribe()
+    }
+
+    /// Nobody counts on a sandbox that turned out not to exist.
+    pub fn stop_watching(&self, sandbox_id: &str) {
+        self.table().endings.remove(sandbox_id);
+    }
+
+    /// Whether somebody here counts on a sandbox.
+    pub fn counts_on(&self, sandbox_id: &str) -> bool {
+        self.table().endings.contains_key(sandbox_id)
     }
 
     async fn request_done(&self, kind: &'static str, body: wire::request::Body) -> Result<(), LaunchError> {

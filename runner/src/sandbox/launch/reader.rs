@@ -41,7 +41,7 @@ async fn rejoin(shared: &Shared, path: &Path) -> Result<Arc<PacketSocket>, Strin
         wire::reply::Body::Welcome(welcome) if greeting::is_ours(&welcome) => {}
         _ => return Err("its first answer is not a welcome".to_owned()),
     }
-    let list = wire::request::Body::ListSandboxes(wire::ListSandboxes {});
+    let list = wire::request::Body::ListSandboxes(wire::ListSandboxes::default());
     let wire::reply::Body::SandboxList(list) = ask(shared, &socket, list).await? else {
         return Err("it does not say which sandboxes it holds".to_owned());
     };

@@ -139,4 +139,10 @@ pub struct ListedSandbox {
     pub pid: u32,
     /// Taken over from an earlier launcher.
     pub adopted: bool,
+    /// First host id of the range.
+    pub id_base: u32,
+    /// Number of ids.
+    pub id_count: u32,
+    /// Where the workload sees the output of its calls; empty is the usual place.
+    pub output_directory: String,
 }

@@ -7,6 +7,7 @@ use super::{
     Action, Call, CallId, CallPhase, CancelMode, Code, Core, Phase, Replay, RequestKind, SessionId, SessionPhase,
     ToolFailure, Update, closing, draining, read_only, stale, unknown_session,
 };
+use crate::journal::Record;
 use crate::work::{CallResult, DrainMode, Gate, PreparedCall, ToolCall};
 
 impl Core {
@@ -173,7 +174,7 @@ impl Core {
         let Some(call) = self.calls.get_mut(call_id) else { return };
         if !durable {
             self.read_only = true;
-            return self.unaccept(call_id);
+            return self.unaccept(call_id, read_only());
         }
         call.accepted = true;
         let (session_id, phase) = (call.request.session_id.clone(), call.wire_phase());
@@ -192,14 +193,23 @@ impl Core {
         self.start_next(&session_id);
     }
 
+    /// Its caller may count on it from here: the call will not run, whatever happens to this process.
+    pub(super) fn journalled_tombstone(&mut self, call_id: CallId, epoch: u64, durable: bool) {
+        if durable {
+            return self.tell(Update::CancelNoted { call_id, epoch, phase: None });
+        }
+        self.read_only = true;
+        self.refuse(RequestKind::Cancel, None, Some(call_id), epoch, read_only());
+    }
+
     /// The journal refused the call: whatever was prepared is dropped, and its caller hears a refusal.
-    fn unaccept(&mut self, call_id: &CallId) {
+    pub(super) fn unaccept(&mut self, call_id: &CallId, failure: ToolFailure) {
         let Some(call) = self.calls.get_mut(call_id) else { return };
         match call.phase {
-            Phase::Queued => self.finish_queued(call_id, never_started(read_only())),
-            Phase::Preparing => call.phase = Phase::Aborting(Some(read_only())),
+            Phase::Queued => self.finish_queued(call_id, never_started(failure)),
+            Phase::Preparing => call.phase = Phase::Aborting(Some(failure)),
             Phase::Prepared => {
-                call.phase = Phase::Aborting(Some(read_only()));
+                call.phase = Phase::Aborting(Some(failure));
                 let session_id = call.request.session_id.clone();
                 self.actions.push(Action::Abort { session_id, call_id: call_id.clone() });
             }
@@ -295,8 +305,11 @@ impl Core {
     }
 
     pub(super) fn ended(&mut self, call_id: &CallId, result: Arc<CallResult>) {
-        if self.calls.get(call_id).is_some_and(Call::is_active) {
-            self.finish_active(call_id, result);
+        match self.calls.get(call_id) {
+            Some(call) if call.is_active() => self.finish_active(call_id, result),
+            // Its sandbox says that it has run, and no record does. Whoever is right, it must not run now.
+            Some(Call { restored: true, phase: Phase::Queued, .. }) => self.finish_queued(call_id, result),
+            _ => {}
         }
     }
 
@@ -320,7 +333,10 @@ impl Core {
                 }
                 self.tombstones.push_back(call_id.clone());
             }
-            let phase = forgotten.then_some(CallPhase::Finished);
+            if !forgotten {
+                return self.actions.push(Action::WriteTombstone { call_id: call_id.clone(), epoch, mode });
+            }
+            let phase = Some(CallPhase::Finished);
             return self.tell(Update::CancelNoted { call_id: call_id.clone(), epoch, phase });
         };
         let owner = call.request.session_id.clone();
@@ -341,6 +357,7 @@ impl Core {
         let harder = call.cancel.is_none_or(|before| mode > before);
         if harder {
             call.cancel = Some(mode);
+            self.actions.push(Action::Note(Record::Cancelled { call_id: call_id.clone(), mode }));
         }
         let running = matches!(call.phase, Phase::Running);
         let queued = matches!(call.phase, Phase::Queued);
@@ -396,7 +413,7 @@ impl Core {
         }
     }
 
-    fn finish_queued(&mut self, call_id: &CallId, result: Arc<CallResult>) {
+    pub(super) fn finish_queued(&mut self, call_id: &CallId, result: Arc<CallResult>) {
         let Some(call) = self.calls.get(call_id) else { return };
         if let Some(session) = self.sessions.get_mut(&call.request.session_id) {
             session.queue.retain(|queued| queued != call_id);
@@ -405,7 +422,7 @@ impl Core {
         self.write_end(call_id, result);
     }
 
-    fn finish_active(&mut self, call_id: &CallId, result: Arc<CallResult>) {
+    pub(super) fn finish_active(&mut self, call_id: &CallId, result: Arc<CallResult>) {
         let Some(call) = self.calls.get(call_id) else { return };
         let session_id = call.request.session_id.clone();
         if let Some(session) = self.sessions.get_mut(&session_id)
@@ -423,7 +440,7 @@ impl Core {
         }
     }
 
-    fn write_end(&mut self, call_id: &CallId, result: Arc<CallResult>) {
+    pub(super) fn write_end(&mut self, call_id: &CallId, result: Arc<CallResult>) {
         if let Some(call) = self.calls.get_mut(call_id) {
             call.phase = Phase::Finishing(Arc::clone(&result));
             self.actions.push(Action::WriteFinished { call_id: call_id.clone(), result });
@@ -464,7 +481,7 @@ impl Core {
     }
 
     /// The placement of the call's session now: a session may have been taken over since the call was made.
-    fn epoch_of(&self, call_id: &CallId) -> u64 {
+    pub(super) fn epoch_of(&self, call_id: &CallId) -> u64 {
         self.calls.get(call_id).map_or(0, |call| {
             self.sessions.get(&call.request.session_id).map_or(call.request.epoch, |session| session.epoch)
         })

@@ -6,18 +6,21 @@
 //! is bounded by `Config`.
 
 mod calls;
+mod restore;
 mod state;
 mod types;
 
 use std::collections::{HashMap, VecDeque};
+use std::time::Duration;
 
 use state::{Call, Ending, Phase, Session, SessionPhase};
 pub use state::{CallStage, SessionStage};
 pub use types::{Action, Config, Input};
 
+use crate::journal::Record;
 use crate::work::{
-    CallId, CallPhase, CancelMode, Code, DrainMode, Receipt, Replay, RequestKind, SessionClose, SessionEnd, SessionId,
-    SessionOpen, ToolFailure, Update, WorkItem,
+    CallId, CallPhase, CancelMode, Code, DrainMode, Receipt, Replay, RequestKind, SandboxId, SessionClose, SessionEnd,
+    SessionId, SessionOpen, ToolFailure, Update, WorkItem,
 };
 
 use super::registry::Registry;
@@ -39,6 +42,10 @@ pub struct Core {
     drain: Option<DrainMode>,
     suspended: bool,
     read_only: bool,
+    /// Until when an orchestrator may be counted on, and how long sandboxes live beyond it.
+    lease: Option<(u64, Duration)>,
+    /// Sandboxes of an earlier runner that are being taken over.
+    attaching: usize,
     actions: Vec<Action>,
 }
 
@@ -59,6 +66,8 @@ impl Core {
             drain: None,
             suspended: false,
             read_only: false,
+            lease: None,
+            attaching: 0,
             actions: Vec::new(),
         }
     }
@@ -68,13 +77,20 @@ impl Core {
         let counts = (self.sessions.len(), self.open_calls());
         match input {
             Input::Work(item) => self.work(item),
-            Input::SandboxReady { session_id, receipt } => self.sandbox_ready(&session_id, receipt),
+            Input::Recovered(recovered) => self.restore(*recovered),
+            Input::SandboxAttached { session_id, found } => self.sandbox_attached(&session_id, &found),
+            Input::SandboxReady { session_id, sandbox_id, receipt } => {
+                self.sandbox_ready(&session_id, sandbox_id, receipt);
+            }
+            Input::ReadyWritten { session_id, durable } => self.journalled_ready(&session_id, durable),
             Input::SandboxFailed { session_id, failure } => {
                 self.end_session(&session_id, SessionEnd::OpenFailed(failure));
             }
             Input::SandboxClosed { session_id } => self.sandbox_closed(&session_id),
             Input::SandboxLost { session_id, reason } => self.sandbox_lost(&session_id, &reason),
             Input::Accepted { call_id, durable } => self.journalled_accepted(&call_id, durable),
+            Input::AcceptRefused { call_id, reason } => self.unaccept(&call_id, busy(&reason)),
+            Input::TombstoneWritten { call_id, epoch, durable } => self.journalled_tombstone(call_id, epoch, durable),
             Input::Prepared { call_id } => self.prepared(&call_id),
             Input::PrepareFailed { call_id, failure } => self.prepare_failed(&call_id, failure),
             Input::StartWritten { call_id, durable } => self.journalled_start(&call_id, durable),
@@ -115,6 +131,12 @@ impl Core {
     #[must_use]
     pub fn is_draining(&self) -> bool {
         self.drain.is_some()
+    }
+
+    /// Whether an earlier runner took this call.
+    #[must_use]
+    pub fn is_restored(&self, call_id: &CallId) -> bool {
+        self.calls.get(call_id).is_some_and(|call| call.restored)
     }
 
     /// Whether the journal has refused a record.
@@ -163,7 +185,30 @@ impl Core {
             }
             WorkItem::Suspend { session_id: Some(session_id) } => self.set_suspended(&session_id, true),
             WorkItem::Resume { session_id: Some(session_id) } => self.set_suspended(&session_id, false),
+            WorkItem::Lease { until_ns, orphan_time } => self.renew(until_ns, orphan_time),
             WorkItem::Drain(mode) => self.drain(mode),
+        }
+    }
+
+    /// Whoever places a session elsewhere waits for that long, so nothing of it may be alive here then.
+    fn renew(&mut self, until_ns: u64, orphan_time: Duration) {
+        self.lease = Some((until_ns, orphan_time));
+        let mut ids: Vec<_> = self.sessions.keys().cloned().collect();
+        ids.sort();
+        for session_id in ids {
+            self.set_deadline(&session_id);
+        }
+    }
+
+    fn set_deadline(&mut self, session_id: &SessionId) {
+        let (Some(session), Some((until_ns, orphan_time))) = (self.sessions.get(session_id), self.lease) else {
+            return;
+        };
+        if matches!(session.phase, SessionPhase::Ready) {
+            let orphan_time = session.open_request.orphan_timeout.unwrap_or(orphan_time);
+            let nanoseconds = u64::try_from(orphan_time.as_nanos()).unwrap_or(u64::MAX);
+            let boottime_ns = until_ns.saturating_add(nanoseconds);
+            self.actions.push(Action::Deadline { session_id: session_id.clone(), boottime_ns });
         }
     }
 
@@ -186,10 +231,14 @@ impl Core {
                     "close the session first, or send the request it was opened with",
                 ))
             } else {
-                session.epoch = epoch;
+                if epoch > session.epoch {
+                    session.epoch = epoch;
+                    let taken_over = SessionOpen { epoch, ..session.open_request.clone() };
+                    self.actions.push(Action::Note(Record::SessionOpening(Box::new(taken_over))));
+                }
                 match session.phase {
                     SessionPhase::Ready => Ok(Some(session.receipt.clone())),
-                    SessionPhase::Opening => Ok(None),
+                    SessionPhase::Opening | SessionPhase::Recording => Ok(None),
                     SessionPhase::Closing(_) => Err(closing(&session_id)),
                 }
             };
@@ -205,6 +254,7 @@ impl Core {
         match self.admit(&request) {
             Ok(request) => {
                 self.sessions.insert(session_id.clone(), Session::new(request.clone()));
+                self.actions.push(Action::Note(Record::SessionOpening(Box::new(request.clone()))));
                 self.actions.push(Action::CreateSandbox(Box::new(request)));
             }
             Err(failure) => self.refuse(RequestKind::Open, Some(session_id), None, epoch, failure),
@@ -225,27 +275,37 @@ impl Core {
         Ok(SessionOpen { limits, ..request.clone() })
     }
 
-    fn sandbox_ready(&mut self, session_id: &SessionId, receipt: Receipt) {
+    fn sandbox_ready(&mut self, session_id: &SessionId, sandbox_id: SandboxId, receipt: Receipt) {
         let Some(session) = self.sessions.get_mut(session_id) else { return };
-        session.receipt = receipt.clone();
+        session.receipt.clone_from(&receipt);
         match &session.phase {
             SessionPhase::Opening => {
-                session.phase = SessionPhase::Ready;
-                let epoch = session.epoch;
-                self.tell(Update::SessionOpened {
-                    session_id: session_id.clone(),
-                    epoch,
-                    receipt,
-                    replay: Replay::First,
-                });
-                self.start_next(session_id);
+                session.phase = SessionPhase::Recording;
+                self.actions.push(Action::WriteReady { session_id: session_id.clone(), sandbox_id, receipt });
             }
             SessionPhase::Closing(ending) => {
                 let grace = ending.grace;
                 self.actions.push(Action::CloseSandbox { session_id: session_id.clone(), grace });
             }
-            SessionPhase::Ready => {}
+            SessionPhase::Recording | SessionPhase::Ready => {}
         }
+    }
+
+    /// Its caller may count on the session from here: the next runner will find its sandbox.
+    fn journalled_ready(&mut self, session_id: &SessionId, durable: bool) {
+        self.read_only |= !durable;
+        let Some(session) = self.sessions.get_mut(session_id) else { return };
+        if !matches!(session.phase, SessionPhase::Recording) {
+            return;
+        }
+        if !durable {
+            return self.begin_close(session_id, SessionEnd::OpenFailed(read_only()), Duration::ZERO);
+        }
+        session.phase = SessionPhase::Ready;
+        let (epoch, receipt, replay) = (session.epoch, session.receipt.clone(), Replay::First);
+        self.tell(Update::SessionOpened { session_id: session_id.clone(), epoch, receipt, replay });
+        self.set_deadline(session_id);
+        self.start_next(session_id);
     }
 
     fn close(&mut self, request: SessionClose) {
@@ -260,11 +320,11 @@ impl Core {
     }
 
     /// Ends a session whose sandbox still has to be ended.
-    fn begin_close(&mut self, session_id: &SessionId, end: SessionEnd, grace: std::time::Duration) {
+    fn begin_close(&mut self, session_id: &SessionId, end: SessionEnd, grace: Duration) {
         let Some(session) = self.sessions.get_mut(session_id) else { return };
         let was_ready = match &session.phase {
             SessionPhase::Closing(_) => return,
-            phase => matches!(phase, SessionPhase::Ready),
+            phase => matches!(phase, SessionPhase::Recording | SessionPhase::Ready),
         };
         session.phase = SessionPhase::Closing(Ending { end, grace, sandbox_gone: false });
         if was_ready {
@@ -282,24 +342,24 @@ impl Core {
     fn sandbox_lost(&mut self, session_id: &SessionId, reason: &str) {
         let Some(session) = self.sessions.get_mut(session_id) else { return };
         let failure = lost(session_id, reason);
+        let attaching = session.attaching;
         if !matches!(session.phase, SessionPhase::Closing(_)) {
             let end = SessionEnd::SandboxLost(failure.clone());
-            session.phase =
-                SessionPhase::Closing(Ending { end, grace: std::time::Duration::ZERO, sandbox_gone: false });
+            session.phase = SessionPhase::Closing(Ending { end, grace: Duration::ZERO, sandbox_gone: false });
         }
         self.fail_queue(session_id, &failure);
         self.settle_active(session_id, Code::SandboxLost, &failure.message);
+        if attaching {
+            self.attached_or_lost(session_id);
+        }
         self.sandbox_gone(session_id);
     }
 
     fn end_session(&mut self, session_id: &SessionId, end: SessionEnd) {
         let Some(session) = self.sessions.get_mut(session_id) else { return };
         if let SessionPhase::Opening = session.phase {
-            session.phase = SessionPhase::Closing(Ending {
-                end: end.clone(),
-                grace: std::time::Duration::ZERO,
-                sandbox_gone: false,
-            });
+            session.phase =
+                SessionPhase::Closing(Ending { end: end.clone(), grace: Duration::ZERO, sandbox_gone: false });
         }
         let failure = match end {
             SessionEnd::OpenFailed(failure) | SessionEnd::SandboxLost(failure) => failure,
@@ -329,6 +389,8 @@ impl Core {
         let Some(session) = self.sessions.remove(session_id) else { return };
         let SessionPhase::Closing(ending) = session.phase else { return };
         self.registry.release(session_id);
+        let ended = Record::SessionEnded { session_id: session_id.clone(), epoch: session.epoch };
+        self.actions.push(Action::Note(ended));
         self.epoch_floor = self.epoch_floor.max(session.epoch);
         self.tell(Update::SessionEnded { session_id: session_id.clone(), epoch: session.epoch, end: ending.end });
         self.actions.push(Action::ReleaseSandbox { session_id: session_id.clone() });
@@ -415,6 +477,14 @@ fn lost(session_id: &SessionId, reason: &str) -> ToolFailure {
 
 fn draining() -> ToolFailure {
     ToolFailure::new(Code::Draining, "this runner is being emptied", "place the work on another runner")
+}
+
+fn busy(reason: &str) -> ToolFailure {
+    ToolFailure::new(
+        Code::QueueFull,
+        format!("the journal of this runner takes no new call now: {reason}"),
+        "send the call again later under a new id, or place the work on another runner",
+    )
 }
 
 fn read_only() -> ToolFailure {

@@ -16,6 +16,8 @@ pub(super) struct Session {
     pub(super) epoch: u64,
     pub(super) phase: SessionPhase,
     pub(super) receipt: Receipt,
+    /// The sandbox that an earlier runner made for it is being taken over.
+    pub(super) attaching: bool,
     /// Nobody has decided about it after a reconnect: it starts nothing.
     pub(super) suspended: bool,
     /// Waiting calls, in order.
@@ -35,6 +37,8 @@ pub(super) struct Session {
 pub(super) enum SessionPhase {
     /// Its sandbox is being made.
     Opening,
+    /// Its sandbox is there, and that is being written down.
+    Recording,
     /// It takes calls.
     Ready,
     /// It takes nothing more.
@@ -67,6 +71,7 @@ impl Session {
             open_request,
             phase: SessionPhase::Opening,
             receipt: Receipt::default(),
+            attaching: false,
             suspended: false,
             queue: VecDeque::new(),
             active: HashSet::new(),
@@ -86,7 +91,7 @@ impl Session {
 
     pub(super) fn stage(&self) -> SessionStage {
         match self.phase {
-            SessionPhase::Opening => SessionStage::Opening,
+            SessionPhase::Opening | SessionPhase::Recording => SessionStage::Opening,
             SessionPhase::Ready => SessionStage::Ready,
             SessionPhase::Closing(_) => SessionStage::Closing,
         }
@@ -102,6 +107,8 @@ pub(super) struct Call {
     /// The sandbox has seen it, so it must be told when the result is stored.
     pub(super) in_sandbox: bool,
     pub(super) cancel: Option<CancelMode>,
+    /// An earlier runner took it.
+    pub(super) restored: bool,
     pub(super) phase: Phase,
 }
 
@@ -141,7 +148,7 @@ pub enum CallStage {
 
 impl Call {
     pub(super) fn new(request: ToolCall) -> Self {
-        Self { request, accepted: false, in_sandbox: false, cancel: None, phase: Phase::Queued }
+        Self { request, accepted: false, in_sandbox: false, cancel: None, restored: false, phase: Phase::Queued }
     }
 
     pub(super) fn wire_phase(&self) -> CallPhase {

@@ -1,11 +1,13 @@
 //! What goes into the core and what comes out of it.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::journal::{Record, Recovered};
 use crate::work::{
-    CallId, CallResult, CancelMode, PreparedCall, Receipt, SessionId, SessionOpen, ToolCall, ToolFailure, Update,
-    WorkItem,
+    CallId, CallResult, CancelMode, FoundCall, Gate, PreparedCall, Receipt, SandboxId, SessionId, SessionOpen,
+    ToolCall, ToolFailure, Update, WorkItem,
 };
 
 /// Bounds and habits.
@@ -47,14 +49,32 @@ impl Default for Config {
 /// Everything that can happen.
 #[derive(Debug, Clone)]
 pub enum Input {
+    /// What an earlier runner left; before anything else, and once.
+    Recovered(Box<Recovered>),
+    /// `Action::AttachSandbox` is done. When it failed, `SandboxLost` says so instead.
+    SandboxAttached {
+        /// Its session.
+        session_id: SessionId,
+        /// The calls that it knows.
+        found: BTreeMap<CallId, FoundCall>,
+    },
     /// A connector brought something.
     Work(WorkItem),
     /// A sandbox can take calls.
     SandboxReady {
         /// Its session.
         session_id: SessionId,
+        /// Its name on this host.
+        sandbox_id: SandboxId,
         /// What protects it.
         receipt: Receipt,
+    },
+    /// `Action::WriteReady` is done.
+    ReadyWritten {
+        /// The session.
+        session_id: SessionId,
+        /// False: the journal refused.
+        durable: bool,
     },
     /// A sandbox could not be made.
     SandboxFailed {
@@ -79,6 +99,22 @@ pub enum Input {
     Accepted {
         /// The call.
         call_id: CallId,
+        /// False: the journal refused.
+        durable: bool,
+    },
+    /// `Action::WriteAccepted` was refused for now: the disk is slow or full. Other calls may be taken later.
+    AcceptRefused {
+        /// The call.
+        call_id: CallId,
+        /// What the journal said.
+        reason: String,
+    },
+    /// `Action::WriteTombstone` is done.
+    TombstoneWritten {
+        /// The call.
+        call_id: CallId,
+        /// Placement as named in the request.
+        epoch: u64,
         /// False: the journal refused.
         durable: bool,
     },
@@ -143,6 +179,17 @@ pub enum Action {
     Tell(Update),
     /// Make a sandbox: `SandboxReady` or `SandboxFailed`.
     CreateSandbox(Box<SessionOpen>),
+    /// Take over the sandbox of an earlier runner: `SandboxAttached` or `SandboxLost`.
+    AttachSandbox {
+        /// Its session.
+        session_id: SessionId,
+        /// Its name on this host.
+        sandbox_id: SandboxId,
+        /// What protects it.
+        receipt: Receipt,
+        /// Calls that it may hold, and how long they may take; with `Gate::Held` when the call provably has not begun.
+        calls: Vec<(CallId, Gate, Option<Duration>)>,
+    },
     /// End a sandbox: `SandboxClosed`.
     CloseSandbox {
         /// Its session.
@@ -154,6 +201,26 @@ pub enum Action {
     ReleaseSandbox {
         /// The ended session.
         session_id: SessionId,
+    },
+    /// Write down something that nobody waits for: its place in the sequence is what counts.
+    Note(Record),
+    /// Write down that a session has its sandbox: `ReadyWritten`.
+    WriteReady {
+        /// The session.
+        session_id: SessionId,
+        /// Its sandbox.
+        sandbox_id: SandboxId,
+        /// What protects it.
+        receipt: Receipt,
+    },
+    /// Write down that a call which has not arrived was cancelled: `TombstoneWritten`.
+    WriteTombstone {
+        /// The call.
+        call_id: CallId,
+        /// Placement as named in the request.
+        epoch: u64,
+        /// How hard.
+        mode: CancelMode,
     },
     /// Write down that a call is accepted: `Accepted`.
     WriteAccepted(ToolCall),
@@ -194,6 +261,13 @@ pub enum Action {
         session_id: SessionId,
         /// The call.
         call_id: CallId,
+    },
+    /// Move the moment at which the sandbox ends by itself.
+    Deadline {
+        /// Its session.
+        session_id: SessionId,
+        /// CLOCK_BOOTTIME.
+        boottime_ns: u64,
     },
     /// End a running call: `Ended` follows.
     Cancel {

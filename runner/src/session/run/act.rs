@@ -1,17 +1,19 @@
 //! Carries out what the core decides. What takes time runs beside the loop and reports back.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use tokio::time::Instant;
 
 use super::board::Board;
 use super::{Done, Loop};
-use crate::journal::JournalError;
+use crate::journal::{JournalError, Record};
 use crate::session::core::{Action, Input};
 use crate::session::present;
 use crate::work::{
-    BoxFuture, CallId, Code, Gate, RequestKind, SandboxId, SandboxRequest, SessionId, SessionOpen, ToolFailure, Update,
+    BoxFuture, CallId, Code, ExpectedCall, Gate, Receipt, RequestKind, SandboxId, SandboxRequest, SessionId,
+    SessionOpen, ToolFailure, Update,
 };
 
 impl Loop {
@@ -38,6 +40,9 @@ impl Loop {
         match action {
             Action::Tell(update) => self.tell(update).await,
             Action::CreateSandbox(open) => self.create(*open),
+            Action::AttachSandbox { session_id, sandbox_id, receipt, calls } => {
+                self.attach(session_id, sandbox_id, receipt, calls);
+            }
             Action::CloseSandbox { session_id, grace } => {
                 let Some(sandbox) = self.outputs.session(&session_id) else { return };
                 let (done, closed, sandbox_id) = (self.done.clone(), sandbox.close(grace), sandbox.sandbox_id());
@@ -48,21 +53,39 @@ impl Loop {
                 });
             }
             Action::ReleaseSandbox { session_id } => self.outputs.remove_session(&session_id),
+            Action::Note(record) => drop(self.journal.append(record)),
+            Action::WriteReady { session_id, sandbox_id, receipt } => {
+                let ready = Record::SessionReady { session_id: session_id.clone(), sandbox_id, receipt };
+                let written = self.journal.append(ready);
+                self.beside(written, |r| Done::Input(Input::ReadyWritten { session_id, durable: written_down(&r) }));
+            }
+            Action::WriteTombstone { call_id, epoch, mode } => {
+                let written = self.journal.append(Record::Cancelled { call_id: call_id.clone(), mode });
+                self.beside(written, move |r| {
+                    Done::Input(Input::TombstoneWritten { call_id, epoch, durable: written_down(&r) })
+                });
+            }
             Action::WriteAccepted(call) => {
-                let written = self.journal.accepted(&call);
-                let call_id = call.call_id;
-                self.beside(written, |r| Done::Input(Input::Accepted { call_id, durable: written_down(&r) }));
+                let call_id = call.call_id.clone();
+                let written = self.journal.append(Record::Accepted(Box::new(call)));
+                self.beside(written, |written| match written {
+                    Err(error) if !error.is_final => {
+                        Done::Input(Input::AcceptRefused { call_id, reason: error.reason })
+                    }
+                    written => Done::Input(Input::Accepted { call_id, durable: written_down(&written) }),
+                });
             }
             Action::WriteStarted { call_id } => {
-                let written = self.journal.started(&call_id);
+                let written = self.journal.append(Record::Started { call_id: call_id.clone() });
                 self.beside(written, |r| Done::Input(Input::StartWritten { call_id, durable: written_down(&r) }));
             }
             Action::WriteFinished { call_id, result } => {
                 self.deadlines.remove(&call_id);
-                let written = self.journal.finished(&call_id, &result);
+                let written = self.journal.append(Record::Finished { call_id: call_id.clone(), result });
                 self.beside(written, |r| Done::Input(Input::EndWritten { call_id, durable: written_down(&r) }));
             }
-            Action::Trim { call_id } => self.journal.trimmed(&call_id),
+            // Losing this only causes a repeat, so nobody waits for it.
+            Action::Trim { call_id } => drop(self.journal.append(Record::Acknowledged { call_id })),
             Action::ArmStartDeadline { call_id, within } => {
                 // A deadline beyond what a clock can hold is none.
                 if let Some(at) = Instant::now().checked_add(within) {
@@ -118,6 +141,16 @@ impl Loop {
                 // Its gate was never opened, so it never ran, whatever the sandbox says now.
                 self.beside(sandbox.abort(&call_id), |_| Done::Input(Input::Aborted { call_id }));
             }
+            Action::Deadline { session_id, boottime_ns } => {
+                let Some(sandbox) = self.outputs.session(&session_id) else { return };
+                self.beside(sandbox.deadline(boottime_ns), move |result| {
+                    // The earlier moment stands then, and the next renewal is soon.
+                    if let Err(failure) = result {
+                        tracing::debug!(%session_id, error = %failure, "deadline was not taken");
+                    }
+                    Done::Nothing
+                });
+            }
             Action::Cancel { session_id, call_id, mode } => {
                 let Some(sandbox) = self.outputs.session(&session_id) else { return };
                 // Its outcome comes through the observer; a call that has ended meanwhile cannot be cancelled.
@@ -152,6 +185,27 @@ impl Loop {
         }
     }
 
+    fn attach(
+        &mut self,
+        session_id: SessionId,
+        sandbox_id: SandboxId,
+        receipt: Receipt,
+        calls: Vec<(CallId, Gate, Option<Duration>)>,
+    ) {
+        self.attaching.insert(session_id.clone());
+        let expect = |(call_id, gate, time_limit): (CallId, Gate, Option<Duration>)| {
+            let observer = Board::observer(&self.board, session_id.clone(), call_id.clone());
+            ExpectedCall { call_id, gate, time_limit, observer }
+        };
+        let expected = calls.into_iter().map(expect).collect();
+        let attached = self.sandboxes.attach(sandbox_id, receipt, expected);
+        let done = self.done.clone();
+        tokio::spawn(async move {
+            // A closed channel means that the loop has ended, and with it everybody who cares.
+            let _ = done.send(Done::Attached(session_id, attached.await)).await;
+        });
+    }
+
     fn create(&mut self, open: SessionOpen) {
         let session_id = open.session_id.clone();
         let Ok(sandbox_id) = SandboxId::new(format!("sb-{}", uuid::Uuid::new_v4().simple())) else { return };
@@ -177,7 +231,7 @@ impl Loop {
 
 fn written_down(result: &Result<(), JournalError>) -> bool {
     if let Err(error) = result {
-        tracing::error!(call_id = %error.call_id, error = error as &dyn std::error::Error, "journal refused a record");
+        tracing::error!(error = error as &dyn std::error::Error, "a record is not in the journal");
     }
     result.is_ok()
 }

@@ -2,7 +2,7 @@
 //!
 //! It cannot grow beyond the number of running calls and never makes a writer wait.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::Notify;
@@ -31,9 +31,13 @@ impl Board {
         self.notify.notified().await;
     }
 
-    /// Takes every line.
-    pub(super) fn take(&self) -> HashMap<CallId, Line> {
-        std::mem::take(&mut *self.lines.lock().unwrap_or_else(PoisonError::into_inner))
+    /// Takes every line but those of sessions that are not ready to be told about.
+    pub(super) fn take(&self, unready: &HashSet<SessionId>) -> HashMap<CallId, Line> {
+        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        if unready.is_empty() {
+            return std::mem::take(&mut *lines);
+        }
+        lines.extract_if(|_, line| !unready.contains(&line.session_id)).collect()
     }
 
     /// An observer that notes the events of one call.
@@ -84,9 +88,9 @@ mod tests {
             lengths.advance(Stream::Stdout, total);
             observer.observe(CallEvent::OutputAdvanced(lengths));
         }
-        let lines = board.take();
+        let lines = board.take(&HashSet::new());
         assert_eq!(lines.len(), 1);
         assert_eq!(lines[&call_id].lengths.unwrap().get(Stream::Stdout), 9_999);
-        assert!(board.take().is_empty());
+        assert!(board.take(&HashSet::new()).is_empty());
     }
 }

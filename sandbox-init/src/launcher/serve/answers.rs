@@ -3,25 +3,40 @@
 use proto::launch::v1 as wire;
 use proto::launch::v1::reply::Body as Answer;
 
+use super::Launcher;
 use super::process::Process;
 use crate::launcher::background::{chain, root_errno};
 use crate::launcher::cgroup::Tree;
 use crate::launcher::shape::Shape;
 use crate::launcher::validate::refusal;
 
-/// The sandboxes that are ready.
-pub(super) fn sandbox_list<'a>(processes: impl Iterator<Item = &'a Process>) -> Answer {
-    Answer::SandboxList(wire::SandboxList { sandboxes: processes.filter_map(entry).collect() })
-}
+impl Launcher<'_> {
+    /// The sandboxes that are ready, or the one that was asked for.
+    pub(super) fn list(&self, only: &str) -> Answer {
+        let entries = self.processes.values().filter_map(|process| self.entry(process));
+        let wanted = entries.filter(|entry| only.is_empty() || entry.sandbox_id == only);
+        Answer::SandboxList(wire::SandboxList { sandboxes: wanted.collect() })
+    }
 
-fn entry(process: &Process) -> Option<wire::SandboxEntry> {
-    Some(wire::SandboxEntry {
-        sandbox_id: process.sandbox_id()?.to_owned(),
-        socket_name: format!("{}.sock", process.name),
-        pid: u32::try_from(process.pid).unwrap_or(0),
-        adopted: process.adopted,
-        id_base: process.slot.base,
-    })
+    fn entry(&self, process: &Process) -> Option<wire::SandboxEntry> {
+        Some(wire::SandboxEntry {
+            sandbox_id: process.sandbox_id()?.to_owned(),
+            socket_name: format!("{}.sock", process.name),
+            pid: u32::try_from(process.pid).unwrap_or(0),
+            adopted: process.adopted,
+            id_base: process.slot.base,
+            id_count: process.slot.count,
+            output_directory: self.output_directory(&process.name),
+        })
+    }
+
+    /// Where the workload finds the output of its calls; empty is the usual place.
+    pub(super) fn output_directory(&self, name: &str) -> String {
+        match self.parts.shape {
+            Shape::Nested => self.parts.places.sandboxes().join(name).join("output").display().to_string(),
+            Shape::Privileged | Shape::Unprivileged => String::new(),
+        }
+    }
 }
 
 /// What one sandbox uses now.

@@ -12,7 +12,7 @@ use prost::Message;
 use proto::launch::v1 as wire;
 use proto::launch::v1::{reply::Body as Answer, request::Body as Question};
 
-use super::answers::{host_error, inspection, sandbox_list, unknown};
+use super::answers::{host_error, inspection, unknown};
 use super::{End, Event, Launcher};
 use crate::launcher::shape::Shape;
 use crate::launcher::validate::refusal;
@@ -149,8 +149,9 @@ impl Launcher<'_> {
         match body {
             Question::CreateSandbox(request) => self.create(number, request_id, &request),
             Question::KillSandbox(kill) => self.kill_sandbox(number, request_id, &kill.sandbox_id),
-            Question::ListSandboxes(_) => {
-                self.answer(number, request_id, sandbox_list(self.processes.values()));
+            Question::ListSandboxes(asked) => {
+                let list = self.list(&asked.sandbox_id);
+                self.answer(number, request_id, list);
             }
             Question::FreezeSandbox(freeze) => {
                 let found = self.find(&freeze.sandbox_id);

@@ -148,6 +148,7 @@ impl Launcher<'_> {
         }
         layers.extend(booted.layers);
         let adopts = self.adopts();
+        let directory = self.processes.get(&number).map(|process| self.output_directory(&process.name));
         let Some(process) = self.processes.get_mut(&number) else { return };
         // Its namespaces and groups live without our descriptors.
         let blank = process.blank.take();
@@ -167,10 +168,7 @@ impl Launcher<'_> {
             id_base: process.slot.base,
             id_count: process.slot.count,
             layers,
-            output_directory: match self.parts.shape {
-                Shape::Nested => self.parts.places.sandboxes().join(&process.name).join("output").display().to_string(),
-                Shape::Privileged | Shape::Unprivileged => String::new(),
-            },
+            output_directory: directory.unwrap_or_default(),
             took_us: u64::try_from(waiting.since.elapsed().as_micros()).unwrap_or(u64::MAX),
         };
         let pidfd = process.pidfd.as_raw_fd();

@@ -1,0 +1,58 @@
+//! What a connector keeps beyond the process: numbers of events that are used up, and the term it has obeyed.
+
+use std::sync::Arc;
+
+use tracing::error;
+
+use super::{Journal, Record, Recovered};
+use crate::work::{BoxFuture, Memory};
+
+/// What a connector has remembered, in the journal of the calls.
+pub struct JournalMemory {
+    events_through: u64,
+    term: u64,
+    journal: Arc<dyn Journal>,
+}
+
+impl std::fmt::Debug for JournalMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("JournalMemory").field("term", &self.term).finish_non_exhaustive()
+    }
+}
+
+impl JournalMemory {
+    /// What `recovered` says, and from here `journal`.
+    #[must_use]
+    pub fn new(journal: Arc<dyn Journal>, recovered: &Recovered) -> Self {
+        Self { events_through: recovered.events_through, term: recovered.term, journal }
+    }
+
+    fn write(&self, record: Record) -> BoxFuture<'static, bool> {
+        let written = self.journal.append(record);
+        Box::pin(async move {
+            let written = written.await;
+            if let Err(error) = &written {
+                error!(error = error as &dyn std::error::Error, "a record is not in the journal");
+            }
+            written.is_ok()
+        })
+    }
+}
+
+impl Memory for JournalMemory {
+    fn events_through(&self) -> u64 {
+        self.events_through
+    }
+
+    fn term(&self) -> u64 {
+        self.term
+    }
+
+    fn reserve_events(&self, through: u64) -> BoxFuture<'static, bool> {
+        self.write(Record::Events { through })
+    }
+
+    fn obey(&self, term: u64) -> BoxFuture<'static, bool> {
+        self.write(Record::Term { term })
+    }
+}

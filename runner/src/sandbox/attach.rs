@@ -1,0 +1,154 @@
+//! A new runner takes over the sandboxes of an earlier one, and ends those that nobody wants.
+//!
+//! Bounded in time, because a sandbox that does not answer would delay everything a runner has to do at its start. What
+//! cannot be taken over is ended: a sandbox that lives without anybody who reads it is of no use to its session.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tracing::{error, info, warn};
+
+use super::HostSandboxes;
+use super::control::{Control, ControlEnd, ControlError, Patience, Resumed};
+use super::launch::{LaunchError, ListedSandbox};
+use super::live::{Known, LiveSandbox};
+use crate::work::{Attached, CallId, Code, ExpectedCall, FoundCall, Gate, Receipt, SandboxId, ToolFailure};
+
+/// How long everything up to a usable sandbox may take.
+const ATTACH_TIME: Duration = Duration::from_secs(2);
+/// How long is waited for the end of a sandbox that could not be taken over; it goes on behind our back.
+const KILL_TIME: Duration = Duration::from_secs(1);
+/// Sandboxes that are ended side by side.
+const KILLS_AT_ONCE: usize = 32;
+
+/// Why a sandbox was not taken over.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// It ended while no runner was there.
+    #[error("the launcher holds no such sandbox")]
+    Unknown,
+    /// The launcher does not say.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// Its process 1 does not answer as it should.
+    #[error("process 1 of the sandbox cannot be used")]
+    Control(#[from] ControlError),
+    /// The socket leads to another sandbox.
+    #[error("the socket of the sandbox leads to sandbox {found}")]
+    WrongSandbox {
+        /// Which answered.
+        found: String,
+    },
+    /// It took too long.
+    #[error("the sandbox could not be taken over within {} ms", ATTACH_TIME.as_millis())]
+    Late,
+}
+
+impl HostSandboxes {
+    /// Takes over a sandbox of an earlier runner, or ends it.
+    pub(super) async fn attach_live(
+        &self,
+        sandbox_id: SandboxId,
+        receipt: Receipt,
+        calls: Vec<ExpectedCall>,
+    ) -> Result<Attached, ToolFailure> {
+        let attempt = self.take_over(&sandbox_id, receipt, calls);
+        let result = tokio::time::timeout(ATTACH_TIME, attempt).await.unwrap_or(Err(AttachError::Late));
+        let error = match result {
+            Ok((sandbox, found)) => {
+                info!(%sandbox_id, pid = sandbox.pid(), calls = found.len(), "sandbox taken over");
+                return Ok(Attached { sandbox: Arc::new(sandbox), found });
+            }
+            Err(error) => error,
+        };
+        warn!(%sandbox_id, error = &error as &dyn std::error::Error, "sandbox was not taken over and is ended");
+        let (launcher, ended_id) = (self.launcher.clone(), sandbox_id);
+        let ending = tokio::spawn(async move {
+            if let Err(error) = launcher.kill(ended_id.as_str()).await {
+                error!(sandbox_id = %ended_id, error = &error as &dyn std::error::Error, "sandbox could not be ended");
+            }
+            launcher.stop_watching(ended_id.as_str());
+        });
+        let _ = tokio::time::timeout(KILL_TIME, ending).await;
+        Err(failure(&error))
+    }
+
+    async fn take_over(
+        &self,
+        sandbox_id: &SandboxId,
+        receipt: Receipt,
+        calls: Vec<ExpectedCall>,
+    ) -> Result<(LiveSandbox, BTreeMap<CallId, FoundCall>), AttachError> {
+        // First, so that an ending behind the look at the list is noticed; one before it is an absence from the list.
+        let ended = self.launcher.watch_ending(sandbox_id.as_str());
+        let listed = self.launcher.find(sandbox_id.as_str()).await?.ok_or(AttachError::Unknown)?;
+        let ListedSandbox { socket_name, pid, id_count, output_directory, .. } = listed;
+        let path = self.socket_directory.join(socket_name);
+        let held: Vec<CallId> =
+            calls.iter().filter(|call| call.gate == Gate::Held).map(|call| call.call_id.clone()).collect();
+        let patience = Patience::default();
+        let Resumed { control, greeting, mut found } =
+            Control::attach(&path, &output_directory, self.generation, patience, calls).await?;
+        if greeting.sandbox_id != sandbox_id.as_str() {
+            return Err(AttachError::WrongSandbox { found: format!("{:.80?}", greeting.sandbox_id) });
+        }
+        // What has not begun is handed over anew, in the turn that it has now.
+        for call_id in held {
+            if found.get(&call_id) == Some(&FoundCall::Prepared) {
+                control.abort(call_id.as_str()).await?;
+                found.remove(&call_id);
+            }
+        }
+        let known = Known { sandbox_id: sandbox_id.clone(), pid, id_count, ended };
+        Ok((LiveSandbox::new(self.launcher.clone(), known, control, receipt), found))
+    }
+
+    /// Ends every sandbox that the launcher holds, except for those in `keep` and those that somebody here counts on. From
+    /// here those in `keep` are counted on, also when the launcher is restarted before they are taken over.
+    ///
+    /// # Errors
+    /// The first [`LaunchError`]; the others are ended all the same.
+    pub async fn end_others(&self, keep: &[SandboxId]) -> Result<(), LaunchError> {
+        for sandbox_id in keep {
+            drop(self.launcher.watch_ending(sandbox_id.as_str()));
+        }
+        let listed = self.launcher.list().await?;
+        let mut others = listed.into_iter().filter(|entry| !self.launcher.counts_on(&entry.sandbox_id));
+        let mut result = Ok(());
+        let mut kills = JoinSet::new();
+        loop {
+            for ListedSandbox { sandbox_id, .. } in others.by_ref().take(KILLS_AT_ONCE - kills.len()) {
+                warn!(sandbox_id, "ending a sandbox that an earlier runner left");
+                let launcher = self.launcher.clone();
+                kills.spawn(async move { launcher.kill(&sandbox_id).await });
+            }
+            match kills.join_next().await {
+                None => return result,
+                Some(Ok(Err(error))) => result = result.and(Err(error)),
+                Some(Ok(Ok(())) | Err(_)) => {}
+            }
+        }
+    }
+}
+
+/// What a caller is told; the rest is in the log.
+fn failure(error: &AttachError) -> ToolFailure {
+    let message = match error {
+        AttachError::Unknown => "the sandbox ended while no runner was there".to_owned(),
+        AttachError::Launch(_) => "the sandbox was ended, because the launcher did not say where it is".to_owned(),
+        AttachError::Control(ControlError::Ended(ControlEnd::Violated(violation))) => {
+            format!("the sandbox was ended, because it broke the protocol: {violation}")
+        }
+        AttachError::Control(_) | AttachError::WrongSandbox { .. } => {
+            "the sandbox was ended, because it could not be spoken to".to_owned()
+        }
+        AttachError::Late => "the sandbox was ended, because it did not answer in time".to_owned(),
+    };
+    ToolFailure::new(Code::SandboxLost, message, "open a new session; what was changed in this one is gone")
+}
+
+#[cfg(test)]
+#[path = "attach_tests.rs"]
+mod tests;

@@ -1,0 +1,206 @@
+//! What becomes of what an earlier runner left: sandboxes are taken over, and every call goes on from where it provably is.
+//!
+//! A call whose start was not written down has not begun, so it waits in its queue again. One whose start was written down
+//! belongs to its sandbox, which says what became of it; where that cannot be asked any more, the outcome is unknown and
+//! the call is never run again. Nothing is started before an orchestrator has confirmed that it may be.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+
+use super::state::{cancelled_before_start, indeterminate};
+use super::{Action, Call, CallId, CallPhase, Code, Core, Phase, Replay, Session, SessionId, SessionPhase, Update};
+use crate::journal::{Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
+use crate::work::{FoundCall, Gate};
+
+impl Core {
+    pub(super) fn restore(&mut self, recovered: Recovered) {
+        self.epoch_floor = recovered.epoch_floor;
+        self.tombstones = recovered.tombstones.into();
+        self.suspended = !recovered.sessions.is_empty();
+        let mut sandboxes = Vec::new();
+        for RecoveredSession { open, sandbox, acknowledged } in recovered.sessions {
+            let session_id = open.session_id.clone();
+            self.registry.reinstate(&session_id, open.limits);
+            let mut session = Session::new(open.clone());
+            session.forgotten = acknowledged.into_iter().collect();
+            if let Some((_, receipt)) = &sandbox {
+                session.receipt = receipt.clone();
+            }
+            let (epoch, ready) = (session.epoch, sandbox.is_some());
+            self.sessions.insert(session_id.clone(), session);
+            self.tell(Update::SessionRestored { session_id: session_id.clone(), epoch, ready });
+            sandboxes.push((session_id, open, sandbox));
+        }
+        for call in recovered.calls {
+            self.restore_call(call);
+        }
+        for (session_id, open, sandbox) in sandboxes {
+            match sandbox {
+                // Nothing has run in it, so another one is as good.
+                None => self.actions.push(Action::CreateSandbox(Box::new(open))),
+                Some((sandbox_id, receipt)) if recovered.same_boot => {
+                    self.attaching += 1;
+                    if let Some(session) = self.sessions.get_mut(&session_id) {
+                        session.attaching = true;
+                    }
+                    let calls = self.expected_of(&session_id);
+                    self.actions.push(Action::AttachSandbox { session_id, sandbox_id, receipt, calls });
+                }
+                Some(_) => self.sandbox_lost(&session_id, "the machine was started again"),
+            }
+        }
+        self.tell_when_attached();
+    }
+
+    fn restore_call(&mut self, recovered: RecoveredCall) {
+        let RecoveredCall { call: request, cancel, phase } = recovered;
+        let (call_id, session_id) = (request.call_id.clone(), request.session_id.clone());
+        let digest = request.digest;
+        let mut call = Call { accepted: true, restored: true, cancel, ..Call::new(request) };
+        let told = match &phase {
+            RecoveredPhase::Accepted => CallPhase::Accepted,
+            RecoveredPhase::Started => CallPhase::Started,
+            RecoveredPhase::Finished(_) => CallPhase::Finished,
+        };
+        self.tell(Update::CallRestored {
+            call_id: call_id.clone(),
+            session_id: session_id.clone(),
+            digest,
+            phase: told,
+        });
+        match phase {
+            RecoveredPhase::Finished(result) => {
+                call.in_sandbox = true;
+                call.phase = Phase::Finished(Arc::clone(&result));
+                self.calls.insert(call_id.clone(), call);
+                if let Some(session) = self.sessions.get_mut(&session_id) {
+                    session.unacknowledged += 1;
+                }
+                let epoch = self.epoch_of(&call_id);
+                self.tell(Update::CallFinished { call_id, session_id, epoch, result });
+            }
+            RecoveredPhase::Accepted | RecoveredPhase::Started => {
+                self.restore_open_call(call_id, &session_id, call, told)
+            }
+        }
+    }
+
+    fn restore_open_call(&mut self, call_id: CallId, session_id: &SessionId, mut call: Call, phase: CallPhase) {
+        let cancel = call.cancel;
+        let within = call.request.limits.start_within;
+        let started = phase == CallPhase::Started;
+        if started {
+            (call.in_sandbox, call.phase) = (true, Phase::Running);
+        }
+        self.calls.insert(call_id.clone(), call);
+        let epoch = self.epoch_of(&call_id);
+        let (told_id, told_session) = (call_id.clone(), session_id.clone());
+        let replay = Replay::Duplicate;
+        self.tell(Update::CallAccepted { call_id: told_id, session_id: told_session, epoch, replay, phase });
+        let Some(session) = self.sessions.get_mut(session_id) else {
+            // Its session has ended, which the end of every call precedes; only a damaged journal says otherwise.
+            return self.write_end(&call_id, indeterminate(Code::SessionLost, "its session is over"));
+        };
+        session.open += 1;
+        if started {
+            session.active.insert(call_id);
+            self.running += 1;
+            return;
+        }
+        session.queue.push_back(call_id.clone());
+        self.queued += 1;
+        match (cancel, within) {
+            (Some(mode), _) => self.finish_queued(&call_id, cancelled_before_start(mode)),
+            // How long it had waited is not known: the clock of a wait does not outlive the process.
+            (None, Some(within)) => self.actions.push(Action::ArmStartDeadline { call_id, within }),
+            (None, None) => {}
+        }
+    }
+
+    /// Calls that the sandbox of a session may hold. What provably has not begun is dropped there and handed over anew.
+    fn expected_of(&self, session_id: &SessionId) -> Vec<(CallId, Gate, Option<std::time::Duration>)> {
+        let mut expected: Vec<_> = self
+            .calls
+            .iter()
+            .filter(|(_, call)| call.request.session_id == *session_id)
+            .filter(|(_, call)| call.in_sandbox || matches!(call.phase, Phase::Queued))
+            .map(|(call_id, call)| {
+                let limits = call.request.limits;
+                let gate = if call.in_sandbox { Gate::Open } else { Gate::Held };
+                (call_id.clone(), gate, limits.timeout.map(|timeout| timeout.saturating_add(limits.grace)))
+            })
+            .collect();
+        expected.sort_by(|a, b| a.0.cmp(&b.0));
+        expected
+    }
+
+    pub(super) fn sandbox_attached(&mut self, session_id: &SessionId, found: &BTreeMap<CallId, FoundCall>) {
+        let Some(session) = self.sessions.get_mut(session_id) else { return };
+        let closing = match &session.phase {
+            SessionPhase::Closing(ending) => Some(ending.grace),
+            SessionPhase::Opening | SessionPhase::Recording | SessionPhase::Ready => None,
+        };
+        if closing.is_none() {
+            session.phase = SessionPhase::Ready;
+        }
+        let (epoch, receipt, active) = (session.epoch, session.receipt.clone(), session.active.clone());
+        self.settle_found(session_id, &active, found);
+        match closing {
+            Some(grace) => self.actions.push(Action::CloseSandbox { session_id: session_id.clone(), grace }),
+            None => {
+                let (session_id, replay) = (session_id.clone(), Replay::Duplicate);
+                self.tell(Update::SessionOpened { session_id, epoch, receipt, replay });
+            }
+        }
+        self.attached_or_lost(session_id);
+        self.set_deadline(session_id);
+        self.start_next(session_id);
+    }
+
+    fn settle_found(&mut self, session_id: &SessionId, active: &HashSet<CallId>, found: &BTreeMap<CallId, FoundCall>) {
+        let mut active: Vec<_> = active.iter().cloned().collect();
+        active.sort();
+        for call_id in active {
+            let Some(call) = self.calls.get_mut(&call_id) else { continue };
+            let (session_id, cancel) = (session_id.clone(), call.cancel);
+            match (found.get(&call_id), cancel) {
+                // Its start is written down, and the word to go was lost on the way.
+                (Some(FoundCall::Prepared), None) => self.actions.push(Action::Go { session_id, call_id }),
+                (Some(FoundCall::Prepared), Some(_)) => {
+                    call.phase = Phase::Aborting(None);
+                    self.actions.push(Action::Abort { session_id, call_id });
+                }
+                (Some(FoundCall::Running), Some(mode)) => {
+                    self.actions.push(Action::Cancel { session_id, call_id, mode });
+                }
+                // Its end is on the way.
+                (Some(FoundCall::Running | FoundCall::Finished), _) => {}
+                // A sandbox forgets a call that was acknowledged, and this one was not, or dropped at its gate.
+                (None, Some(mode)) => {
+                    call.in_sandbox = false;
+                    self.finish_active(&call_id, cancelled_before_start(mode));
+                }
+                (None, None) => {
+                    call.in_sandbox = false;
+                    let reason = "its sandbox does not know it any more";
+                    self.finish_active(&call_id, indeterminate(Code::OutcomeUnknown, reason));
+                }
+            }
+        }
+    }
+
+    /// One sandbox less to wait for.
+    pub(super) fn attached_or_lost(&mut self, session_id: &SessionId) {
+        let session = self.sessions.get_mut(session_id);
+        if session.is_some_and(|session| std::mem::take(&mut session.attaching)) {
+            self.attaching -= 1;
+            self.tell_when_attached();
+        }
+    }
+
+    fn tell_when_attached(&mut self) {
+        if self.attaching == 0 {
+            self.tell(Update::Restored);
+        }
+    }
+}

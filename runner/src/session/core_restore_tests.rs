@@ -1,0 +1,257 @@
+//! What becomes of what an earlier runner left, one row of the table at a time.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::core::{Action, Config, Core, Input};
+use super::core_tests::{call, cid, core, open, sandbox_id, sid};
+use crate::journal::{Record, Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
+use crate::work::*;
+
+fn session(acknowledged: &[&str]) -> RecoveredSession {
+    let Input::Work(WorkItem::Open(open)) = open("s", 3) else { panic!("an open") };
+    RecoveredSession {
+        open,
+        sandbox: Some((sandbox_id(), Receipt { tier: "full".into(), ..Receipt::default() })),
+        acknowledged: acknowledged.iter().map(|id| cid(id)).collect(),
+    }
+}
+
+fn held(id: &str, cancel: Option<CancelMode>, phase: RecoveredPhase) -> RecoveredCall {
+    let Input::Work(WorkItem::Call(call)) = call("s", 3, id, 0) else { panic!("a call") };
+    RecoveredCall { call, cancel, phase }
+}
+
+fn result() -> Arc<CallResult> {
+    let end = CallEnd::without_output(Outcome::Exited { code: 7 });
+    Arc::new(CallResult { end, presented: ToolResult::text(false, "done"), recovered: false })
+}
+
+fn left(calls: Vec<RecoveredCall>) -> Recovered {
+    Recovered { same_boot: true, epoch_floor: 2, sessions: vec![session(&[])], calls, ..Recovered::default() }
+}
+
+/// Restores, attaches with what the sandbox says, and lets work go on. Returns the core and everything that it asked for.
+fn attached(recovered: Recovered, found: &[(&str, FoundCall)]) -> (Core, Vec<Action>) {
+    let mut core = core(Config::default());
+    let mut actions = core.handle(Input::Recovered(Box::new(recovered)));
+    let found: BTreeMap<_, _> = found.iter().map(|(id, found)| (cid(id), *found)).collect();
+    actions.extend(core.handle(Input::SandboxAttached { session_id: sid("s"), found }));
+    actions.extend(core.handle(Input::Work(WorkItem::Resume { session_id: None })));
+    (core, actions)
+}
+
+fn outcome_of(actions: &[Action], id: &str) -> Option<Outcome> {
+    actions.iter().find_map(|action| match action {
+        Action::WriteFinished { call_id, result } if *call_id == cid(id) => Some(result.end.outcome.clone()),
+        _ => None,
+    })
+}
+
+fn is_handed_over(actions: &[Action], id: &str) -> bool {
+    actions.iter().any(|action| match action {
+        Action::Prepare { call, .. } => call.call_id == cid(id),
+        Action::Go { call_id, .. } => *call_id == cid(id),
+        _ => false,
+    })
+}
+
+#[test]
+fn nothing_left_is_told_at_once() {
+    let actions = core(Config::default()).handle(Input::Recovered(Box::default()));
+
+    assert_eq!(actions, [Action::Tell(Update::Restored)]);
+}
+
+#[test]
+fn link_waits_until_every_sandbox_is_attached_or_lost() {
+    let mut core = core(Config::default());
+
+    let first = core.handle(Input::Recovered(Box::new(left(Vec::new()))));
+    let second = core.handle(Input::SandboxLost { session_id: sid("s"), reason: "gone".into() });
+
+    assert!(!first.contains(&Action::Tell(Update::Restored)));
+    assert!(second.contains(&Action::Tell(Update::Restored)));
+    assert!(second.iter().any(|action| matches!(action, Action::Tell(Update::SessionEnded { epoch: 3, .. }))));
+}
+
+#[test]
+fn accepted_call_is_handed_over_in_its_turn_once_it_may_be() {
+    let calls = vec![held("a", None, RecoveredPhase::Accepted), held("b", None, RecoveredPhase::Accepted)];
+    let mut core = core(Config::default());
+    core.handle(Input::Recovered(Box::new(left(calls))));
+
+    let before = core.handle(Input::SandboxAttached { session_id: sid("s"), found: BTreeMap::new() });
+    let after = core.handle(Input::Work(WorkItem::Resume { session_id: None }));
+
+    assert!(!is_handed_over(&before, "a"), "no orchestrator has confirmed it yet");
+    assert!(is_handed_over(&after, "a") && !is_handed_over(&after, "b"));
+    assert!(
+        !before.iter().chain(&after).any(|action| matches!(action, Action::WriteAccepted(_))),
+        "it is written down"
+    );
+}
+
+#[test]
+fn started_call_that_waits_at_its_gate_is_told_to_go() {
+    let calls = vec![held("a", None, RecoveredPhase::Started)];
+
+    let (_, actions) = attached(left(calls), &[("a", FoundCall::Prepared)]);
+
+    assert!(actions.contains(&Action::Go { session_id: sid("s"), call_id: cid("a") }));
+    assert!(!actions.iter().any(|action| matches!(action, Action::Prepare { .. } | Action::WriteStarted { .. })));
+}
+
+#[test]
+fn running_call_is_left_alone_and_its_end_is_written_down() {
+    let calls = vec![held("a", None, RecoveredPhase::Started)];
+    let (mut core, actions) = attached(left(calls), &[("a", FoundCall::Running)]);
+    assert!(!is_handed_over(&actions, "a") && outcome_of(&actions, "a").is_none());
+    assert!(core.is_restored(&cid("a")));
+
+    let end = core.handle(Input::Ended { call_id: cid("a"), result: result() });
+
+    assert_eq!(outcome_of(&end, "a"), Some(Outcome::Exited { code: 7 }));
+}
+
+#[test]
+fn started_call_that_its_sandbox_does_not_know_is_indeterminate_and_does_not_run_again() {
+    let (_, actions) = attached(left(vec![held("a", None, RecoveredPhase::Started)]), &[]);
+
+    assert!(matches!(outcome_of(&actions, "a"), Some(Outcome::Indeterminate { .. })));
+    assert!(!is_handed_over(&actions, "a"));
+}
+
+#[test]
+fn another_boot_loses_the_sandbox_and_leaves_each_call_with_what_is_known() {
+    let calls = vec![
+        held("started", None, RecoveredPhase::Started),
+        held("queued", None, RecoveredPhase::Accepted),
+        held("done", None, RecoveredPhase::Finished(result())),
+    ];
+    let mut core = core(Config::default());
+
+    let actions = core.handle(Input::Recovered(Box::new(Recovered { same_boot: false, ..left(calls) })));
+
+    assert!(matches!(outcome_of(&actions, "started"), Some(Outcome::Indeterminate { .. })));
+    assert!(matches!(outcome_of(&actions, "queued"), Some(Outcome::NeverStarted { .. })));
+    assert_eq!(outcome_of(&actions, "done"), None, "it has its outcome");
+    let told = |action: &Action| matches!(action, Action::Tell(Update::CallFinished { call_id, .. }) if *call_id == cid("done"));
+    assert!(actions.iter().any(told));
+    assert!(!actions.iter().any(|action| matches!(action, Action::AttachSandbox { .. })));
+    assert!(actions.contains(&Action::Tell(Update::Restored)));
+}
+
+#[test]
+fn cancel_is_applied_again_or_ends_what_has_not_begun() {
+    let cancel = Some(CancelMode::Terminate);
+    let calls =
+        vec![held("running", cancel, RecoveredPhase::Started), held("queued", cancel, RecoveredPhase::Accepted)];
+    let (_, actions) = attached(left(calls), &[("running", FoundCall::Running)]);
+    let again = Action::Cancel { session_id: sid("s"), call_id: cid("running"), mode: CancelMode::Terminate };
+    assert!(actions.contains(&again));
+    assert!(matches!(outcome_of(&actions, "queued"), Some(Outcome::Cancelled { before_start: true, .. })));
+
+    let calls = vec![held("gated", cancel, RecoveredPhase::Started)];
+    let (_, actions) = attached(left(calls), &[("gated", FoundCall::Prepared)]);
+    assert!(actions.contains(&Action::Abort { session_id: sid("s"), call_id: cid("gated") }));
+    assert!(!is_handed_over(&actions, "gated"));
+}
+
+#[test]
+fn finished_call_is_told_again_until_it_is_acknowledged() {
+    let (mut core, actions) =
+        attached(left(vec![held("a", None, RecoveredPhase::Finished(result()))]), &[("a", FoundCall::Finished)]);
+    assert!(actions.iter().any(|action| matches!(action, Action::Tell(Update::CallFinished { .. }))));
+
+    let actions = core.handle(Input::Work(WorkItem::Acknowledge { call_id: cid("a") }));
+
+    assert_eq!(actions, [Action::Trim { call_id: cid("a") }, Action::Acknowledge { call_id: cid("a") }]);
+}
+
+#[test]
+fn acknowledged_and_cancelled_ids_do_not_run_after_a_restart() {
+    let recovered = Recovered {
+        tombstones: vec![cid("cancelled")],
+        sessions: vec![session(&["acknowledged"])],
+        ..left(Vec::new())
+    };
+    let (mut core, _) = attached(recovered, &[]);
+
+    for id in ["acknowledged", "cancelled"] {
+        let actions = core.handle(call("s", 3, id, 0));
+        assert!(matches!(&actions[..], [Action::Tell(Update::Refused { .. })]), "{id}: {actions:?}");
+    }
+}
+
+#[test]
+fn late_duplicate_of_a_forgotten_session_is_refused_and_a_repeat_of_a_known_call_runs_once() {
+    let (mut core, _) = attached(left(vec![held("a", None, RecoveredPhase::Started)]), &[("a", FoundCall::Running)]);
+
+    let repeated = core.handle(call("s", 3, "a", 0));
+    let late = core.handle(open("old", 2));
+
+    assert!(matches!(&repeated[..], [Action::Tell(Update::CallAccepted { replay: Replay::Duplicate, .. })]));
+    assert!(matches!(&late[..], [Action::Tell(Update::Refused { .. })]), "{late:?}");
+}
+
+#[test]
+fn session_whose_sandbox_was_being_made_gets_another_one() {
+    let mut recovered = left(vec![held("a", None, RecoveredPhase::Accepted)]);
+    recovered.sessions[0].sandbox = None;
+    let mut core = core(Config::default());
+
+    let actions = core.handle(Input::Recovered(Box::new(recovered)));
+    assert!(actions.iter().any(|action| matches!(action, Action::CreateSandbox(open) if open.epoch == 3)));
+
+    core.handle(Input::Work(WorkItem::Resume { session_id: None }));
+    let ready = Input::SandboxReady { session_id: sid("s"), sandbox_id: sandbox_id(), receipt: Receipt::default() };
+    let recorded = core.handle(ready);
+    assert!(matches!(&recorded[..], [Action::WriteReady { .. }]));
+    let actions = core.handle(Input::ReadyWritten { session_id: sid("s"), durable: true });
+    assert!(is_handed_over(&actions, "a"));
+}
+
+#[test]
+fn session_and_tombstone_are_promised_only_when_they_are_written_down() {
+    let mut core = core(Config::default());
+    core.handle(open("s", 1));
+    let ready = Input::SandboxReady { session_id: sid("s"), sandbox_id: sandbox_id(), receipt: Receipt::default() };
+    assert!(!core.handle(ready).iter().any(|action| matches!(action, Action::Tell(_))));
+    let refused = core.handle(Input::ReadyWritten { session_id: sid("s"), durable: false });
+    assert!(refused.iter().any(|action| matches!(action, Action::CloseSandbox { .. })), "{refused:?}");
+    assert!(core.is_read_only());
+
+    let cancel = super::core_tests::cancel("s", 1, "unseen", CancelMode::Kill);
+    let actions = core.handle(cancel);
+    assert!(matches!(&actions[..], [Action::WriteTombstone { .. }]), "{actions:?}");
+    let written = Input::TombstoneWritten { call_id: cid("unseen"), epoch: 1, durable: true };
+    assert!(matches!(&core.handle(written)[..], [Action::Tell(Update::CancelNoted { phase: None, .. })]));
+}
+
+#[test]
+fn every_ready_session_lives_as_long_as_the_lease_and_its_orphan_time() {
+    let (mut core, _) = attached(left(Vec::new()), &[]);
+    let lease = |until_ns| Input::Work(WorkItem::Lease { until_ns, orphan_time: Duration::from_nanos(7) });
+    let deadline = |session: &str, boottime_ns| Action::Deadline { session_id: sid(session), boottime_ns };
+
+    assert_eq!(core.handle(lease(100)), [deadline("s", 107)]);
+
+    core.handle(open("later", 5));
+    let ready = Input::SandboxReady { session_id: sid("later"), sandbox_id: sandbox_id(), receipt: Receipt::default() };
+    core.handle(ready);
+    let actions = core.handle(Input::ReadyWritten { session_id: sid("later"), durable: true });
+    assert!(actions.contains(&deadline("later", 107)), "{actions:?}");
+    assert_eq!(core.handle(lease(200)), [deadline("later", 207), deadline("s", 207)]);
+}
+
+#[test]
+fn takeover_with_a_newer_placement_is_noted() {
+    let (mut core, _) = attached(left(Vec::new()), &[]);
+
+    let actions = core.handle(open("s", 9));
+
+    let noted = |action: &Action| matches!(action, Action::Note(Record::SessionOpening(open)) if open.epoch == 9);
+    assert!(actions.iter().any(noted), "{actions:?}");
+}
