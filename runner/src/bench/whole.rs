@@ -34,7 +34,7 @@ pub struct Whole {
 
 impl Whole {
     /// Begins both and waits until the daemon is there. `windows` is false for a server with the transport's own flow
-    /// control windows; `way` is where the daemon dials for an orchestrator at an address. Certificates and the identity
+    /// control windows; with `durable` the daemon keeps a journal; `way` is where the daemon dials for an orchestrator at an address. Certificates and the identity
     /// are kept in `directory`.
     ///
     /// # Errors
@@ -42,12 +42,12 @@ impl Whole {
     pub async fn start(
         sandboxes: HostSandboxes,
         directory: &Path,
-        windows: bool,
+        (windows, durable): (bool, bool),
         way: impl AsyncFnOnce(SocketAddr) -> Result<SocketAddr, BenchError>,
     ) -> Result<Self, BenchError> {
         let orchestrator = Orchestrator::start(link_settings(windows)).await?;
         let dialled = way(orchestrator.address()).await?;
-        let daemon = daemon(sandboxes, &orchestrator, dialled, directory)?;
+        let daemon = daemon(sandboxes, &orchestrator, dialled, directory, durable)?;
         orchestrator.runner().await?;
         Ok(Self { orchestrator, daemon, serial: AtomicU64::new(0) })
     }
@@ -139,6 +139,7 @@ fn daemon(
     orchestrator: &Orchestrator,
     dialled: SocketAddr,
     directory: &Path,
+    durable: bool,
 ) -> Result<Daemon, BenchError> {
     let failed = |error: String| BenchError::Link(format!("the daemon cannot be configured: {error}"));
     let files = orchestrator.write_client_files(directory, RUNNER_ID)?;
@@ -152,6 +153,7 @@ fn daemon(
         // Large enough for a few sessions; admission is not what is measured.
         size: HostSize { memory_bytes: 16 << 30, processors: 2 },
         receipt: sandboxes.receipt(),
+        durable,
     };
     loopback.start(Arc::new(sandboxes)).map_err(|error| failed(error.to_string()))
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use nix::sys::resource::{Resource, getrlimit};
-use rustix::fs::statfs;
+use rustix::fs::{FsWord, statfs};
 use tracing::{info, warn};
 
 use super::config::{self, DEFAULT_PATH};
@@ -37,6 +37,10 @@ use crate::work::{Receipt, Sandboxes};
 const DRAIN_TIME: Duration = Duration::from_secs(90);
 /// A launcher that starts at the same moment needs a little until it listens.
 const LAUNCHER_PATIENCE: Duration = Duration::from_secs(10);
+/// Kinds of file system, by statfs(2).
+const TMPFS_MAGIC: FsWord = 0x0102_1994;
+const RAMFS_MAGIC: FsWord = 0x8584_58f6;
+const OVERLAYFS_MAGIC: FsWord = 0x794c_7630;
 /// Sandboxes kept half-made by a launcher of our own.
 const POOL: u32 = 2;
 
@@ -83,8 +87,8 @@ enum RunError {
     #[error(transparent)]
     Journal(#[from] OpenError),
     #[error(
-        "state directory {} is on {kind}, which does not outlive the machine or the container, and the journal must; put it \
-         on a disk (state_directory in [runner], or --state-dir), or give up the journal with --ephemeral",
+        "state directory {} is on {kind}, which is empty after the next start of the machine, and the journal must not be; put \
+         it on a disk (state_directory in [runner], or --state-dir), or give up the journal with --ephemeral",
         path.display()
     )]
     Forgetful { path: PathBuf, kind: &'static str },
@@ -279,8 +283,13 @@ fn journal(
     }
     let state = &config.state_directory;
     let file_system = statfs(state).map_err(|source| RunError::FileSystem { path: state.clone(), source })?;
-    if let Some(kind) = forgetful(file_system.f_type) {
-        return Err(RunError::Forgetful { path: state.clone(), kind });
+    match file_system.f_type {
+        TMPFS_MAGIC => return Err(RunError::Forgetful { path: state.clone(), kind: "tmpfs" }),
+        RAMFS_MAGIC => return Err(RunError::Forgetful { path: state.clone(), kind: "ramfs" }),
+        OVERLAYFS_MAGIC => {
+            warn!(path = %state.display(), "the journal is in the file system of a container and lives no longer than that");
+        }
+        _ => {}
     }
     let directory = state.join("journal");
     let (journal, recovered) = FileJournal::open(&directory, &identity.state_id, &identity.boot_id)?;
@@ -289,16 +298,6 @@ fn journal(
         info!(sessions, calls, same_boot = recovered.same_boot, "going on with what an earlier runner left");
     }
     Ok((Arc::new(journal), recovered))
-}
-
-/// File systems that are gone with the machine or with the container, by the magic numbers of statfs(2).
-fn forgetful(magic: rustix::fs::FsWord) -> Option<&'static str> {
-    match magic {
-        0x0102_1994 => Some("tmpfs"),
-        0x8584_58f6 => Some("ramfs"),
-        0x794c_7630 => Some("overlayfs"),
-        _ => None,
-    }
 }
 
 /// One line for each missing layer, with what would add it.

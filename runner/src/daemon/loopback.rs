@@ -1,6 +1,6 @@
 //! A daemon in the process of its own orchestrator, for the demo and the benchmarks.
 //!
-//! Configured as any other, only in memory; it keeps no journal and has no administration socket.
+//! Configured as any other, only in memory; it has no administration socket, and a journal when it is asked to.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -15,7 +15,7 @@ use crate::config::file::{ConfigFile, OrchestratorSection, RunnerSection};
 use crate::config::launcher_policy::HostSize;
 use crate::config::resolve::{Host, resolve};
 use crate::connector::tls::TlsFiles;
-use crate::journal::{Recovered, Volatile};
+use crate::journal::{FileJournal, Journal, OpenError, Recovered, Volatile};
 use crate::work::{Receipt, Sandboxes};
 
 /// What such a daemon is told.
@@ -35,6 +35,8 @@ pub struct Loopback<'a> {
     pub size: HostSize,
     /// What protects its sandboxes.
     pub receipt: Receipt,
+    /// Whether it keeps a journal.
+    pub durable: bool,
 }
 
 /// Why it could not begin.
@@ -46,6 +48,9 @@ pub enum LoopbackError {
     /// The configuration describes no runner.
     #[error(transparent)]
     Settings(#[from] SettingsError),
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] OpenError),
     /// The parts.
     #[error(transparent)]
     Daemon(#[from] DaemonError),
@@ -82,13 +87,20 @@ impl Loopback<'_> {
         })?;
         let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(now, _)| now);
         let identity = settings::identity(&config.runner_id, &config.state_directory)?;
+        let journal: Arc<dyn Journal> = if self.durable {
+            let directory = config.state_directory.join("journal");
+            let (journal, _) = FileJournal::open(&directory, &identity.state_id, &identity.boot_id)?;
+            Arc::new(journal)
+        } else {
+            Arc::new(Volatile)
+        };
         Ok(Daemon::start(Parts {
             sandboxes,
-            journal: Arc::new(Volatile),
+            journal,
             recovered: Recovered::default(),
             reserve: settings::reserve(&config, descriptors),
             defaults: settings::defaults(&config),
-            link: settings::link(&config, identity, self.receipt, true)?,
+            link: settings::link(&config, identity, self.receipt, !self.durable)?,
             admin: None,
             drain_time: Duration::from_secs(5),
         })?)

@@ -84,7 +84,7 @@ pub struct FileJournal {
 
 impl std::fmt::Debug for FileJournal {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("FileJournal").field("condition", &self.condition()).finish_non_exhaustive()
+        f.debug_struct("FileJournal").field("condition", &self.state()).finish_non_exhaustive()
     }
 }
 
@@ -132,7 +132,7 @@ impl FileJournal {
 
     /// How the journal is.
     #[must_use]
-    pub fn condition(&self) -> Condition {
+    pub fn state(&self) -> Condition {
         let queue = self.shared.lock();
         match &queue.broken {
             Some(reason) => Condition::Broken(reason.clone()),
@@ -144,7 +144,7 @@ impl FileJournal {
     /// Whether nothing is written down any more.
     #[must_use]
     pub fn is_broken(&self) -> bool {
-        matches!(self.condition(), Condition::Broken(_))
+        matches!(self.state(), Condition::Broken(_))
     }
 
     /// How long the disk has been busy with the present batch: a disk that hangs must cost the lease.
@@ -173,6 +173,10 @@ impl Journal for FileJournal {
             }
         }
     }
+
+    fn condition(&self) -> (Condition, Duration) {
+        (self.state(), self.busy_for())
+    }
 }
 
 impl Drop for FileJournal {
@@ -200,10 +204,14 @@ struct Queue {
 }
 
 impl Queue {
-    /// Why a record of this size and kind has no room; `share` of the whole is open to it.
-    fn overflow(&self, bytes: usize, halved: bool) -> Option<String> {
-        let share = if halved { 2 } else { 1 };
-        let is_full = self.entries.len() >= QUEUED_RECORDS / share || self.bytes + bytes > QUEUED_BYTES / share;
+    /// Why a record of this size and kind has no room. Half of the places, and all of the bytes, are the limit of what is
+    /// optional; the rest are steps of calls that were taken, whose number is bounded and whose results are in memory anyway.
+    fn overflow(&self, bytes: usize, is_optional: bool) -> Option<String> {
+        let is_full = if is_optional {
+            self.entries.len() >= QUEUED_RECORDS / 2 || self.bytes + bytes > QUEUED_BYTES
+        } else {
+            self.entries.len() >= QUEUED_RECORDS
+        };
         // A record larger than the queue goes alone.
         let overflows = is_full && !self.entries.is_empty();
         overflows.then(|| format!("{} records of {} bytes wait to be written", self.entries.len(), self.bytes))

@@ -84,7 +84,7 @@ fn record_larger_than_a_segment_is_refused_with_both_numbers() {
     let error = wait(journal.append(accepted(1, 1, 5000))).unwrap_err();
     assert!(error.reason.contains("a segment has room for 3468"), "{error}");
     // Nothing builds on a call that is not accepted, so the journal goes on.
-    assert_eq!(journal.condition(), Condition::Good);
+    assert_eq!(journal.state(), Condition::Good);
     wait(journal.append(accepted(2, 1, 50))).unwrap();
 }
 
@@ -104,7 +104,7 @@ fn full_queue_refuses_new_calls_first_and_breaks_only_when_something_else_is_los
     let error = wait(journal.append(accepted(9999, 1, 5))).unwrap_err();
     assert!(error.reason.starts_with("2048 records of") && !error.is_final, "{error}");
     assert!(wait(journal.append(acknowledged(9999))).is_err());
-    assert_eq!(journal.condition(), Condition::Good);
+    assert_eq!(journal.state(), Condition::Good);
     futures.extend((0..2048).map(|call| journal.append(started(call))));
     let error = wait(journal.append(finished(1, 0))).unwrap_err();
     assert!(error.reason.starts_with("4096 records of") && error.is_final, "{error}");
@@ -134,12 +134,12 @@ fn full_disk_refuses_new_calls_and_takes_results() {
         assert!(call < 100, "the disk never filled up");
     };
     assert!(refused.reason.contains("the disk is full"), "{refused}");
-    assert_eq!(journal.condition(), Condition::OutOfSpace);
+    assert_eq!(journal.state(), Condition::OutOfSpace);
     wait(journal.append(finished(1, 0))).unwrap();
     disk.set_room(None, false);
     drop(journal);
     let (journal, recovered) = on(&disk);
-    assert_eq!(journal.condition(), Condition::Good);
+    assert_eq!(journal.state(), Condition::Good);
     assert!(recovered.calls.iter().any(|call| call.call.call_id == call_id(1)));
 }
 

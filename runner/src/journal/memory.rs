@@ -1,11 +1,12 @@
 //! What a connector keeps beyond the process: numbers of events that are used up, and the term it has obeyed.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tracing::error;
 
-use super::{Journal, Record, Recovered};
-use crate::work::{BoxFuture, Memory};
+use super::{Condition, Journal, Record, Recovered};
+use crate::work::{BoxFuture, Memory, Trouble};
 
 /// What a connector has remembered, in the journal of the calls.
 pub struct JournalMemory {
@@ -46,6 +47,16 @@ impl Memory for JournalMemory {
 
     fn term(&self) -> u64 {
         self.term
+    }
+
+    fn trouble(&self) -> (Option<Trouble>, Duration) {
+        let (condition, busy) = self.journal.condition();
+        let trouble = match condition {
+            Condition::Good => None,
+            Condition::OutOfSpace => Some(Trouble::NoSpace),
+            Condition::Broken(reason) => Some(Trouble::Broken(reason)),
+        };
+        (trouble, busy)
     }
 
     fn reserve_events(&self, through: u64) -> BoxFuture<'static, bool> {

@@ -34,6 +34,8 @@ mod samples;
 #[cfg(test)]
 mod simulated;
 
+use std::time::Duration;
+
 use crate::work::BoxFuture;
 pub use file::{Condition, FileJournal, OpenError};
 pub use inspect::{CallReport, RecordReport, Recovery, Report, SegmentReport, SessionReport, inspect};
@@ -61,6 +63,11 @@ pub trait Journal: Send + Sync {
     /// Appends a record. It has its place in the sequence when this returns; the future resolves when it would survive a
     /// power cut, and may be dropped by those who need no more than the order.
     fn append(&self, record: Record) -> BoxFuture<'static, Result<(), JournalError>>;
+
+    /// How it is, and for how long it has been busy with the present write.
+    fn condition(&self) -> (Condition, Duration) {
+        (Condition::Good, Duration::ZERO)
+    }
 }
 
 /// Keeps nothing beyond the process.

@@ -124,6 +124,8 @@ impl Model {
             }
             Action::WriteStarted { call_id } => {
                 self.start_written.insert(call_id.clone());
+                // The acceptance is before it in the sequence.
+                self.accepted.insert(call_id.clone());
                 Input::StartWritten { call_id, durable: true }
             }
             Action::WriteFinished { call_id, .. } => Input::EndWritten { call_id, durable: true },

@@ -104,6 +104,18 @@ fn started_call_that_waits_at_its_gate_is_told_to_go() {
 }
 
 #[test]
+fn call_that_never_arrived_is_answered_when_its_session_is_closed_meanwhile() {
+    let mut core = core(Config::default());
+    core.handle(Input::Recovered(Box::new(left(vec![held("a", None, RecoveredPhase::Started)]))));
+    core.handle(super::core_tests::close("s", 3));
+
+    let actions = core.handle(Input::SandboxAttached { session_id: sid("s"), found: BTreeMap::new() });
+
+    assert!(matches!(outcome_of(&actions, "a"), Some(Outcome::Cancelled { before_start: true, .. })), "{actions:?}");
+    assert!(actions.iter().any(|action| matches!(action, Action::CloseSandbox { .. })));
+}
+
+#[test]
 fn running_call_is_left_alone_and_its_end_is_written_down() {
     let calls = vec![held("a", None, RecoveredPhase::Started)];
     let (mut core, actions) = attached(left(calls), &[("a", FoundCall::Running)]);
@@ -116,11 +128,14 @@ fn running_call_is_left_alone_and_its_end_is_written_down() {
 }
 
 #[test]
-fn started_call_that_its_sandbox_does_not_know_is_indeterminate_and_does_not_run_again() {
-    let (_, actions) = attached(left(vec![held("a", None, RecoveredPhase::Started)]), &[]);
+fn started_call_that_never_arrived_in_its_sandbox_is_handed_over_before_those_that_waited() {
+    let calls = vec![held("b", None, RecoveredPhase::Started), held("a", None, RecoveredPhase::Accepted)];
 
-    assert!(matches!(outcome_of(&actions, "a"), Some(Outcome::Indeterminate { .. })));
-    assert!(!is_handed_over(&actions, "a"));
+    let (core, actions) = attached(left(calls), &[]);
+
+    assert!(is_handed_over(&actions, "b") && !is_handed_over(&actions, "a"), "{actions:?}");
+    assert_eq!(outcome_of(&actions, "b"), None);
+    assert_eq!((core.running_calls(), core.queued_calls()), (1, 1));
 }
 
 #[test]

@@ -133,13 +133,25 @@ fn gate_opens_only_after_the_start_is_written() {
     let actions = core.handle(call("s", 1, "c", 0));
     // Preparing overlaps with writing the call down.
     assert_eq!(prepared(&actions), ["c"]);
-    let actions = core.handle(Input::Prepared { call_id: cid("c") });
-    assert!(actions.is_empty(), "nothing may happen before the call is accepted: {actions:?}");
-    let actions = core.handle(Input::Accepted { call_id: cid("c"), durable: true });
     assert!(actions.contains(&Action::WriteStarted { call_id: cid("c") }));
-    assert!(!actions.iter().any(|action| matches!(action, Action::Go { .. })));
+    let actions = core.handle(Input::Prepared { call_id: cid("c") });
+    assert!(actions.is_empty(), "nothing may happen before the start is written: {actions:?}");
+    let actions = core.handle(Input::Accepted { call_id: cid("c"), durable: true });
+    assert!(matches!(&actions[..], [Action::Tell(Update::CallAccepted { .. })]), "{actions:?}");
     let actions = core.handle(Input::StartWritten { call_id: cid("c"), durable: true });
     assert_eq!(actions, [Action::Go { session_id: sid("s"), call_id: cid("c") }]);
+}
+
+#[test]
+fn start_that_is_known_to_be_written_before_its_acceptance_is_vouches_for_it() {
+    let mut core = core(Config::default());
+    ready(&mut core, "s", 1);
+    core.handle(call("s", 1, "c", 0));
+    let actions = core.handle(Input::StartWritten { call_id: cid("c"), durable: true });
+    assert!(matches!(&actions[..], [Action::Tell(Update::CallAccepted { replay: Replay::First, .. })]), "{actions:?}");
+    let actions = core.handle(Input::Prepared { call_id: cid("c") });
+    assert_eq!(actions, [Action::Go { session_id: sid("s"), call_id: cid("c") }]);
+    assert_eq!(core.handle(Input::Accepted { call_id: cid("c"), durable: true }), []);
 }
 
 #[test]

@@ -76,6 +76,15 @@ pub enum WorkItem {
     Drain(DrainMode),
 }
 
+/// What is wrong with the memory of a runner.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Trouble {
+    /// The disk is full: calls that were taken are finished, and no new one is taken.
+    NoSpace,
+    /// Nothing is remembered any more, because of this.
+    Broken(String),
+}
+
 /// What a connector has remembered beyond the process.
 pub trait Memory: Send + Sync {
     /// Highest number of an event that an earlier process may have used.
@@ -83,6 +92,11 @@ pub trait Memory: Send + Sync {
 
     /// Highest term that an earlier process has obeyed.
     fn term(&self) -> u64;
+
+    /// Why it takes nothing more, or no new calls, if that is so; and for how long it has been busy with one write.
+    fn trouble(&self) -> (Option<Trouble>, Duration) {
+        (None, Duration::ZERO)
+    }
 
     /// Resolves with true when numbers of events up to `through` may be used.
     fn reserve_events(&self, through: u64) -> super::BoxFuture<'static, bool>;

@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use runner::journal::{Journal, JournalError, Record};
+use proto::runner::v1 as pb;
+use runner::dev::LinkSettings;
+use runner::journal::{Condition, Journal, JournalError, Record};
 use runner::work::BoxFuture;
 
 use crate::world::{Options, World, within};
@@ -38,6 +40,11 @@ impl Journal for Slow {
             }
         })
     }
+
+    fn condition(&self) -> (Condition, Duration) {
+        let broken = self.broken.load(Ordering::SeqCst);
+        (if broken { Condition::Broken("disk full".into()) } else { Condition::Good }, Duration::ZERO)
+    }
 }
 
 #[tokio::test]
@@ -61,7 +68,9 @@ async fn every_call_passes_its_gate_once_and_is_trimmed_when_it_is_acknowledged(
 #[tokio::test]
 async fn broken_journal_accepts_nothing_and_runs_nothing() {
     let journal = Arc::new(Slow::default());
-    let world = World::new(Options { journal: Arc::clone(&journal) as Arc<dyn Journal>, ..Default::default() }).await;
+    let link = LinkSettings { heartbeat_every: Duration::from_millis(50), ..LinkSettings::default() };
+    let journal_of_world = Arc::clone(&journal) as Arc<dyn Journal>;
+    let world = World::new(Options { journal: journal_of_world, link, ..Default::default() }).await;
     let session = within("session", world.session("s")).await;
     journal.broken.store(true, Ordering::SeqCst);
     let finished = within("first", session.bash("c0", "print 10")).await.unwrap();
@@ -70,4 +79,14 @@ async fn broken_journal_accepts_nothing_and_runs_nothing() {
     let error = within("second", session.bash("c1", "print 10")).await.unwrap_err();
     assert!(error.to_string().contains("JOURNAL_READ_ONLY"), "{error}");
     assert_eq!(world.fakes.executions_of("c0") + world.fakes.executions_of("c1"), 0);
+    within("heartbeat", async {
+        loop {
+            let health = world.orchestrator.heartbeats().1.map(|heartbeat| (heartbeat.health(), heartbeat.reasons));
+            if let Some((pb::HealthState::ReadOnly, reasons)) = health {
+                return assert_eq!(reasons, ["the journal refuses writes: disk full"]);
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
 }

@@ -1,12 +1,15 @@
 //! Calls of the persistent shell, over the whole way and inside, and output too large to keep in memory.
 
-use std::time::Duration;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use super::{Bench, FLOOD_BYTES, MESSAGE_BYTES, WARM_UP, settle};
 use crate::bench::BenchError;
 use crate::bench::row::{Row, Unit};
 use crate::bench::sample::Samples;
-use crate::bench::subject::bash;
+use crate::bench::subject::{bash, milliseconds};
 use crate::bench::whole;
 use crate::work::Sandbox;
 
@@ -23,12 +26,42 @@ struct Times {
     sdk: Samples,
     floor: Samples,
     shell: Samples,
+    /// The whole way with a journal, and what that has to cost: the way without, and two syncs.
+    durable: Samples,
+    synced: Samples,
+}
+
+/// What a sync costs where the journal is: a record's worth of bytes written over, and made durable.
+struct Sync(File);
+
+impl Sync {
+    const BYTES: usize = 256;
+
+    fn beside(directory: &Path) -> std::io::Result<Self> {
+        let path = directory.join("sync");
+        let file = OpenOptions::new().write(true).create(true).truncate(true).open(path)?;
+        file.write_all_at(&[0; 1 << 16], 0)?;
+        file.sync_all()?;
+        Ok(Self(file))
+    }
+
+    /// Milliseconds.
+    fn once(&self) -> std::io::Result<f64> {
+        let start = Instant::now();
+        self.0.write_all_at(&[1; Self::BYTES], 0)?;
+        self.0.sync_data()?;
+        Ok(milliseconds(start))
+    }
 }
 
 /// G7 and G8.
 pub(super) async fn shell(bench: &mut Bench) -> Result<Vec<Row>, BenchError> {
     let way = bench.whole().await?;
     let session = way.session().await?;
+    let (lasting, directory) = bench.durable().await?;
+    let lasting_session = lasting.session().await?;
+    let disk = |source| BenchError::Machine { path: directory.display().to_string(), source };
+    let sync = Sync::beside(&directory).map_err(disk)?;
     let mut echo = bench.echo(None).await?;
     let sandbox = bench.subject.create(&bench.subject.spec()).await?;
     let mut times = [Times::default(), Times::default()];
@@ -39,6 +72,11 @@ pub(super) async fn shell(bench: &mut Bench) -> Result<Vec<Row>, BenchError> {
             settle().await;
             let (took, _) = way.call(&session, whole::bash(line)).await?;
             times.whole.push(took);
+            let syncs = sync.once().map_err(disk)? + sync.once().map_err(disk)?;
+            times.synced.push(took + syncs);
+            settle().await;
+            let (took, _) = lasting.call(&lasting_session, whole::bash(line)).await?;
+            times.durable.push(took);
             settle().await;
             bench.peers.sdk(name, &mut times.sdk)?;
             settle().await;
@@ -56,6 +94,7 @@ pub(super) async fn shell(bench: &mut Bench) -> Result<Vec<Row>, BenchError> {
     }
     sandbox.close(Duration::ZERO).await;
     way.end().await?;
+    lasting.end().await?;
     let peers = &bench.peers;
     let rows = |goal, index: usize, to_sdk: f64, to_floor: f64| {
         let (line, times) = (LINES[index].1, &times[index]);
@@ -69,7 +108,10 @@ pub(super) async fn shell(bench: &mut Bench) -> Result<Vec<Row>, BenchError> {
             peers.measured("bash", &times.shell),
             None,
         );
-        [whole, inside]
+        let durable = Row::new(goal, format!("bash `{line}`, whole way, with a journal"), ms, times.durable.summary())
+            .floor("without a journal + 2 syncs", peers.measured("", &times.synced), 1.0)
+            .note(format!("a sync makes {} bytes durable on the file system of the journal", Sync::BYTES));
+        [whole, inside, durable]
     };
     Ok([rows("G7", 0, 2.0, 2.0), rows("G8", 1, 1.0, 1.3)].concat())
 }

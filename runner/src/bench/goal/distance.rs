@@ -41,7 +41,7 @@ pub(super) async fn measure(bench: &mut Bench) -> Result<Vec<Row>, BenchError> {
 async fn start(bench: &Bench, name: &str, windows: bool) -> Result<(Whole, Option<Distance>), BenchError> {
     let mut kept = None;
     let directory = bench.directory(name)?;
-    let whole = Whole::start(bench.subject.sandboxes(), &directory, windows, async |address| {
+    let whole = Whole::start(bench.subject.sandboxes(), &directory, (windows, false), async |address| {
         let distance = Distance::to(address, EACH_WAY)
             .await
             .map_err(|source| BenchError::Machine { path: "a loopback port".to_owned(), source })?;

@@ -66,7 +66,14 @@ impl Bench {
     /// The whole way, on the loopback.
     async fn whole(&self) -> Result<Whole, BenchError> {
         let directory = self.directory("whole")?;
-        Whole::start(self.subject.sandboxes(), &directory, true, async |address| Ok(address)).await
+        Whole::start(self.subject.sandboxes(), &directory, (true, false), async |address| Ok(address)).await
+    }
+
+    /// The same with a journal, and the directory on whose file system that is.
+    async fn durable(&self) -> Result<(Whole, PathBuf), BenchError> {
+        let directory = self.directory("durable")?;
+        let way = Whole::start(self.subject.sandboxes(), &directory, (true, true), async |address| Ok(address)).await?;
+        Ok((way, directory))
     }
 
     /// The floor of the link.

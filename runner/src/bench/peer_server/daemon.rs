@@ -27,7 +27,9 @@ impl Daemon {
         }
         let file = home.join("config.toml");
         std::fs::write(&file, configuration(port, certificates, &home)).map_err(failed)?;
-        let arguments = [OsString::from("--log-level"), "error".into(), "run".into(), "--config".into()];
+        // Everything here is in memory, where a journal would be refused.
+        let arguments: [OsString; 5] =
+            ["--log-level".into(), "error".into(), "run".into(), "--ephemeral".into(), "--config".into()];
         let mut command = Command::new("/proc/self/exe");
         command.args(arguments).arg(&file);
         command.stdin(Stdio::null()).stdout(Stdio::null());

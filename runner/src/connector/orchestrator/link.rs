@@ -19,7 +19,7 @@ use super::encode::stream_to_wire;
 use super::outgoing::Lanes;
 use super::task::{Ended, Event, PENDING, Task};
 use super::{LinkError, Stop};
-use crate::work::{BoxFuture, OutputChunk, SessionId, ToolFailure};
+use crate::work::{BoxFuture, OutputChunk, SessionId, ToolFailure, Trouble};
 
 /// Pieces of output that are read at the same time.
 const PARALLEL_READS: usize = 4;
@@ -236,14 +236,28 @@ impl Task {
             warn!("the session loop makes no progress, the lease is not renewed");
             return Ok(());
         }
+        let (trouble, busy) = self.ports.memory.trouble();
+        if busy > STANDSTILL {
+            warn!(
+                busy_ms = u64::try_from(busy.as_millis()).unwrap_or(u64::MAX),
+                "the journal hangs, the lease is not renewed"
+            );
+            return Ok(());
+        }
         let now_ns = (self.settings.clock)();
         let (sessions, running_calls, queued_calls) = self.book.counts();
         let mut reasons = Vec::new();
-        let health = if self.draining {
+        let health = if let Some(Trouble::Broken(reason)) = &trouble {
+            reasons.push(format!("the journal refuses writes: {reason}"));
+            pb::HealthState::ReadOnly
+        } else if self.draining {
             pb::HealthState::Draining
         } else if self.outbox.is_full() {
             reasons.push("too many events without acknowledgement".to_owned());
             pb::HealthState::Saturated
+        } else if trouble.is_some() {
+            reasons.push("the disk of the journal is full".to_owned());
+            pb::HealthState::Degraded
         } else {
             pb::HealthState::Ready
         };

@@ -155,6 +155,11 @@ impl Core {
             self.running += 1;
             let gate = if self.config.gated { Gate::Held } else { Gate::Open };
             let ToolCall { input, limits, output_mode, .. } = call.request.clone();
+            // Together with the record of the acceptance, when that is still on its way: one sync for both. What process 1
+            // does not know after a crash has not begun, whatever is written down.
+            if self.config.gated {
+                self.actions.push(Action::WriteStarted { call_id: call_id.clone() });
+            }
             self.actions.push(Action::Prepare {
                 session_id: session_id.clone(),
                 call: PreparedCall { call_id, input, limits, output_mode, gate },
@@ -176,21 +181,18 @@ impl Core {
             self.read_only = true;
             return self.unaccept(call_id, read_only());
         }
+        let session_id = call.request.session_id.clone();
+        self.accept(call_id);
+        self.start_next(&session_id);
+    }
+
+    /// The caller may count on the call from here.
+    fn accept(&mut self, call_id: &CallId) {
+        let Some(call) = self.calls.get_mut(call_id).filter(|call| !call.accepted) else { return };
         call.accepted = true;
         let (session_id, phase) = (call.request.session_id.clone(), call.wire_phase());
-        let prepared = matches!(call.phase, Phase::Prepared);
-        let epoch = self.epoch_of(call_id);
-        self.tell(Update::CallAccepted {
-            call_id: call_id.clone(),
-            session_id: session_id.clone(),
-            epoch,
-            replay: Replay::First,
-            phase,
-        });
-        if prepared {
-            self.write_start(call_id);
-        }
-        self.start_next(&session_id);
+        let (epoch, call_id, replay) = (self.epoch_of(call_id), call_id.clone(), Replay::First);
+        self.tell(Update::CallAccepted { call_id, session_id, epoch, replay, phase });
     }
 
     /// Its caller may count on it from here: the call will not run, whatever happens to this process.
@@ -230,19 +232,20 @@ impl Core {
             }
             Phase::Preparing => {
                 call.phase = Phase::Prepared;
-                if call.accepted {
-                    self.write_start(call_id);
-                }
+                self.go_if_written(call_id);
             }
             Phase::Aborting(_) => self.actions.push(Action::Abort { session_id, call_id: call_id.clone() }),
             _ => {}
         }
     }
 
-    fn write_start(&mut self, call_id: &CallId) {
-        if let Some(call) = self.calls.get_mut(call_id) {
-            call.phase = Phase::Starting;
-            self.actions.push(Action::WriteStarted { call_id: call_id.clone() });
+    /// Opens the gate when there is a call behind it and its start is written down.
+    fn go_if_written(&mut self, call_id: &CallId) {
+        let Some(call) = self.calls.get_mut(call_id) else { return };
+        if matches!(call.phase, Phase::Prepared) && call.start_written {
+            call.phase = Phase::Running;
+            let (session_id, call_id) = (call.request.session_id.clone(), call_id.clone());
+            self.actions.push(Action::Go { session_id, call_id });
         }
     }
 
@@ -261,15 +264,19 @@ impl Core {
     pub(super) fn journalled_start(&mut self, call_id: &CallId, durable: bool) {
         self.read_only |= !durable;
         let Some(call) = self.calls.get_mut(call_id) else { return };
-        if !matches!(call.phase, Phase::Starting) {
+        if !matches!(call.phase, Phase::Preparing | Phase::Prepared) {
             return;
         }
-        let (session_id, call_id) = (call.request.session_id.clone(), call_id.clone());
-        if durable && call.cancel.is_none() {
-            call.phase = Phase::Running;
-            self.actions.push(Action::Go { session_id, call_id });
-        } else {
-            call.phase = Phase::Aborting((!durable).then(read_only));
+        if durable {
+            call.start_written = true;
+            // A record vouches for those before it; who says so first is chance.
+            self.accept(call_id);
+            return self.go_if_written(call_id);
+        }
+        let is_prepared = matches!(call.phase, Phase::Prepared);
+        call.phase = Phase::Aborting(Some(read_only()));
+        if is_prepared {
+            let (session_id, call_id) = (call.request.session_id.clone(), call_id.clone());
             self.actions.push(Action::Abort { session_id, call_id });
         }
     }

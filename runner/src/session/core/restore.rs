@@ -1,8 +1,8 @@
 //! What becomes of what an earlier runner left: sandboxes are taken over, and every call goes on from where it provably is.
 //!
 //! A call whose start was not written down has not begun, so it waits in its queue again. One whose start was written down
-//! belongs to its sandbox, which says what became of it; where that cannot be asked any more, the outcome is unknown and
-//! the call is never run again. Nothing is started before an orchestrator has confirmed that it may be.
+//! belongs to its sandbox, which says what became of it, or that it never arrived; where that cannot be asked any more, the
+//! outcome is unknown and the call is never run again. Nothing is started before an orchestrator has confirmed that it may be.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -146,7 +146,10 @@ impl Core {
         let (epoch, receipt, active) = (session.epoch, session.receipt.clone(), session.active.clone());
         self.settle_found(session_id, &active, found);
         match closing {
-            Some(grace) => self.actions.push(Action::CloseSandbox { session_id: session_id.clone(), grace }),
+            Some(grace) => {
+                self.cancel_queue(session_id);
+                self.actions.push(Action::CloseSandbox { session_id: session_id.clone(), grace });
+            }
             None => {
                 let (session_id, replay) = (session_id.clone(), Replay::Duplicate);
                 self.tell(Update::SessionOpened { session_id, epoch, receipt, replay });
@@ -160,6 +163,7 @@ impl Core {
     fn settle_found(&mut self, session_id: &SessionId, active: &HashSet<CallId>, found: &BTreeMap<CallId, FoundCall>) {
         let mut active: Vec<_> = active.iter().cloned().collect();
         active.sort();
+        let mut waiting = Vec::new();
         for call_id in active {
             let Some(call) = self.calls.get_mut(&call_id) else { continue };
             let (session_id, cancel) = (session_id.clone(), call.cancel);
@@ -175,17 +179,30 @@ impl Core {
                 }
                 // Its end is on the way.
                 (Some(FoundCall::Running | FoundCall::Finished), _) => {}
-                // A sandbox forgets a call that was acknowledged, and this one was not, or dropped at its gate.
+                // A sandbox forgets a call that was acknowledged, which this one was not, or that was dropped at its gate.
+                // So it has not begun: it never arrived there, because its start was written down at the same time.
                 (None, Some(mode)) => {
                     call.in_sandbox = false;
                     self.finish_active(&call_id, cancelled_before_start(mode));
                 }
-                (None, None) => {
-                    call.in_sandbox = false;
-                    let reason = "its sandbox does not know it any more";
-                    self.finish_active(&call_id, indeterminate(Code::OutcomeUnknown, reason));
-                }
+                (None, None) => waiting.push(call_id),
             }
+        }
+        // They were there before everything that waits.
+        for call_id in waiting.into_iter().rev() {
+            self.wait_again(&call_id);
+        }
+    }
+
+    fn wait_again(&mut self, call_id: &CallId) {
+        let Some(call) = self.calls.get_mut(call_id) else { return };
+        (call.in_sandbox, call.phase) = (false, Phase::Queued);
+        if let Some(session) = self.sessions.get_mut(&call.request.session_id)
+            && session.active.remove(call_id)
+        {
+            self.running -= 1;
+            session.queue.push_front(call_id.clone());
+            self.queued += 1;
         }
     }
 

@@ -104,6 +104,8 @@ pub(super) struct Call {
     pub(super) request: ToolCall,
     /// The accepted record is written.
     pub(super) accepted: bool,
+    /// The started record is written.
+    pub(super) start_written: bool,
     /// The sandbox has seen it, so it must be told when the result is stored.
     pub(super) in_sandbox: bool,
     pub(super) cancel: Option<CancelMode>,
@@ -119,10 +121,8 @@ pub(super) enum Phase {
     Queued,
     /// Handed to the sandbox, which has not said yet that it is ready.
     Preparing,
-    /// Ready, waiting for the accepted record.
-    Prepared,
     /// Ready, waiting for the started record.
-    Starting,
+    Prepared,
     /// Ready, being dropped again; the failure says why if it was not a cancel.
     Aborting(Option<ToolFailure>),
     /// Its gate is open.
@@ -148,14 +148,20 @@ pub enum CallStage {
 
 impl Call {
     pub(super) fn new(request: ToolCall) -> Self {
-        Self { request, accepted: false, in_sandbox: false, cancel: None, restored: false, phase: Phase::Queued }
+        Self {
+            request,
+            accepted: false,
+            start_written: false,
+            in_sandbox: false,
+            cancel: None,
+            restored: false,
+            phase: Phase::Queued,
+        }
     }
 
     pub(super) fn wire_phase(&self) -> CallPhase {
         match self.phase {
-            Phase::Queued | Phase::Preparing | Phase::Prepared | Phase::Starting | Phase::Aborting(_) => {
-                CallPhase::Accepted
-            }
+            Phase::Queued | Phase::Preparing | Phase::Prepared | Phase::Aborting(_) => CallPhase::Accepted,
             Phase::Running => CallPhase::Started,
             Phase::Finishing(_) | Phase::Finished(_) => CallPhase::Finished,
         }
@@ -164,7 +170,7 @@ impl Call {
     pub(super) fn stage(&self) -> CallStage {
         match &self.phase {
             Phase::Queued => CallStage::Queued,
-            Phase::Preparing | Phase::Prepared | Phase::Starting | Phase::Aborting(_) => CallStage::Starting,
+            Phase::Preparing | Phase::Prepared | Phase::Aborting(_) => CallStage::Starting,
             Phase::Running => CallStage::Running,
             Phase::Finishing(result) | Phase::Finished(result) => CallStage::Finished(Arc::clone(result)),
         }
