@@ -222,6 +222,7 @@ async fn drive(orchestrator: Arc<Orchestrator>, over: Arc<AtomicBool>, calls: Ar
                 _ => bash(format!("head -c {} /dev/zero", random.below(300_000))),
             };
             within(&id, session.run(&id, input)).await.expect("an end");
+            session.shed(&id);
             calls.fetch_add(1, Ordering::SeqCst);
         }
         within("close", session.close(Duration::ZERO)).await.expect("the session ends");

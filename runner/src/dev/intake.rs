@@ -314,6 +314,13 @@ fn end(shared: &Shared, state: &mut State, finished: pb::CallFinished) {
     let Some(call) = state.calls.get_mut(&call_id) else {
         return state.complain(format!("end of unknown call {call_id}"));
     };
+    if call.shed {
+        let same = call.end.as_ref().is_some_and(|before| before.outcome == finished.outcome);
+        if !same {
+            state.complain(format!("call {call_id} ended twice, in two ways"));
+        }
+        return;
+    }
     // A repeat may carry another number, never another outcome.
     let before = call.end.replace(finished.clone());
     if before.is_some_and(|before| before.outcome != finished.outcome || before.streams != finished.streams) {

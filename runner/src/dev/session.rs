@@ -45,6 +45,7 @@ impl Session {
             transcript: Transcript::default(),
             end: None,
             complete: false,
+            shed: false,
             refused: None,
             cancel: None,
             cancel_noted: false,
@@ -69,6 +70,21 @@ impl Session {
             Some(Ok(Finished { message, streams: call.transcript.streams.clone() }))
         };
         self.shared.until(found).await
+    }
+
+    /// Drops what a call that is over has printed, and what was sent with it; its end stays known. For those who serve a
+    /// runner for a long time.
+    pub fn shed(&self, call_id: &str) {
+        let mut state = self.shared.state();
+        if let Some(call) = state.calls.get_mut(call_id).filter(|call| call.complete) {
+            call.shed = true;
+            call.request.input = None;
+            call.transcript.shed();
+            if let Some(end) = &mut call.end {
+                end.result = None;
+                end.streams.iter_mut().for_each(|stream| stream.inline = Vec::new());
+            }
+        }
     }
 
     /// Waits until a call has begun.

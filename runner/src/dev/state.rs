@@ -77,6 +77,8 @@ pub(super) struct CallRecord {
     pub(super) transcript: Transcript,
     pub(super) end: Option<pb::CallFinished>,
     pub(super) complete: bool,
+    /// Its bytes are dropped, because nobody will look at them again.
+    pub(super) shed: bool,
     pub(super) refused: Option<pb::ToolFailure>,
     pub(super) cancel: Option<pb::CancelCall>,
     pub(super) cancel_noted: bool,

@@ -110,6 +110,11 @@ impl Transcript {
         }
     }
 
+    /// Drops the bytes; how far they went stays.
+    pub(super) fn shed(&mut self) {
+        self.streams.values_mut().for_each(|stream| stream.bytes = Vec::new());
+    }
+
     /// What is stored, for acknowledgement.
     pub(super) fn acks(&self) -> Vec<pb::StreamAck> {
         self.streams.iter().map(|(stream, text)| pb::StreamAck { stream: *stream, through: text.through }).collect()
