@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::time::Duration;
 
 use prost::Message as _;
 use prost::bytes::BufMut as _;
@@ -10,6 +11,8 @@ use proto::runner::v1::orchestrator_frame::Body;
 use proto::runner::v1::runner_frame::Body as Said;
 use runner::dev::pki::{Authority, Validity};
 use runner::dev::{Connection, accept_one, listen};
+use runner::journal::{Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
+use runner::work::{CallId, CallLimits, EnvironmentRef, Network, OutputMode, RequestDigest, SessionId, SessionOpen};
 use tokio::sync::{Mutex, mpsc};
 use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::ReceiverStream;
@@ -65,6 +68,9 @@ impl Decoder for Bytes {
 struct Link {
     frames: Arc<Mutex<mpsc::Receiver<Frame>>>,
     said: mpsc::Sender<Said>,
+    /// What becomes of a session that is held, and how long that takes to decide.
+    action: pb::ResumeAction,
+    pause: Duration,
 }
 
 impl tonic::server::NamedService for Link {
@@ -92,7 +98,7 @@ impl tonic::server::StreamingService<pb::RunnerFrame> for Link {
     type Future = BoxFuture<Response<Self::ResponseStream>, Status>;
 
     fn call(&mut self, request: Request<Streaming<pb::RunnerFrame>>) -> Self::Future {
-        let Self { frames, said } = self.clone();
+        let Self { frames, said, action, pause } = self.clone();
         Box::pin(async move {
             let (sender, receiver) = mpsc::channel(16);
             let mut incoming = request.into_inner();
@@ -109,19 +115,18 @@ impl tonic::server::StreamingService<pb::RunnerFrame> for Link {
                 let Ok(Some(pb::RunnerFrame { body: Some(Said::Hello(hello)), .. })) = incoming.message().await else {
                     return;
                 };
-                let keep = pb::ResumeDecision {
-                    session_id: "s".into(),
-                    epoch: 1,
-                    action: pb::ResumeAction::Keep.into(),
-                    calls: Vec::new(),
-                };
+                let decision =
+                    pb::ResumeDecision { session_id: "s".into(), epoch: 1, action: action.into(), calls: Vec::new() };
                 let held = hello.resume_pages > 0;
                 let decisions =
-                    pb::ResumeDecisionPage { index: 0, decisions: held.then_some(keep).into_iter().collect() };
+                    pb::ResumeDecisionPage { index: 0, decisions: held.then_some(decision).into_iter().collect() };
                 said.try_send(Said::Hello(hello)).unwrap();
                 for (number, kind, body) in [(1, 10, Body::Welcome(welcome)), (2, 11, Body::ResumeDecisions(decisions))]
                 {
                     sender.send(Ok(frame(number, kind, body))).await.unwrap();
+                    if number == 1 {
+                        tokio::time::sleep(pause).await;
+                    }
                 }
                 let mut number = 2;
                 // The link before this one may not have noticed its end yet.
@@ -162,6 +167,10 @@ struct World {
 
 impl World {
     async fn new() -> Self {
+        Self::with(Options::default(), pb::ResumeAction::Keep, Duration::ZERO).await
+    }
+
+    async fn with(options: Options, action: pb::ResumeAction, pause: Duration) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let authority = Authority::new("raw").unwrap();
         let server = authority.server_config(&authority.server("localhost", Validity::Now).unwrap()).unwrap();
@@ -181,14 +190,14 @@ impl World {
         let (frames, to_send) = mpsc::channel(16);
         // Much more than a runner says in one of these tests.
         let (speaks, said) = mpsc::channel(1024);
-        let link = Link { frames: Arc::new(Mutex::new(to_send)), said: speaks };
+        let link = Link { frames: Arc::new(Mutex::new(to_send)), said: speaks, action, pause };
         let serving = tonic::transport::Server::builder().serve_with_incoming_shutdown(
             link,
             ReceiverStream::new(connections),
             std::future::pending(),
         );
         tokio::spawn(serving);
-        let runner = Runner::dial(address.port(), files, Options::default());
+        let runner = Runner::dial(address.port(), files, options);
         let mut world = Self { frames, said, runner, _directory: directory };
         world.hears("a greeting", |said| matches!(said, Said::Hello(_)).then_some(())).await;
         world
@@ -316,4 +325,45 @@ async fn message_beyond_what_the_transport_takes_ends_the_link_and_no_session() 
     world.hears("the next greeting", |said| matches!(said, Said::Hello(_)).then_some(())).await;
     assert_eq!(world.runner.fakes.executions_of("c1"), 0);
     world.assert_works("c2").await;
+}
+
+#[tokio::test]
+async fn nothing_that_was_left_begins_before_it_is_decided_about() {
+    let open = SessionOpen {
+        session_id: SessionId::new("s").unwrap(),
+        epoch: 1,
+        digest: RequestDigest([0; 32]),
+        environment: EnvironmentRef::default(),
+        limits: crate::world::DEFAULTS,
+        network: Network::None,
+        variables: Vec::new(),
+        min_tier: String::new(),
+        orphan_timeout: None,
+        max_concurrent_calls: 0,
+        tenant: String::new(),
+    };
+    let call = runner::work::ToolCall {
+        call_id: CallId::new("left").unwrap(),
+        session_id: SessionId::new("s").unwrap(),
+        epoch: 1,
+        digest: RequestDigest([0; 32]),
+        input: runner::work::ToolInput::Bash(runner::work::BashInput {
+            command: Some("exit 0".into()),
+            restart: false,
+        }),
+        limits: CallLimits::default(),
+        output_mode: OutputMode::Merged,
+    };
+    let recovered = Recovered {
+        sessions: vec![RecoveredSession { open, sandbox: None, acknowledged: Vec::new() }],
+        calls: vec![RecoveredCall { call, cancel: None, phase: RecoveredPhase::Accepted }],
+        ..Recovered::default()
+    };
+    let options = Options { recovered, ..Options::default() };
+    let mut world = World::with(options, pb::ResumeAction::Suspend, Duration::from_millis(500)).await;
+
+    world.hears("a heartbeat", |said| matches!(said, Said::Heartbeat(_)).then_some(())).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+
+    assert_eq!(world.runner.fakes.executions_of("left"), 0);
 }

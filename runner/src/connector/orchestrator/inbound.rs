@@ -231,7 +231,6 @@ impl Task {
         self.book.max_chunk(bounds.max_chunk_bytes);
         link.welcomed = true;
         link.decision_pages_left = welcome.decision_pages;
-        self.renewed();
         self.live_if_decided(link);
         Ok(())
     }
@@ -239,6 +238,8 @@ impl Task {
     pub(super) fn live_if_decided(&mut self, link: &mut Link) {
         if link.decision_pages_left == 0 {
             link.live = true;
+            // Behind the decisions: what must not go on is told so before anything goes on.
+            self.renewed();
             self.status.send_modify(|status| {
                 status.connected = true;
                 status.problem.clear();
