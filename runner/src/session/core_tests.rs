@@ -179,6 +179,20 @@ fn journal_that_refuses_the_start_keeps_the_call_from_running_and_closes_admissi
 }
 
 #[test]
+fn sandbox_keeps_a_call_whose_end_is_not_written_down() {
+    let mut core = core(Config::default());
+    ready(&mut core, "s", 1);
+    core.handle(call("s", 1, "c", 0));
+    run(&mut core, "c");
+    core.handle(ended("c"));
+    core.handle(Input::EndWritten { call_id: cid("c"), durable: false });
+
+    let actions = core.handle(Input::Work(WorkItem::Acknowledge { call_id: cid("c") }));
+
+    assert_eq!(actions, [Action::Trim { call_id: cid("c") }]);
+}
+
+#[test]
 fn calls_of_a_session_start_in_order_one_at_a_time() {
     let mut core = core(Config::default());
     ready(&mut core, "s", 1);

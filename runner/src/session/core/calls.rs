@@ -477,7 +477,8 @@ impl Core {
         let Some(call) = self.calls.remove(call_id) else { return };
         let session_id = call.request.session_id;
         self.actions.push(Action::Trim { call_id: call_id.clone() });
-        if call.in_sandbox {
+        // Without a record of its end the next runner must find it there, or it would take it for one that never began.
+        if call.in_sandbox && !self.read_only {
             self.actions.push(Action::Acknowledge { call_id: call_id.clone() });
         }
         // The session may be a later placement under the same id, which never saw this call.
