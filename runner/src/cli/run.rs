@@ -240,7 +240,7 @@ async fn serve_with(config: &Config, sandboxes: HostSandboxes, ephemeral: bool) 
                     Signal::Leave if sandboxes.outlive_us() => return Ok(End::Left),
                     Signal::Leave | Signal::Drain | Signal::Now => {
                         // Whoever asks for the end before the beginning wants nothing to be left all the same.
-                        sandboxes.end_others(&[]).await?;
+                        sandboxes.end_all(&kept).await?;
                         return Ok(End::Done);
                     }
                 },

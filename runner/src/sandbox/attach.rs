@@ -105,6 +105,17 @@ impl HostSandboxes {
         Ok((LiveSandbox::new(self.launcher.clone(), known, control, receipt), found))
     }
 
+    /// Ends every sandbox that the launcher holds, also those that were `kept` until now and not taken over.
+    ///
+    /// # Errors
+    /// As [`HostSandboxes::end_others`].
+    pub async fn end_all(&self, kept: &[SandboxId]) -> Result<(), LaunchError> {
+        for sandbox_id in kept {
+            self.launcher.stop_watching(sandbox_id.as_str());
+        }
+        self.end_others(&[]).await
+    }
+
     /// Ends every sandbox that the launcher holds, except for those in `keep` and those that somebody here counts on. From
     /// here those in `keep` are counted on, also when the launcher is restarted before they are taken over.
     ///

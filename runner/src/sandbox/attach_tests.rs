@@ -158,3 +158,14 @@ async fn others_are_ended_and_those_to_be_kept_are_counted_on() {
     assert_eq!(killed, ["x", "y"]);
     assert!(host.launcher.counts_on("kept") && !host.launcher.counts_on("x"));
 }
+
+#[tokio::test]
+async fn those_that_were_kept_are_ended_when_nobody_will_take_them_over() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (host, kills) = host(directory.path(), &["kept"], Vec::new());
+    host.end_others(&[id("kept")]).await.expect("nothing to end");
+
+    host.end_all(&[id("kept")]).await.expect("ended");
+
+    assert_eq!(*kills.lock().expect("not poisoned"), ["kept"]);
+}
