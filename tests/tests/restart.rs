@@ -325,3 +325,27 @@ async fn second_runner_of_the_same_state_directory_is_refused() {
     assert_eq!(printed(&session, "one", "echo one").await, "one");
     end(daemon, vec![session]).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn runner_that_was_full_begins_again() {
+    needs_root!();
+    let _host = host::exclusive();
+    let mut daemon = Daemon::start(Options { slots: 3, limits: small_sandboxes(), ..Options::default() }).await;
+    let mut sessions = Vec::new();
+    for number in 0..2 {
+        let session = daemon.session(&format!("full-{number}")).await;
+        printed(&session, &format!("before-{number}"), "echo before").await;
+        sessions.push(session);
+    }
+    let third = pb::OpenSession { session_id: "full-2".into(), ..Default::default() };
+    let refused = within("refusal", daemon.orchestrator.open_session(third)).await;
+    assert!(refused.is_err(), "no slot is left for the next runner");
+
+    daemon.kill_runner();
+    daemon.start_runner().await;
+
+    for (number, session) in sessions.iter().enumerate() {
+        assert_eq!(printed(session, &format!("after-{number}"), "echo after").await, "after");
+    }
+    end(daemon, sessions).await;
+}

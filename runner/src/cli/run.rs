@@ -221,7 +221,26 @@ fn generation() -> u64 {
     now.ok().and_then(|time| u64::try_from(Duration::from(time).as_millis()).ok()).unwrap_or(1).max(1)
 }
 
+/// Sessions that leave one of the launcher's `slots` free, where it says how many there are: the next runner measures the
+/// isolation in a sandbox of its own while the sessions of this one live on, and without a slot it would never begin.
+fn sessions_within(asked: u64, slots: u32) -> u64 {
+    if slots == 0 { asked } else { asked.min(u64::from(slots - 1).max(1)) }
+}
+
 async fn serve_with(config: &Config, sandboxes: HostSandboxes, ephemeral: bool) -> Result<End, RunError> {
+    let slots = sandboxes.host().slots;
+    let mut config = config.clone();
+    let asked = config.capacity.max_sessions;
+    if sandboxes.outlive_us() {
+        config.capacity.max_sessions = sessions_within(asked, slots);
+    }
+    if config.capacity.max_sessions < asked {
+        warn!(
+            asked,
+            slots, "fewer sessions are taken: one slot of the launcher is for the measurement after a restart"
+        );
+    }
+    let config = &config;
     // From here a signal ends in order, also while the host is being measured.
     let mut signals = Signals::listen().map_err(RunError::Signals)?;
     let identity = settings::identity(&config.runner_id, &config.state_directory)?;
@@ -312,4 +331,14 @@ fn check_floor(config: &Config, receipt: &Receipt, host: &HostReport) -> Result<
         say(&format!("sandbox-runner: {line}"));
     }
     Err(RunError::BelowFloor)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_is_left_for_the_measurement_of_the_next_runner() {
+        assert_eq!([64, 65, 3, 1, 0].map(|slots| sessions_within(64, slots)), [63, 64, 2, 1, 64]);
+    }
 }
