@@ -7,16 +7,19 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{error, info, warn};
 
 use super::HostSandboxes;
 use super::control::{Control, ControlEnd, ControlError, Patience, Resumed};
-use super::launch::{LaunchError, ListedSandbox};
+use super::launch::{Ended, LaunchError, ListedSandbox};
 use super::live::{Known, LiveSandbox};
 use crate::work::{Attached, CallId, Code, ExpectedCall, FoundCall, Gate, Receipt, SandboxId, ToolFailure};
 
-/// How long everything up to a usable sandbox may take.
+/// How long the launcher may take to say where a sandbox is. It may be restarted at the same time, as an upgrade of both does.
+const FIND_TIME: Duration = Duration::from_secs(15);
+/// How long everything from there up to a usable sandbox may take.
 const ATTACH_TIME: Duration = Duration::from_secs(2);
 /// How long is waited for the end of a sandbox that could not be taken over; it goes on behind our back.
 const KILL_TIME: Duration = Duration::from_secs(1);
@@ -42,7 +45,7 @@ pub enum AttachError {
         found: String,
     },
     /// It took too long.
-    #[error("the sandbox could not be taken over within {} ms", ATTACH_TIME.as_millis())]
+    #[error("the launcher or the sandbox did not answer in time")]
     Late,
 }
 
@@ -54,8 +57,16 @@ impl HostSandboxes {
         receipt: Receipt,
         calls: Vec<ExpectedCall>,
     ) -> Result<Attached, ToolFailure> {
-        let attempt = self.take_over(&sandbox_id, receipt, calls);
-        let result = tokio::time::timeout(ATTACH_TIME, attempt).await.unwrap_or(Err(AttachError::Late));
+        // First, so that an ending behind the look at the list is noticed; one before it is an absence from the list.
+        let ended = self.launcher.watch_ending(sandbox_id.as_str());
+        let found = tokio::time::timeout(FIND_TIME, self.find(&sandbox_id)).await.unwrap_or(Err(AttachError::Late));
+        let result = match found {
+            Ok(listed) => {
+                let attempt = self.take_over(&sandbox_id, listed, ended, receipt, calls);
+                tokio::time::timeout(ATTACH_TIME, attempt).await.unwrap_or(Err(AttachError::Late))
+            }
+            Err(error) => Err(error),
+        };
         let error = match result {
             Ok((sandbox, found)) => {
                 info!(%sandbox_id, pid = sandbox.pid(), calls = found.len(), "sandbox taken over");
@@ -75,15 +86,24 @@ impl HostSandboxes {
         Err(failure(&error))
     }
 
+    async fn find(&self, sandbox_id: &SandboxId) -> Result<ListedSandbox, AttachError> {
+        loop {
+            match self.launcher.find(sandbox_id.as_str()).await {
+                // It went before it answered; its successor is asked again.
+                Err(LaunchError::Interrupted) => tokio::task::yield_now().await,
+                found => return found?.ok_or(AttachError::Unknown),
+            }
+        }
+    }
+
     async fn take_over(
         &self,
         sandbox_id: &SandboxId,
+        listed: ListedSandbox,
+        ended: watch::Receiver<Option<Ended>>,
         receipt: Receipt,
         calls: Vec<ExpectedCall>,
     ) -> Result<(LiveSandbox, BTreeMap<CallId, FoundCall>), AttachError> {
-        // First, so that an ending behind the look at the list is noticed; one before it is an absence from the list.
-        let ended = self.launcher.watch_ending(sandbox_id.as_str());
-        let listed = self.launcher.find(sandbox_id.as_str()).await?.ok_or(AttachError::Unknown)?;
         let ListedSandbox { socket_name, pid, id_count, output_directory, .. } = listed;
         let path = self.socket_directory.join(socket_name);
         let held: Vec<CallId> =

@@ -169,3 +169,20 @@ async fn those_that_were_kept_are_ended_when_nobody_will_take_them_over() {
 
     assert_eq!(*kills.lock().expect("not poisoned"), ["kept"]);
 }
+
+#[tokio::test]
+async fn launcher_that_is_slow_because_it_is_restarted_costs_no_sandbox() {
+    let directory = tempfile::tempdir().expect("a directory");
+    process_1(directory.path(), "a", false);
+    let launcher = launcher(|request| {
+        std::thread::sleep(ATTACH_TIME + Duration::from_millis(300));
+        let list = wire::SandboxList { sandboxes: vec![entry("a")] };
+        vec![reply(request.request_id, wire::reply::Body::SandboxList(list))]
+    });
+    let host = HostSandboxes::new(launcher, HostReport::default(), directory.path().to_path_buf(), 7);
+
+    let attached = host.attach(id("a"), Receipt::default(), Vec::new()).await;
+
+    assert!(attached.is_ok(), "{attached:?}");
+    std::mem::forget(attached);
+}
