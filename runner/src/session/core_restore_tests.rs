@@ -270,3 +270,43 @@ fn takeover_with_a_newer_placement_is_noted() {
     let noted = |action: &Action| matches!(action, Action::Note(Record::SessionOpening(open)) if open.epoch == 9);
     assert!(actions.iter().any(noted), "{actions:?}");
 }
+
+#[test]
+fn session_that_is_closed_while_its_sandbox_is_taken_over_begins_nothing_and_ends() {
+    let calls = vec![
+        held("gated", None, RecoveredPhase::Started),
+        held("absent", None, RecoveredPhase::Started),
+        held("queued", None, RecoveredPhase::Accepted),
+    ];
+    let mut core = core(Config::default());
+    core.handle(Input::Recovered(Box::new(left(calls))));
+    core.handle(Input::Work(WorkItem::Resume { session_id: None }));
+    let mut actions = core.handle(super::core_tests::close("s", 3));
+
+    let found = BTreeMap::from([(cid("gated"), FoundCall::Prepared)]);
+    actions.extend(core.handle(Input::SandboxAttached { session_id: sid("s"), found }));
+    actions.extend(core.handle(Input::Aborted { call_id: cid("gated") }));
+
+    for id in ["gated", "absent", "queued"] {
+        assert!(!is_handed_over(&actions, id), "{id}");
+        assert!(matches!(outcome_of(&actions, id), Some(Outcome::Cancelled { before_start: true, .. })), "{id}");
+        core.handle(Input::EndWritten { call_id: cid(id), durable: true });
+    }
+    let over = core.handle(Input::SandboxClosed { session_id: sid("s") });
+    assert!(over.iter().any(|action| matches!(action, Action::Tell(Update::SessionEnded { .. }))), "{over:?}");
+}
+
+#[test]
+fn gate_of_an_earlier_runner_is_opened_only_when_an_orchestrator_has_confirmed_that_it_may_be() {
+    let mut core = core(Config::default());
+    core.handle(Input::Recovered(Box::new(left(vec![held("a", None, RecoveredPhase::Started)]))));
+    let found = BTreeMap::from([(cid("a"), FoundCall::Prepared)]);
+
+    let attached = core.handle(Input::SandboxAttached { session_id: sid("s"), found });
+    let alone = core.handle(Input::Work(WorkItem::Suspend { session_id: Some(sid("s")) }));
+    let lease = core.handle(Input::Work(WorkItem::Resume { session_id: None }));
+    let decided = core.handle(Input::Work(WorkItem::Resume { session_id: Some(sid("s")) }));
+
+    assert!(![attached, alone, lease].iter().any(|actions| is_handed_over(actions, "a")));
+    assert_eq!(decided, [Action::Go { session_id: sid("s"), call_id: cid("a") }]);
+}

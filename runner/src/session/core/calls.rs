@@ -171,8 +171,19 @@ impl Core {
         let mut ids: Vec<_> = self.sessions.keys().cloned().collect();
         ids.sort();
         for session_id in ids {
-            self.start_next(&session_id);
+            self.start_in(&session_id);
         }
+    }
+
+    /// Opens what waited behind a gate while nothing was to begin, then prepares what waits.
+    pub(super) fn start_in(&mut self, session_id: &SessionId) {
+        let Some(session) = self.sessions.get(session_id) else { return };
+        let mut active: Vec<_> = session.active.iter().cloned().collect();
+        active.sort();
+        for call_id in active {
+            self.go_if_written(&call_id);
+        }
+        self.start_next(session_id);
     }
 
     pub(super) fn journalled_accepted(&mut self, call_id: &CallId, durable: bool) {
@@ -239,9 +250,13 @@ impl Core {
         }
     }
 
-    /// Opens the gate when there is a call behind it and its start is written down.
-    fn go_if_written(&mut self, call_id: &CallId) {
+    /// Opens the gate when there is a call behind it, its start is written down, and something may begin.
+    pub(super) fn go_if_written(&mut self, call_id: &CallId) {
         let Some(call) = self.calls.get_mut(call_id) else { return };
+        let session = self.sessions.get(&call.request.session_id);
+        if self.suspended || session.is_some_and(|session| session.suspended) {
+            return;
+        }
         if matches!(call.phase, Phase::Prepared) && call.start_written {
             call.phase = Phase::Running;
             let (session_id, call_id) = (call.request.session_id.clone(), call_id.clone());

@@ -215,7 +215,7 @@ impl Core {
     fn set_suspended(&mut self, session_id: &SessionId, suspended: bool) {
         if let Some(session) = self.sessions.get_mut(session_id) {
             session.suspended = suspended;
-            self.start_next(session_id);
+            self.start_in(session_id);
         }
     }
 

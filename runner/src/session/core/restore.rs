@@ -144,7 +144,7 @@ impl Core {
             session.phase = SessionPhase::Ready;
         }
         let (epoch, receipt, active) = (session.epoch, session.receipt.clone(), session.active.clone());
-        self.settle_found(session_id, &active, found);
+        self.settle_found(session_id, closing.is_some(), &active, found);
         match closing {
             Some(grace) => {
                 self.cancel_queue(session_id);
@@ -160,7 +160,13 @@ impl Core {
         self.start_next(session_id);
     }
 
-    fn settle_found(&mut self, session_id: &SessionId, active: &HashSet<CallId>, found: &BTreeMap<CallId, FoundCall>) {
+    fn settle_found(
+        &mut self,
+        session_id: &SessionId,
+        is_closing: bool,
+        active: &HashSet<CallId>,
+        found: &BTreeMap<CallId, FoundCall>,
+    ) {
         let mut active: Vec<_> = active.iter().cloned().collect();
         active.sort();
         let mut waiting = Vec::new();
@@ -168,9 +174,12 @@ impl Core {
             let Some(call) = self.calls.get_mut(&call_id) else { continue };
             let (session_id, cancel) = (session_id.clone(), call.cancel);
             match (found.get(&call_id), cancel) {
-                // Its start is written down, and the word to go was lost on the way.
-                (Some(FoundCall::Prepared), None) => self.actions.push(Action::Go { session_id, call_id }),
-                (Some(FoundCall::Prepared), Some(_)) => {
+                // Its start is written down, and the word to go was lost on the way. It begins when something may begin again.
+                (Some(FoundCall::Prepared), None) if !is_closing => {
+                    (call.phase, call.start_written) = (Phase::Prepared, true);
+                    self.go_if_written(&call_id);
+                }
+                (Some(FoundCall::Prepared), _) => {
                     call.phase = Phase::Aborting(None);
                     self.actions.push(Action::Abort { session_id, call_id });
                 }
