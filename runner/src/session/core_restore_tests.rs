@@ -262,13 +262,17 @@ fn every_ready_session_lives_as_long_as_the_lease_and_its_orphan_time() {
 }
 
 #[test]
-fn takeover_with_a_newer_placement_is_noted() {
+fn takeover_with_a_newer_placement_is_written_down_before_it_is_told() {
     let (mut core, _) = attached(left(Vec::new()), &[]);
 
     let actions = core.handle(open("s", 9));
 
     let noted = |action: &Action| matches!(action, Action::Note(Record::SessionOpening(open)) if open.epoch == 9);
     assert!(actions.iter().any(noted), "{actions:?}");
+    let told = |action: &Action| matches!(action, Action::Tell(Update::SessionOpened { epoch: 9, .. }));
+    assert!(matches!(actions.last(), Some(Action::WriteReady { .. })) && !actions.iter().any(told), "{actions:?}");
+    let written = core.handle(Input::ReadyWritten { session_id: sid("s"), durable: true });
+    assert!(matches!(&written[..], [action] if told(action)), "{written:?}");
 }
 
 #[test]

@@ -295,7 +295,8 @@ fn stale_epochs_are_refused_and_a_newer_one_takes_the_session_over() {
     assert_eq!(refusal(&core.handle(open("s", 4))), Code::StaleEpoch);
     assert_eq!(refusal(&core.handle(call("s", 4, "c", 0))), Code::StaleEpoch);
     assert_eq!(refusal(&core.handle(close("s", 4))), Code::StaleEpoch);
-    let actions = core.handle(open("s", 6));
+    core.handle(open("s", 6));
+    let actions = core.handle(Input::ReadyWritten { session_id: sid("s"), durable: true });
     let told = Update::SessionOpened {
         session_id: sid("s"),
         epoch: 6,

@@ -235,6 +235,11 @@ impl Core {
                     session.epoch = epoch;
                     let taken_over = SessionOpen { epoch, ..session.open_request.clone() };
                     self.actions.push(Action::Note(Record::SessionOpening(Box::new(taken_over))));
+                    // That only the newest placement is obeyed must be known to the next runner before anybody counts on it.
+                    if let (SessionPhase::Ready, Some(sandbox_id)) = (&session.phase, session.sandbox_id.clone()) {
+                        let receipt = session.receipt.clone();
+                        return self.actions.push(Action::WriteReady { session_id, sandbox_id, receipt });
+                    }
                 }
                 match session.phase {
                     SessionPhase::Ready => Ok(Some(session.receipt.clone())),
@@ -278,6 +283,7 @@ impl Core {
     fn sandbox_ready(&mut self, session_id: &SessionId, sandbox_id: SandboxId, receipt: Receipt) {
         let Some(session) = self.sessions.get_mut(session_id) else { return };
         session.receipt.clone_from(&receipt);
+        session.sandbox_id = Some(sandbox_id.clone());
         match &session.phase {
             SessionPhase::Opening => {
                 session.phase = SessionPhase::Recording;
@@ -295,11 +301,20 @@ impl Core {
     fn journalled_ready(&mut self, session_id: &SessionId, durable: bool) {
         self.read_only |= !durable;
         let Some(session) = self.sessions.get_mut(session_id) else { return };
-        if !matches!(session.phase, SessionPhase::Recording) {
-            return;
-        }
-        if !durable {
-            return self.begin_close(session_id, SessionEnd::OpenFailed(read_only()), Duration::ZERO);
+        match (&session.phase, durable) {
+            (SessionPhase::Recording, true) => {}
+            (SessionPhase::Recording, false) => {
+                return self.begin_close(session_id, SessionEnd::OpenFailed(read_only()), Duration::ZERO);
+            }
+            (SessionPhase::Ready, true) => {
+                let (epoch, receipt, replay) = (session.epoch, session.receipt.clone(), Replay::Duplicate);
+                return self.tell(Update::SessionOpened { session_id: session_id.clone(), epoch, receipt, replay });
+            }
+            (SessionPhase::Ready, false) => {
+                let epoch = session.epoch;
+                return self.refuse(RequestKind::Open, Some(session_id.clone()), None, epoch, read_only());
+            }
+            (SessionPhase::Opening | SessionPhase::Closing(_), _) => return,
         }
         session.phase = SessionPhase::Ready;
         let (epoch, receipt, replay) = (session.epoch, session.receipt.clone(), Replay::First);

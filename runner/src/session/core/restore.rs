@@ -23,8 +23,8 @@ impl Core {
             self.registry.reinstate(&session_id, open.limits);
             let mut session = Session::new(open.clone());
             session.forgotten = acknowledged.into_iter().collect();
-            if let Some((_, receipt)) = &sandbox {
-                session.receipt = receipt.clone();
+            if let Some((sandbox_id, receipt)) = &sandbox {
+                (session.sandbox_id, session.receipt) = (Some(sandbox_id.clone()), receipt.clone());
             }
             let (epoch, ready) = (session.epoch, sandbox.is_some());
             self.sessions.insert(session_id.clone(), session);

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::work::{
-    CallEnd, CallId, CallPhase, CallResult, CancelMode, Code, Outcome, Receipt, SessionEnd, SessionOpen, ToolCall,
-    ToolFailure,
+    CallEnd, CallId, CallPhase, CallResult, CancelMode, Code, Outcome, Receipt, SandboxId, SessionEnd, SessionOpen,
+    ToolCall, ToolFailure,
 };
 
 /// One session.
@@ -16,6 +16,8 @@ pub(super) struct Session {
     pub(super) epoch: u64,
     pub(super) phase: SessionPhase,
     pub(super) receipt: Receipt,
+    /// Its sandbox, once there is one.
+    pub(super) sandbox_id: Option<SandboxId>,
     /// The sandbox that an earlier runner made for it is being taken over.
     pub(super) attaching: bool,
     /// Nobody has decided about it after a reconnect: it starts nothing.
@@ -71,6 +73,7 @@ impl Session {
             open_request,
             phase: SessionPhase::Opening,
             receipt: Receipt::default(),
+            sandbox_id: None,
             attaching: false,
             suspended: false,
             queue: VecDeque::new(),
