@@ -195,9 +195,9 @@ impl World {
                 written();
                 vec![Input::ReadyWritten { session_id, durable: true }]
             }
-            Action::WriteTombstone { call_id, epoch, .. } => {
+            Action::WriteTombstone { call_id, epoch, phase, .. } => {
                 written();
-                vec![Input::TombstoneWritten { call_id, epoch, durable: true }]
+                vec![Input::TombstoneWritten { call_id, epoch, phase, durable: true }]
             }
             Action::WriteAccepted(call) => {
                 written();

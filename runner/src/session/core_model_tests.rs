@@ -116,7 +116,9 @@ impl Model {
                 Input::SandboxFailed { session_id: open.session_id, failure }
             }
             Action::WriteReady { session_id, .. } => Input::ReadyWritten { session_id, durable: well },
-            Action::WriteTombstone { call_id, epoch, .. } => Input::TombstoneWritten { call_id, epoch, durable: true },
+            Action::WriteTombstone { call_id, epoch, phase, .. } => {
+                Input::TombstoneWritten { call_id, epoch, phase, durable: true }
+            }
             Action::CloseSandbox { session_id, .. } => Input::SandboxClosed { session_id },
             Action::WriteAccepted(call) => {
                 self.accepted.insert(call.call_id.clone());

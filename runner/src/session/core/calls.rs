@@ -7,7 +7,6 @@ use super::{
     Action, Call, CallId, CallPhase, CancelMode, Code, Core, Phase, Replay, RequestKind, SessionId, SessionPhase,
     ToolFailure, Update, closing, draining, read_only, stale, unknown_session,
 };
-use crate::journal::Record;
 use crate::work::{CallResult, DrainMode, Gate, PreparedCall, ToolCall};
 
 impl Core {
@@ -206,10 +205,16 @@ impl Core {
         self.tell(Update::CallAccepted { call_id, session_id, epoch, replay, phase });
     }
 
-    /// Its caller may count on it from here: the call will not run, whatever happens to this process.
-    pub(super) fn journalled_tombstone(&mut self, call_id: CallId, epoch: u64, durable: bool) {
+    /// Its caller may count on it from here: whatever happens to this process, the call will not run, or will be ended.
+    pub(super) fn journalled_tombstone(
+        &mut self,
+        call_id: CallId,
+        epoch: u64,
+        phase: Option<CallPhase>,
+        durable: bool,
+    ) {
         if durable {
-            return self.tell(Update::CancelNoted { call_id, epoch, phase: None });
+            return self.tell(Update::CancelNoted { call_id, epoch, phase });
         }
         self.read_only = true;
         self.refuse(RequestKind::Cancel, None, Some(call_id), epoch, read_only());
@@ -356,7 +361,8 @@ impl Core {
                 self.tombstones.push_back(call_id.clone());
             }
             if !forgotten {
-                return self.actions.push(Action::WriteTombstone { call_id: call_id.clone(), epoch, mode });
+                let call_id = call_id.clone();
+                return self.actions.push(Action::WriteTombstone { call_id, epoch, phase: None, mode });
             }
             let phase = Some(CallPhase::Finished);
             return self.tell(Update::CancelNoted { call_id: call_id.clone(), epoch, phase });
@@ -379,8 +385,9 @@ impl Core {
         let harder = call.cancel.is_none_or(|before| mode > before);
         if harder {
             call.cancel = Some(mode);
-            self.actions.push(Action::Note(Record::Cancelled { call_id: call_id.clone(), mode }));
         }
+        let (noted, phase) = (call_id.clone(), Some(phase));
+        self.actions.push(Action::WriteTombstone { call_id: noted, epoch, phase, mode });
         let running = matches!(call.phase, Phase::Running);
         let queued = matches!(call.phase, Phase::Queued);
         if self.config.gated && matches!(call.phase, Phase::Preparing) {
@@ -389,7 +396,6 @@ impl Core {
             call.phase = Phase::Aborting(None);
             self.actions.push(Action::Abort { session_id: owner.clone(), call_id: call_id.clone() });
         }
-        self.tell(Update::CancelNoted { call_id: call_id.clone(), epoch, phase: Some(phase) });
         if queued {
             self.finish_queued(call_id, cancelled_before_start(mode));
         } else if running && harder {

@@ -90,7 +90,9 @@ impl Core {
             Input::SandboxLost { session_id, reason } => self.sandbox_lost(&session_id, &reason),
             Input::Accepted { call_id, durable } => self.journalled_accepted(&call_id, durable),
             Input::AcceptRefused { call_id, reason } => self.unaccept(&call_id, busy(&reason)),
-            Input::TombstoneWritten { call_id, epoch, durable } => self.journalled_tombstone(call_id, epoch, durable),
+            Input::TombstoneWritten { call_id, epoch, phase, durable } => {
+                self.journalled_tombstone(call_id, epoch, phase, durable);
+            }
             Input::Prepared { call_id } => self.prepared(&call_id),
             Input::PrepareFailed { call_id, failure } => self.prepare_failed(&call_id, failure),
             Input::StartWritten { call_id, durable } => self.journalled_start(&call_id, durable),

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use crate::journal::{Record, Recovered};
 use crate::work::{
-    CallId, CallResult, CancelMode, FoundCall, Gate, PreparedCall, Receipt, SandboxId, SessionId, SessionOpen,
-    ToolCall, ToolFailure, Update, WorkItem,
+    CallId, CallPhase, CallResult, CancelMode, FoundCall, Gate, PreparedCall, Receipt, SandboxId, SessionId,
+    SessionOpen, ToolCall, ToolFailure, Update, WorkItem,
 };
 
 /// Bounds and habits.
@@ -115,6 +115,8 @@ pub enum Input {
         call_id: CallId,
         /// Placement as named in the request.
         epoch: u64,
+        /// How far the call had come, if it is known.
+        phase: Option<CallPhase>,
         /// False: the journal refused.
         durable: bool,
     },
@@ -213,12 +215,14 @@ pub enum Action {
         /// What protects it.
         receipt: Receipt,
     },
-    /// Write down that a call which has not arrived was cancelled: `TombstoneWritten`.
+    /// Write down that a call was cancelled, one that has arrived or one that has not: `TombstoneWritten`.
     WriteTombstone {
         /// The call.
         call_id: CallId,
         /// Placement as named in the request.
         epoch: u64,
+        /// How far the call had come, if it is known.
+        phase: Option<CallPhase>,
         /// How hard.
         mode: CancelMode,
     },
