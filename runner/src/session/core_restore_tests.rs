@@ -135,6 +135,8 @@ fn started_call_that_never_arrived_in_its_sandbox_is_handed_over_before_those_th
 
     assert!(is_handed_over(&actions, "b") && !is_handed_over(&actions, "a"), "{actions:?}");
     assert_eq!(outcome_of(&actions, "b"), None);
+    let armed = |action: &Action| matches!(action, Action::ArmStartDeadline { call_id, .. } if *call_id == cid("b"));
+    assert!(actions.iter().any(armed), "it waits no longer than its caller allowed");
     assert_eq!((core.running_calls(), core.queued_calls()), (1, 1));
 }
 

@@ -212,6 +212,9 @@ impl Core {
             self.running -= 1;
             session.queue.push_front(call_id.clone());
             self.queued += 1;
+            if let Some(within) = call.request.limits.start_within {
+                self.actions.push(Action::ArmStartDeadline { call_id: call_id.clone(), within });
+            }
         }
     }
 
