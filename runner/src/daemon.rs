@@ -128,6 +128,9 @@ impl Daemon {
             Some(settings) => Some(start_link(settings, &handle, updates, memory, stopped)?),
             None => {
                 tokio::spawn(forget(updates));
+                // Nobody else will say so.
+                let work = handle.work.clone();
+                tokio::spawn(async move { work.send(WorkItem::Resume { session_id: None }).await });
                 None
             }
         };

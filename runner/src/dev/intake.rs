@@ -93,6 +93,9 @@ fn welcome(shared: &Shared, hello: &pb::Hello, pages: &[pb::ResumePage], sender:
         ..Default::default()
     }));
     let held: Vec<_> = pages.iter().flat_map(|page| &page.sessions).collect();
+    if another && !hello.ephemeral {
+        settle_missing(state, &held);
+    }
     let decisions = held.iter().map(|session| decide(state, session)).collect();
     state.send_now(Body::ResumeDecisions(pb::ResumeDecisionPage { index: 0, decisions }));
     if let Some(link) = &mut state.link {
@@ -101,6 +104,22 @@ fn welcome(shared: &Shared, hello: &pb::Hello, pages: &[pb::ResumePage], sender:
     state.resumed = true;
     repeat(state, &held);
     number
+}
+
+/// A session that another process of the runner does not list has ended: whoever was to say so is gone.
+fn settle_missing(state: &mut State, held: &[&pb::SessionState]) {
+    for (session_id, record) in &mut state.sessions {
+        let is_held = held.iter().any(|session| session.session_id == *session_id);
+        if !is_held && record.opened.is_some() && record.ended.is_none() {
+            record.ended = Some(pb::SessionEnded {
+                event_seq: 0,
+                session_id: session_id.clone(),
+                epoch: record.request.epoch,
+                reason: pb::SessionEndReason::SandboxLost.into(),
+                failure: None,
+            });
+        }
+    }
 }
 
 /// Gives everything that an earlier process of the runner held its last word, because nobody else can. What may have

@@ -193,6 +193,27 @@ fn sandbox_keeps_a_call_whose_end_is_not_written_down() {
 }
 
 #[test]
+fn accepted_call_is_not_said_to_have_never_run_when_that_cannot_be_written_down() {
+    let mut core = core(Config::default());
+    ready(&mut core, "s", 1);
+    core.handle(call("s", 1, "c", 0));
+    core.handle(call("s", 1, "waits", 0));
+    core.handle(Input::Accepted { call_id: cid("waits"), durable: true });
+    run(&mut core, "c");
+    core.handle(ended("c"));
+
+    let told = core.handle(Input::EndWritten { call_id: cid("c"), durable: false });
+    core.handle(cancel("s", 1, "waits", CancelMode::Kill));
+    core.handle(Input::Prepared { call_id: cid("waits") });
+    let cancelled = core.handle(Input::Aborted { call_id: cid("waits") });
+    let quiet = core.handle(Input::EndWritten { call_id: cid("waits"), durable: false });
+
+    assert!(matches!(&told[..], [Action::Tell(Update::CallFinished { .. })]), "what ran is told: {told:?}");
+    assert!(outcome(&cancelled, "waits").is_some());
+    assert_eq!(quiet, [], "the next runner would run it");
+}
+
+#[test]
 fn calls_of_a_session_start_in_order_one_at_a_time() {
     let mut core = core(Config::default());
     ready(&mut core, "s", 1);

@@ -183,7 +183,8 @@ impl Book {
         for stream in Stream::ALL {
             let state = &mut call.streams[stream.index()];
             let summary = summaries.iter().find(|summary| summary.stream == stream);
-            let total = summary.map_or(0, |summary| summary.total_bytes);
+            // An end that says nothing of its output, because its sandbox is gone, leaves what was reported as a hole.
+            let total = summary.map_or(call.lengths.get(stream), |summary| summary.total_bytes);
             call.lengths.advance(stream, total);
             state.total = Some(total);
             // A result that was decoded travels as content, whatever its size in the stream was.

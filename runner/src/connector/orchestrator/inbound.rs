@@ -214,10 +214,15 @@ impl Task {
         link.heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let age = time("max_link_age", welcome.max_link_age.as_ref())?;
         link.oldest_at = age.and_then(|age| link.opened_at.checked_add(age));
-        if welcome.term > self.highest_term {
-            link.obeying = Some(self.ports.memory.obey(welcome.term));
+        if welcome.event_ack_through >= self.outbox.next_seq() {
+            let (acknowledged, next) = (welcome.event_ack_through, self.outbox.next_seq());
+            let problem =
+                format!("event {acknowledged} is acknowledged, and {next} is the next: this state was set back");
+            return Err(LinkError::Violation(problem));
         }
-        self.highest_term = welcome.term;
+        if welcome.term > self.highest_term {
+            link.obeying = Some((welcome.term, self.ports.memory.obey(welcome.term)));
+        }
         self.link_id.clone_from(&welcome.link_id);
         for call_id in self.outbox.acknowledge(welcome.event_ack_through) {
             if self.book.result_acknowledged(&call_id) {

@@ -49,7 +49,7 @@ pub(super) struct Link {
     pub(super) oldest_at: Option<Instant>,
     pub(super) greeted_ns: u64,
     /// Resolves when no older orchestrator will be obeyed any more; until then this one is not either.
-    pub(super) obeying: Option<BoxFuture<'static, bool>>,
+    pub(super) obeying: Option<(u64, BoxFuture<'static, bool>)>,
     reads: FuturesUnordered<Pin<Box<dyn Future<Output = Read> + Send>>>,
     output_wait: Option<Instant>,
     output_full: bool,
@@ -113,10 +113,11 @@ impl Task {
                 frame = incoming.message(), if reading => match frame {
                     Ok(Some(frame)) => {
                         self.incoming(frame, &mut link)?;
-                        if let Some(obeying) = link.obeying.take()
-                            && !obeying.await
-                        {
-                            return Err(LinkError::Ended("the journal refuses to write down the term".to_owned()));
+                        if let Some((term, obeying)) = link.obeying.take() {
+                            if !obeying.await {
+                                return Err(LinkError::Ended("the journal refuses to write down the term".to_owned()));
+                            }
+                            self.highest_term = term;
                         }
                     }
                     Ok(None) => return Err(LinkError::Ended("the orchestrator closed it".to_owned())),

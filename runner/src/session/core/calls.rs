@@ -7,7 +7,7 @@ use super::{
     Action, Call, CallId, CallPhase, CancelMode, Code, Core, Phase, Replay, RequestKind, SessionId, SessionPhase,
     ToolFailure, Update, closing, draining, read_only, stale, unknown_session,
 };
-use crate::work::{CallResult, DrainMode, Gate, PreparedCall, ToolCall};
+use crate::work::{CallResult, DrainMode, Gate, Outcome, PreparedCall, ToolCall};
 
 impl Core {
     pub(super) fn call(&mut self, request: ToolCall) {
@@ -129,7 +129,9 @@ impl Core {
 
     /// Prepares waiting calls of `session_id` as far as limits allow.
     pub(super) fn start_next(&mut self, session_id: &SessionId) {
-        while !self.suspended {
+        // A broken journal takes no start, and the next runner goes on with what waits.
+        let may_write = !self.config.gated || !self.read_only;
+        while !self.suspended && may_write {
             let Some(session) = self.sessions.get_mut(session_id) else { return };
             if !session.may_start() {
                 return;
@@ -479,6 +481,12 @@ impl Core {
         self.read_only |= !durable;
         let Some(call) = self.calls.get_mut(call_id) else { return };
         let Phase::Finishing(result) = &call.phase else { return };
+        let nothing_ran =
+            matches!(result.end.outcome, Outcome::NeverStarted { .. } | Outcome::Cancelled { before_start: true, .. });
+        if !durable && call.accepted && nothing_ran {
+            // The next runner finds the call as accepted and hands it over, so nobody must hear that it did not run.
+            return;
+        }
         let result = Arc::clone(result);
         call.phase = Phase::Finished(Arc::clone(&result));
         let session_id = call.request.session_id.clone();
