@@ -9,14 +9,19 @@ use tempfile::TempDir;
 /// Where the prober is inside.
 pub const PROBER: &str = "/usr/bin/prober";
 
-/// A temporary directory that uid 65534 can read. Removed when dropped.
+/// Where a runner keeps its journal in these suites: on a disk on every distribution, unlike /tmp.
+pub const ON_DISK: &str = "/var/tmp";
+
+/// A temporary directory on a disk that uid 65534 can read. Removed when dropped.
 ///
 /// # Panics
 /// When the temporary directory of the host is unusable.
 #[must_use]
 pub fn shared_directory(purpose: &str) -> TempDir {
-    let directory =
-        tempfile::Builder::new().prefix(&format!("sbr-attack-{purpose}-")).tempdir().expect("a temporary directory");
+    let directory = tempfile::Builder::new()
+        .prefix(&format!("sbr-attack-{purpose}-"))
+        .tempdir_in(ON_DISK)
+        .expect("a temporary directory");
     fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).expect("chmod of an own directory");
     directory
 }

@@ -308,7 +308,7 @@ fn assert_refused_below(container: &Container, report: &Value, floor: &str) {
     let daemon = container.exec(&[
         "/usr/bin/bash",
         "-c",
-        &format!("echo '[runner]\nmin_tier = \"{floor}\"' > /root/c.toml; exec {RUNNER} run --config /root/c.toml"),
+        &format!("echo '[runner]\nmin_tier = \"{floor}\"' > /root/c.toml; exec {RUNNER} run --ephemeral --config /root/c.toml"),
     ]);
     assert_eq!(daemon.code(), 77, "{}", daemon.errors());
     assert!(daemon.errors().contains(&format!("min_tier = \"{tier}\"")), "{}", daemon.errors());

@@ -13,6 +13,7 @@ use runner::dev::DevError;
 use sandbox_runner_tests::daemon::{Daemon, Options, bash, exec, small_sandboxes, text_of, within};
 use sandbox_runner_tests::host;
 use sandbox_runner_tests::needs_root;
+use sandbox_runner_tests::rootfs::ON_DISK;
 use sandbox_runner_tests::runner::{binary, finish, scaled, wait};
 
 const MIB: u64 = 1 << 20;
@@ -357,7 +358,7 @@ fn files(daemon: &Daemon) -> Vec<std::path::PathBuf> {
 fn runner_ends_when_the_launcher_of_its_own_is_killed() {
     needs_root!();
     let _host = host::shared();
-    let directory = tempfile::tempdir().expect("a directory");
+    let directory = tempfile::tempdir_in(ON_DISK).expect("a directory");
     let path = |name: &str| directory.path().join(name);
     let config = format!(
         "[runner]\nid = \"alone\"\nmin_tier = \"none\"\nstate_directory = \"{}\"\nrun_directory = \"{}\"\n",
