@@ -349,7 +349,8 @@ fn end(shared: &Shared, state: &mut State, finished: pb::CallFinished) {
 }
 
 fn complete(shared: &Shared, state: &mut State, call_id: &str) {
-    let Some(call) = state.calls.get_mut(call_id) else { return };
+    // What was shed was checked before.
+    let Some(call) = state.calls.get_mut(call_id).filter(|call| !call.shed) else { return };
     let Some(end) = &call.end else { return };
     match call.transcript.check(end) {
         Ok(complete) if complete && !call.complete => {
