@@ -83,7 +83,7 @@ impl World {
                     let (session_id, sandbox_id) = (session_id.clone(), sandbox_id.clone());
                     self.records.push(Record::SessionReady { session_id, sandbox_id, receipt: receipt.clone() });
                 }
-                Action::WriteTombstone { call_id, mode, .. } => {
+                Action::WriteCancelled { call_id, mode, .. } => {
                     self.records.push(Record::Cancelled { call_id: call_id.clone(), mode: *mode });
                 }
                 Action::WriteAccepted(call) => self.records.push(Record::Accepted(Box::new(call.clone()))),
@@ -104,7 +104,7 @@ impl World {
                     self.reach(&action)?;
                 }
                 Action::WriteReady { .. }
-                | Action::WriteTombstone { .. }
+                | Action::WriteCancelled { .. }
                 | Action::WriteAccepted(_)
                 | Action::WriteStarted { .. }
                 | Action::WriteFinished { .. }
@@ -195,9 +195,9 @@ impl World {
                 written();
                 vec![Input::ReadyWritten { session_id, durable: true }]
             }
-            Action::WriteTombstone { call_id, epoch, phase, .. } => {
+            Action::WriteCancelled { call_id, epoch, phase, .. } => {
                 written();
-                vec![Input::TombstoneWritten { call_id, epoch, phase, durable: true }]
+                vec![Input::CancelWritten { call_id, epoch, phase, durable: true }]
             }
             Action::WriteAccepted(call) => {
                 written();

@@ -116,8 +116,8 @@ impl Model {
                 Input::SandboxFailed { session_id: open.session_id, failure }
             }
             Action::WriteReady { session_id, .. } => Input::ReadyWritten { session_id, durable: well },
-            Action::WriteTombstone { call_id, epoch, phase, .. } => {
-                Input::TombstoneWritten { call_id, epoch, phase, durable: true }
+            Action::WriteCancelled { call_id, epoch, phase, .. } => {
+                Input::CancelWritten { call_id, epoch, phase, durable: true }
             }
             Action::CloseSandbox { session_id, .. } => Input::SandboxClosed { session_id },
             Action::WriteAccepted(call) => {
@@ -153,7 +153,7 @@ fn answerable(action: &Action) -> bool {
         Action::CreateSandbox(_)
             | Action::CloseSandbox { .. }
             | Action::WriteReady { .. }
-            | Action::WriteTombstone { .. }
+            | Action::WriteCancelled { .. }
             | Action::WriteAccepted(_)
             | Action::WriteStarted { .. }
             | Action::WriteFinished { .. }

@@ -242,8 +242,8 @@ fn session_and_tombstone_are_promised_only_when_they_are_written_down() {
 
     let cancel = super::core_tests::cancel("s", 1, "unseen", CancelMode::Kill);
     let actions = core.handle(cancel);
-    assert!(matches!(&actions[..], [Action::WriteTombstone { .. }]), "{actions:?}");
-    let written = Input::TombstoneWritten { call_id: cid("unseen"), epoch: 1, phase: None, durable: true };
+    assert!(matches!(&actions[..], [Action::WriteCancelled { .. }]), "{actions:?}");
+    let written = Input::CancelWritten { call_id: cid("unseen"), epoch: 1, phase: None, durable: true };
     assert!(matches!(&core.handle(written)[..], [Action::Tell(Update::CancelNoted { phase: None, .. })]));
 }
 
@@ -255,10 +255,10 @@ fn cancel_of_a_call_that_waits_is_told_when_it_is_written_down() {
 
     let actions = core.handle(super::core_tests::cancel("s", 3, "a", CancelMode::Kill));
     assert!(!actions.iter().any(|action| matches!(action, Action::Tell(_))), "{actions:?}");
-    assert!(matches!(&actions[..], [Action::WriteTombstone { .. }, Action::WriteFinished { .. }]), "{actions:?}");
+    assert!(matches!(&actions[..], [Action::WriteCancelled { .. }, Action::WriteFinished { .. }]), "{actions:?}");
 
     let phase = Some(CallPhase::Accepted);
-    let written = Input::TombstoneWritten { call_id: cid("a"), epoch: 3, phase, durable: true };
+    let written = Input::CancelWritten { call_id: cid("a"), epoch: 3, phase, durable: true };
     assert!(matches!(&core.handle(written)[..], [Action::Tell(Update::CancelNoted { .. })]));
 }
 

@@ -303,7 +303,7 @@ fn cancel_of_an_unknown_call_leaves_a_tombstone_and_tombstones_are_bounded() {
     ready(&mut core, "s", 1);
     for id in ["a", "b", "c"] {
         let actions = core.handle(cancel("s", 1, id, CancelMode::Kill));
-        assert!(matches!(&actions[..], [Action::WriteTombstone { epoch: 1, .. }]));
+        assert!(matches!(&actions[..], [Action::WriteCancelled { epoch: 1, .. }]));
     }
     assert_eq!(refusal(&core.handle(call("s", 1, "c", 0))), Code::CancelledBeforeStart);
     assert!(!core.handle(call("s", 1, "a", 0)).iter().any(|a| matches!(a, Action::Tell(Update::Refused { .. }))));

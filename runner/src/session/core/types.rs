@@ -109,8 +109,8 @@ pub enum Input {
         /// What the journal said.
         reason: String,
     },
-    /// `Action::WriteTombstone` is done.
-    TombstoneWritten {
+    /// `Action::WriteCancelled` is done.
+    CancelWritten {
         /// The call.
         call_id: CallId,
         /// Placement as named in the request.
@@ -215,8 +215,8 @@ pub enum Action {
         /// What protects it.
         receipt: Receipt,
     },
-    /// Write down that a call was cancelled, one that has arrived or one that has not: `TombstoneWritten`.
-    WriteTombstone {
+    /// Write down that a call was cancelled, one that has arrived or one that has not: `CancelWritten`.
+    WriteCancelled {
         /// The call.
         call_id: CallId,
         /// Placement as named in the request.

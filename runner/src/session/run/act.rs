@@ -59,10 +59,10 @@ impl Loop {
                 let written = self.journal.append(ready);
                 self.beside(written, |r| Done::Input(Input::ReadyWritten { session_id, durable: written_down(&r) }));
             }
-            Action::WriteTombstone { call_id, epoch, phase, mode } => {
+            Action::WriteCancelled { call_id, epoch, phase, mode } => {
                 let written = self.journal.append(Record::Cancelled { call_id: call_id.clone(), mode });
                 self.beside(written, move |r| {
-                    Done::Input(Input::TombstoneWritten { call_id, epoch, phase, durable: written_down(&r) })
+                    Done::Input(Input::CancelWritten { call_id, epoch, phase, durable: written_down(&r) })
                 });
             }
             Action::WriteAccepted(call) => {

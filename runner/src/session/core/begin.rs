@@ -1,0 +1,210 @@
+//! A call begins: prepared in its turn, its start written down, and then, while something may begin, its gate opened.
+
+use super::failures::read_only;
+use super::state::{cancelled_before_start, never_started};
+use super::{Action, Call, CallId, CancelMode, Code, Core, Phase, Replay, SessionId, ToolFailure, Update};
+use crate::work::{Gate, PreparedCall, ToolCall};
+
+impl Core {
+    /// Prepares waiting calls of `session_id` as far as limits allow.
+    pub(super) fn start_next(&mut self, session_id: &SessionId) {
+        // A broken journal takes no start, and the next runner goes on with what waits.
+        let may_write = !self.config.gated || !self.read_only;
+        while !self.suspended && may_write {
+            let Some(session) = self.sessions.get_mut(session_id) else { return };
+            if !session.may_start() {
+                return;
+            }
+            if self.running >= self.config.running_per_runner {
+                if !self.starved.contains(session_id) {
+                    self.starved.push_back(session_id.clone());
+                }
+                return;
+            }
+            let Some(call) = session.queue.front().and_then(|call_id| self.calls.get_mut(call_id)) else { return };
+            // Without a gate, preparing is starting, and nothing may start before it is accepted.
+            if !self.config.gated && !call.accepted {
+                return;
+            }
+            let call_id = call.request.call_id.clone();
+            call.phase = Phase::Preparing;
+            call.in_sandbox = true;
+            session.queue.pop_front();
+            session.active.insert(call_id.clone());
+            self.queued -= 1;
+            self.running += 1;
+            let gate = if self.config.gated { Gate::Held } else { Gate::Open };
+            let ToolCall { input, limits, output_mode, .. } = call.request.clone();
+            // Together with the record of the acceptance, when that is still on its way: one sync for both. What process 1
+            // does not know after a crash has not begun, whatever is written down.
+            if self.config.gated {
+                self.actions.push(Action::WriteStarted { call_id: call_id.clone() });
+            }
+            self.actions.push(Action::Prepare {
+                session_id: session_id.clone(),
+                call: PreparedCall { call_id, input, limits, output_mode, gate },
+            });
+        }
+    }
+
+    pub(super) fn start_everywhere(&mut self) {
+        let mut ids: Vec<_> = self.sessions.keys().cloned().collect();
+        ids.sort();
+        for session_id in ids {
+            self.start_in(&session_id);
+        }
+    }
+
+    /// Opens what waited behind a gate while nothing was to begin, then prepares what waits.
+    pub(super) fn start_in(&mut self, session_id: &SessionId) {
+        let Some(session) = self.sessions.get(session_id) else { return };
+        let mut active: Vec<_> = session.active.iter().cloned().collect();
+        active.sort();
+        for call_id in active {
+            self.go_if_written(&call_id);
+        }
+        self.start_next(session_id);
+    }
+
+    pub(super) fn journalled_accepted(&mut self, call_id: &CallId, durable: bool) {
+        let Some(call) = self.calls.get_mut(call_id) else { return };
+        if !durable {
+            self.read_only = true;
+            return self.unaccept(call_id, read_only());
+        }
+        let session_id = call.request.session_id.clone();
+        self.accept(call_id);
+        self.start_next(&session_id);
+    }
+
+    /// The caller may count on the call from here.
+    pub(super) fn accept(&mut self, call_id: &CallId) {
+        let Some(call) = self.calls.get_mut(call_id).filter(|call| !call.accepted) else { return };
+        call.accepted = true;
+        let (session_id, phase) = (call.request.session_id.clone(), call.wire_phase());
+        let (epoch, call_id, replay) = (self.epoch_of(call_id), call_id.clone(), Replay::First);
+        self.tell(Update::CallAccepted { call_id, session_id, epoch, replay, phase });
+    }
+
+    /// The journal refused the call: whatever was prepared is dropped, and its caller hears a refusal.
+    pub(super) fn unaccept(&mut self, call_id: &CallId, failure: ToolFailure) {
+        let Some(call) = self.calls.get_mut(call_id) else { return };
+        match call.phase {
+            Phase::Queued => self.finish_queued(call_id, never_started(failure)),
+            Phase::Preparing => call.phase = Phase::Aborting(Some(failure)),
+            Phase::Prepared => {
+                call.phase = Phase::Aborting(Some(failure));
+                let session_id = call.request.session_id.clone();
+                self.actions.push(Action::Abort { session_id, call_id: call_id.clone() });
+            }
+            // Cancelled meanwhile: that result stands. The later phases need the record that is missing.
+            _ => {}
+        }
+    }
+
+    pub(super) fn prepared(&mut self, call_id: &CallId) {
+        let Some(call) = self.calls.get_mut(call_id) else { return };
+        let session_id = call.request.session_id.clone();
+        match call.phase {
+            Phase::Preparing if !self.config.gated => {
+                call.phase = Phase::Running;
+                if let Some(mode) = call.cancel {
+                    self.actions.push(Action::Cancel { session_id, call_id: call_id.clone(), mode });
+                }
+            }
+            Phase::Preparing => {
+                call.phase = Phase::Prepared;
+                self.go_if_written(call_id);
+            }
+            Phase::Aborting(_) => self.actions.push(Action::Abort { session_id, call_id: call_id.clone() }),
+            _ => {}
+        }
+    }
+
+    /// Opens the gate when there is a call behind it, its start is written down, and something may begin.
+    pub(super) fn go_if_written(&mut self, call_id: &CallId) {
+        let Some(call) = self.calls.get_mut(call_id) else { return };
+        let session = self.sessions.get(&call.request.session_id);
+        if self.suspended || session.is_some_and(|session| session.suspended) {
+            return;
+        }
+        if matches!(call.phase, Phase::Prepared) && call.start_written {
+            call.phase = Phase::Running;
+            let (session_id, call_id) = (call.request.session_id.clone(), call_id.clone());
+            self.actions.push(Action::Go { session_id, call_id });
+        }
+    }
+
+    pub(super) fn prepare_failed(&mut self, call_id: &CallId, failure: ToolFailure) {
+        let Some(call) = self.calls.get_mut(call_id) else { return };
+        if matches!(call.phase, Phase::Preparing | Phase::Aborting(_)) {
+            call.in_sandbox = false;
+            let result = match call.cancel {
+                Some(mode) => cancelled_before_start(mode),
+                None => never_started(failure),
+            };
+            self.finish_active(call_id, result);
+        }
+    }
+
+    pub(super) fn journalled_start(&mut self, call_id: &CallId, durable: bool) {
+        self.read_only |= !durable;
+        let Some(call) = self.calls.get_mut(call_id) else { return };
+        if !matches!(call.phase, Phase::Preparing | Phase::Prepared) {
+            return;
+        }
+        if durable {
+            call.start_written = true;
+            // A record vouches for those before it; who says so first is chance.
+            self.accept(call_id);
+            return self.go_if_written(call_id);
+        }
+        let is_prepared = matches!(call.phase, Phase::Prepared);
+        call.phase = Phase::Aborting(Some(read_only()));
+        if is_prepared {
+            let (session_id, call_id) = (call.request.session_id.clone(), call_id.clone());
+            self.actions.push(Action::Abort { session_id, call_id });
+        }
+    }
+
+    pub(super) fn started(&mut self, call_id: &CallId, boottime_ns: u64, shell_generation: u64) {
+        let Some(call) = self.calls.get_mut(call_id) else { return };
+        let session_id = call.request.session_id.clone();
+        // Without a gate the report of the start may overtake the answer to the preparation.
+        if matches!(call.phase, Phase::Preparing) && !self.config.gated {
+            call.phase = Phase::Running;
+            if let Some(mode) = call.cancel {
+                let (session_id, call_id) = (session_id.clone(), call_id.clone());
+                self.actions.push(Action::Cancel { session_id, call_id, mode });
+            }
+        }
+        // A start before the gate was opened is a lie of the sandbox; its end will be taken, its start is not repeated.
+        if matches!(self.calls.get(call_id).map(|call| &call.phase), Some(Phase::Running)) {
+            let (epoch, call_id) = (self.epoch_of(call_id), call_id.clone());
+            self.tell(Update::CallStarted { call_id, session_id, epoch, boottime_ns, shell_generation });
+        }
+    }
+
+    pub(super) fn aborted(&mut self, call_id: &CallId) {
+        let Some(call) = self.calls.get_mut(call_id) else { return };
+        if let Phase::Aborting(failure) = &call.phase {
+            call.in_sandbox = false;
+            let result = match (failure, call.cancel) {
+                (Some(failure), _) => never_started(failure.clone()),
+                (None, mode) => cancelled_before_start(mode.unwrap_or(CancelMode::Terminate)),
+            };
+            self.finish_active(call_id, result);
+        }
+    }
+
+    pub(super) fn start_deadline(&mut self, call_id: &CallId) {
+        if matches!(self.calls.get(call_id), Some(Call { phase: Phase::Queued, .. })) {
+            let failure = ToolFailure::new(
+                Code::StartDeadlinePassed,
+                "start_within: the call waited longer than it was allowed to, and did not run",
+                "send it again under a new id, with a longer start_within or to a session with fewer calls",
+            );
+            self.finish_queued(call_id, never_started(failure));
+        }
+    }
+}

@@ -1,0 +1,55 @@
+//! What callers are told when the core itself says no.
+
+use crate::work::{Code, SessionId, ToolFailure};
+
+pub(super) fn unknown_session(session_id: &SessionId) -> ToolFailure {
+    ToolFailure::new(
+        Code::SessionUnknown,
+        format!("session_id: session {session_id} is not open on this runner"),
+        "open the session first, with an epoch of its own",
+    )
+}
+
+pub(super) fn stale(session_id: &SessionId, given: u64, known: u64) -> ToolFailure {
+    ToolFailure::new(
+        Code::StaleEpoch,
+        format!("epoch: {given} was given for session {session_id}, {known} is known"),
+        "the session was placed again since; use the newest epoch",
+    )
+}
+
+pub(super) fn closing(session_id: &SessionId) -> ToolFailure {
+    ToolFailure::new(
+        Code::SessionClosed,
+        format!("session {session_id} is closing"),
+        "wait for the end of the session, then open it again with a higher epoch",
+    )
+}
+
+pub(super) fn lost(session_id: &SessionId, reason: &str) -> ToolFailure {
+    ToolFailure::new(
+        Code::SandboxLost,
+        format!("the sandbox of session {session_id} ended by itself: {reason}"),
+        "open the session again with a higher epoch; what was in the sandbox is gone",
+    )
+}
+
+pub(super) fn draining() -> ToolFailure {
+    ToolFailure::new(Code::Draining, "this runner is being emptied", "place the work on another runner")
+}
+
+pub(super) fn busy(reason: &str) -> ToolFailure {
+    ToolFailure::new(
+        Code::QueueFull,
+        format!("the journal of this runner takes no new call now: {reason}"),
+        "send the call again later under a new id, or place the work on another runner",
+    )
+}
+
+pub(super) fn read_only() -> ToolFailure {
+    ToolFailure::new(
+        Code::JournalReadOnly,
+        "the journal of this runner refuses writes",
+        "place the work on another runner; its operator must look at the disk",
+    )
+}

@@ -1,0 +1,234 @@
+//! The life of a session: admitted, its sandbox made, taken over by a newer placement, closed or lost, forgotten.
+
+use std::time::Duration;
+
+use super::failures::{closing, draining, lost, read_only, stale, unknown_session};
+use super::state::{Ending, Session};
+use super::{
+    Action, Code, Core, Receipt, Replay, RequestKind, SandboxId, SessionClose, SessionEnd, SessionId, SessionOpen,
+    SessionPhase, ToolFailure, Update,
+};
+use crate::journal::Record;
+
+impl Core {
+    /// Whoever places a session elsewhere waits for that long, so nothing of it may be alive here then.
+    pub(super) fn renew(&mut self, until_ns: u64, orphan_time: Duration) {
+        self.lease = Some((until_ns, orphan_time));
+        let mut ids: Vec<_> = self.sessions.keys().cloned().collect();
+        ids.sort();
+        for session_id in ids {
+            self.set_deadline(&session_id);
+        }
+    }
+
+    pub(super) fn set_deadline(&mut self, session_id: &SessionId) {
+        let (Some(session), Some((until_ns, orphan_time))) = (self.sessions.get(session_id), self.lease) else {
+            return;
+        };
+        if matches!(session.phase, SessionPhase::Ready) {
+            let orphan_time = session.open_request.orphan_timeout.unwrap_or(orphan_time);
+            let nanoseconds = u64::try_from(orphan_time.as_nanos()).unwrap_or(u64::MAX);
+            let boottime_ns = until_ns.saturating_add(nanoseconds);
+            self.actions.push(Action::Deadline { session_id: session_id.clone(), boottime_ns });
+        }
+    }
+
+    pub(super) fn set_suspended(&mut self, session_id: &SessionId, suspended: bool) {
+        if let Some(session) = self.sessions.get_mut(session_id) {
+            session.suspended = suspended;
+            self.start_in(session_id);
+        }
+    }
+
+    pub(super) fn open(&mut self, request: SessionOpen) {
+        let (session_id, epoch) = (request.session_id.clone(), request.epoch);
+        if let Some(session) = self.sessions.get_mut(&session_id) {
+            let answered = if epoch < session.epoch {
+                Err(stale(&session_id, epoch, session.epoch))
+            } else if session.open_request.digest != request.digest {
+                Err(ToolFailure::new(
+                    Code::SessionConflict,
+                    format!("session {session_id} is open with another environment, limits or policy"),
+                    "close the session first, or send the request it was opened with",
+                ))
+            } else {
+                if epoch > session.epoch {
+                    session.epoch = epoch;
+                    let taken_over = SessionOpen { epoch, ..session.open_request.clone() };
+                    self.actions.push(Action::Note(Record::SessionOpening(Box::new(taken_over))));
+                    // That only the newest placement is obeyed must be known to the next runner before anybody counts on it.
+                    if let (SessionPhase::Ready, Some(sandbox_id)) = (&session.phase, session.sandbox_id.clone()) {
+                        let receipt = session.receipt.clone();
+                        return self.actions.push(Action::WriteReady { session_id, sandbox_id, receipt });
+                    }
+                }
+                match session.phase {
+                    SessionPhase::Ready => Ok(Some(session.receipt.clone())),
+                    SessionPhase::Opening | SessionPhase::Recording => Ok(None),
+                    SessionPhase::Closing(_) => Err(closing(&session_id)),
+                }
+            };
+            match answered {
+                Ok(Some(receipt)) => {
+                    self.tell(Update::SessionOpened { session_id, epoch, receipt, replay: Replay::Duplicate });
+                }
+                Ok(None) => {}
+                Err(failure) => self.refuse(RequestKind::Open, Some(session_id), None, epoch, failure),
+            }
+            return;
+        }
+        match self.admit(&request) {
+            Ok(request) => {
+                self.sessions.insert(session_id.clone(), Session::new(request.clone()));
+                self.actions.push(Action::Note(Record::SessionOpening(Box::new(request.clone()))));
+                self.actions.push(Action::CreateSandbox(Box::new(request)));
+            }
+            Err(failure) => self.refuse(RequestKind::Open, Some(session_id), None, epoch, failure),
+        }
+    }
+
+    pub(super) fn admit(&mut self, request: &SessionOpen) -> Result<SessionOpen, ToolFailure> {
+        if self.drain.is_some() {
+            return Err(draining());
+        }
+        if self.read_only {
+            return Err(read_only());
+        }
+        if request.epoch <= self.epoch_floor {
+            return Err(stale(&request.session_id, request.epoch, self.epoch_floor));
+        }
+        let limits = self.registry.admit(&request.session_id, request.limits)?;
+        Ok(SessionOpen { limits, ..request.clone() })
+    }
+
+    pub(super) fn sandbox_ready(&mut self, session_id: &SessionId, sandbox_id: SandboxId, receipt: Receipt) {
+        let Some(session) = self.sessions.get_mut(session_id) else { return };
+        session.receipt.clone_from(&receipt);
+        session.sandbox_id = Some(sandbox_id.clone());
+        match &session.phase {
+            SessionPhase::Opening => {
+                session.phase = SessionPhase::Recording;
+                self.actions.push(Action::WriteReady { session_id: session_id.clone(), sandbox_id, receipt });
+            }
+            SessionPhase::Closing(ending) => {
+                let grace = ending.grace;
+                self.actions.push(Action::CloseSandbox { session_id: session_id.clone(), grace });
+            }
+            SessionPhase::Recording | SessionPhase::Ready => {}
+        }
+    }
+
+    /// Its caller may count on the session from here: the next runner will find its sandbox.
+    pub(super) fn journalled_ready(&mut self, session_id: &SessionId, durable: bool) {
+        self.read_only |= !durable;
+        let Some(session) = self.sessions.get_mut(session_id) else { return };
+        match (&session.phase, durable) {
+            (SessionPhase::Recording, true) => {}
+            (SessionPhase::Recording, false) => {
+                return self.begin_close(session_id, SessionEnd::OpenFailed(read_only()), Duration::ZERO);
+            }
+            (SessionPhase::Ready, true) => {
+                let (epoch, receipt, replay) = (session.epoch, session.receipt.clone(), Replay::Duplicate);
+                return self.tell(Update::SessionOpened { session_id: session_id.clone(), epoch, receipt, replay });
+            }
+            (SessionPhase::Ready, false) => {
+                let epoch = session.epoch;
+                return self.refuse(RequestKind::Open, Some(session_id.clone()), None, epoch, read_only());
+            }
+            (SessionPhase::Opening | SessionPhase::Closing(_), _) => return,
+        }
+        session.phase = SessionPhase::Ready;
+        let (epoch, receipt, replay) = (session.epoch, session.receipt.clone(), Replay::First);
+        self.tell(Update::SessionOpened { session_id: session_id.clone(), epoch, receipt, replay });
+        self.set_deadline(session_id);
+        self.start_next(session_id);
+    }
+
+    pub(super) fn close(&mut self, request: SessionClose) {
+        let SessionClose { session_id, epoch, grace, fenced } = request;
+        let end = if fenced { SessionEnd::Fenced } else { SessionEnd::Closed };
+        let failure = match self.sessions.get(&session_id) {
+            None => unknown_session(&session_id),
+            Some(session) if epoch != session.epoch => stale(&session_id, epoch, session.epoch),
+            Some(_) => return self.begin_close(&session_id, end, grace),
+        };
+        self.refuse(RequestKind::Close, Some(session_id), None, epoch, failure);
+    }
+
+    /// Ends a session whose sandbox still has to be ended.
+    pub(super) fn begin_close(&mut self, session_id: &SessionId, end: SessionEnd, grace: Duration) {
+        let Some(session) = self.sessions.get_mut(session_id) else { return };
+        let was_ready = match &session.phase {
+            SessionPhase::Closing(_) => return,
+            phase => matches!(phase, SessionPhase::Recording | SessionPhase::Ready),
+        };
+        session.phase = SessionPhase::Closing(Ending { end, grace, sandbox_gone: false });
+        if was_ready {
+            self.actions.push(Action::CloseSandbox { session_id: session_id.clone(), grace });
+        }
+        self.cancel_queue(session_id);
+    }
+
+    pub(super) fn sandbox_closed(&mut self, session_id: &SessionId) {
+        let reason = "the session was closed while the call ran";
+        self.settle_active(session_id, Code::OutcomeUnknown, reason);
+        self.sandbox_gone(session_id);
+    }
+
+    pub(super) fn sandbox_lost(&mut self, session_id: &SessionId, reason: &str) {
+        let Some(session) = self.sessions.get_mut(session_id) else { return };
+        let failure = lost(session_id, reason);
+        let attaching = session.attaching;
+        if !matches!(session.phase, SessionPhase::Closing(_)) {
+            let end = SessionEnd::SandboxLost(failure.clone());
+            session.phase = SessionPhase::Closing(Ending { end, grace: Duration::ZERO, sandbox_gone: false });
+        }
+        self.fail_queue(session_id, &failure);
+        self.settle_active(session_id, Code::SandboxLost, &failure.message);
+        if attaching {
+            self.attached_or_lost(session_id);
+        }
+        self.sandbox_gone(session_id);
+    }
+
+    pub(super) fn end_session(&mut self, session_id: &SessionId, end: SessionEnd) {
+        let Some(session) = self.sessions.get_mut(session_id) else { return };
+        if let SessionPhase::Opening = session.phase {
+            session.phase =
+                SessionPhase::Closing(Ending { end: end.clone(), grace: Duration::ZERO, sandbox_gone: false });
+        }
+        let failure = match end {
+            SessionEnd::OpenFailed(failure) | SessionEnd::SandboxLost(failure) => failure,
+            _ => closing(session_id),
+        };
+        self.fail_queue(session_id, &failure);
+        self.sandbox_gone(session_id);
+    }
+
+    pub(super) fn sandbox_gone(&mut self, session_id: &SessionId) {
+        if let Some(session) = self.sessions.get_mut(session_id)
+            && let SessionPhase::Closing(ending) = &mut session.phase
+        {
+            ending.sandbox_gone = true;
+        }
+        self.forget_session_if_done(session_id);
+    }
+
+    /// A session ends after its last call has its result, so the end of a session is always the last word about it.
+    pub(super) fn forget_session_if_done(&mut self, session_id: &SessionId) {
+        let done = self.sessions.get(session_id).is_some_and(
+            |session| matches!(&session.phase, SessionPhase::Closing(ending) if ending.sandbox_gone && session.open == 0),
+        );
+        if !done {
+            return;
+        }
+        let Some(session) = self.sessions.remove(session_id) else { return };
+        let SessionPhase::Closing(ending) = session.phase else { return };
+        self.registry.release(session_id);
+        let ended = Record::SessionEnded { session_id: session_id.clone(), epoch: session.epoch };
+        self.actions.push(Action::Note(ended));
+        self.epoch_floor = self.epoch_floor.max(session.epoch);
+        self.tell(Update::SessionEnded { session_id: session_id.clone(), epoch: session.epoch, end: ending.end });
+        self.actions.push(Action::ReleaseSandbox { session_id: session_id.clone() });
+    }
+}
