@@ -25,13 +25,13 @@ use crate::sandbox::HostSandboxes;
 use crate::sandbox::home::{Home, Identity};
 use crate::sandbox::identity::{IdentityError, become_identity};
 use crate::sandbox::launch::{HostReport, LaunchError, Launcher};
-use crate::sandbox::measure::{MeasureError, measure};
+use crate::sandbox::measure::{MeasureError, Measurement, measure};
 use crate::sandbox::receipt::Tier;
 use crate::sandbox::start::{LauncherProcess, StartError, StartedLauncher};
 use crate::shutdown::{Signal, Signals};
 use crate::systemd::{Environment, Notifier};
 use crate::telemetry::{self, LogLevel};
-use crate::work::{Receipt, Sandboxes};
+use crate::work::{Receipt, SandboxId, Sandboxes};
 
 /// How long accepted calls may go on after a signal; with what follows it stays below the unit's TimeoutStopSec.
 const DRAIN_TIME: Duration = Duration::from_secs(90);
@@ -227,9 +227,9 @@ fn sessions_within(asked: u64, slots: u32) -> u64 {
     if slots == 0 { asked } else { asked.min(u64::from(slots - 1).max(1)) }
 }
 
-async fn serve_with(config: &Config, sandboxes: HostSandboxes, ephemeral: bool) -> Result<End, RunError> {
-    let slots = sandboxes.host().slots;
-    let mut config = config.clone();
+/// Takes one session less than the launcher has slots, where sandboxes live on for the next runner.
+fn leave_a_slot(config: &Config, sandboxes: &HostSandboxes) -> Config {
+    let (mut config, slots) = (config.clone(), sandboxes.host().slots);
     let asked = config.capacity.max_sessions;
     if sandboxes.outlive_us() {
         config.capacity.max_sessions = sessions_within(asked, slots);
@@ -240,7 +240,35 @@ async fn serve_with(config: &Config, sandboxes: HostSandboxes, ephemeral: bool) 
             slots, "fewer sessions are taken: one slot of the launcher is for the measurement after a restart"
         );
     }
-    let config = &config;
+    config
+}
+
+/// Attacks a throw-away sandbox; or says how to end, when a signal comes before that is over. `kept` are the sandboxes of
+/// an earlier runner.
+async fn measure_unless_ended(
+    sandboxes: &HostSandboxes,
+    signals: &mut Signals,
+    kept: &[SandboxId],
+) -> Result<Result<Measurement, End>, RunError> {
+    let mut measuring = std::pin::pin!(measure(sandboxes));
+    loop {
+        tokio::select! {
+            measured = &mut measuring => return Ok(Ok(measured?)),
+            signal = signals.next() => match signal {
+                Signal::Reload => {}
+                Signal::Leave if sandboxes.outlive_us() => return Ok(Err(End::Left)),
+                Signal::Leave | Signal::Drain | Signal::Now => {
+                    // Whoever asks for the end before the beginning wants nothing to be left all the same.
+                    sandboxes.end_all(kept).await?;
+                    return Ok(Err(End::Done));
+                }
+            },
+        }
+    }
+}
+
+async fn serve_with(config: &Config, sandboxes: HostSandboxes, ephemeral: bool) -> Result<End, RunError> {
+    let config = &leave_a_slot(config, &sandboxes);
     // From here a signal ends in order, also while the host is being measured.
     let mut signals = Signals::listen().map_err(RunError::Signals)?;
     let identity = settings::identity(&config.runner_id, &config.state_directory)?;
@@ -249,22 +277,9 @@ async fn serve_with(config: &Config, sandboxes: HostSandboxes, ephemeral: bool) 
     let kept: Vec<_> =
         recovered.sessions.iter().filter_map(|session| session.sandbox.as_ref()).map(|(id, _)| id.clone()).collect();
     sandboxes.end_others(&kept).await?;
-    let measured = {
-        let mut measuring = std::pin::pin!(measure(&sandboxes));
-        loop {
-            tokio::select! {
-                measured = &mut measuring => break measured?,
-                signal = signals.next() => match signal {
-                    Signal::Reload => {}
-                    Signal::Leave if sandboxes.outlive_us() => return Ok(End::Left),
-                    Signal::Leave | Signal::Drain | Signal::Now => {
-                        // Whoever asks for the end before the beginning wants nothing to be left all the same.
-                        sandboxes.end_all(&kept).await?;
-                        return Ok(End::Done);
-                    }
-                },
-            }
-        }
+    let measured = match measure_unless_ended(&sandboxes, &mut signals, &kept).await? {
+        Ok(measured) => measured,
+        Err(end) => return Ok(end),
     };
     info!(tier = measured.receipt.tier, attacks = measured.attempts.len(), "isolation measured");
     check_floor(config, &measured.receipt, sandboxes.host())?;

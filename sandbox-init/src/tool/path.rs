@@ -9,11 +9,14 @@
 //! read as text, so the magic links below `/proc` lead where their text says and not through the kernel's back door.
 //! This module never opens a FIFO, device or socket for reading or writing.
 
+mod open;
+mod walk;
+
 use std::{
     ffi::{OsStr, OsString},
     fs::File,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
     path::{Component, Path, PathBuf},
@@ -21,14 +24,15 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat, openat2, readlinkat},
+    fcntl::{AT_FDCWD, OFlag, openat},
     sys::stat::{FileStat, Mode, SFlag, fstat},
 };
 
 use crate::tool::Context;
+use open::open_beneath_in_kernel;
+pub(crate) use open::{open_beneath, reopen};
+use walk::Walk;
 
-/// Links followed before a path counts as a loop.
-const MAX_LINKS: u32 = 40;
 /// Names in a path; longer ones cannot be given to the kernel in one piece anyway.
 const MAX_NAMES: usize = 4096;
 
@@ -230,195 +234,6 @@ impl Place {
         let file = reopen(entry.as_fd(), &status, self.slot.as_ref(), OFlag::O_RDONLY)?;
         Ok(SandboxFile { file, status })
     }
-}
-
-/// Opens what an `O_PATH` descriptor stands for, with `access`.
-///
-/// The link below `/proc/self/fd` leads to the very same inode. Where `/proc` is not mounted the name is opened again and
-/// the inode compared.
-pub(crate) fn reopen(
-    entry: BorrowedFd<'_>,
-    status: &FileStat,
-    slot: Option<&Slot>,
-    access: OFlag,
-) -> Result<File, PathError> {
-    let flags = access | OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
-    let link = format!("/proc/self/fd/{}", entry.as_raw_fd());
-    match (openat(AT_FDCWD, link.as_str(), flags, Mode::empty()), slot) {
-        (Ok(file), _) => Ok(File::from(file)),
-        (Err(Errno::ENOENT | Errno::ENOTDIR), Some(slot)) => {
-            let file = openat(&slot.directory, slot.name.as_os_str(), flags | OFlag::O_NOFOLLOW, Mode::empty())?;
-            if !same_inode(&fstat(&file)?, status) {
-                return Err(Errno::ESTALE.into());
-            }
-            Ok(File::from(file))
-        }
-        (Err(error), _) => Err(error.into()),
-    }
-}
-
-/// Opens `relative` below `root`; a link anywhere in it is an error.
-///
-/// # Errors
-/// What the kernel says; `ELOOP` or `ENOTDIR` for a link.
-pub(crate) fn open_beneath(root: BorrowedFd<'_>, relative: &Path, flags: OFlag) -> Result<OwnedFd, Errno> {
-    match open_beneath_in_kernel(root, relative, flags) {
-        Err(Errno::ENOSYS | Errno::EPERM | Errno::E2BIG) => open_beneath_by_steps(root, relative, flags),
-        outcome => outcome,
-    }
-}
-
-fn open_beneath_in_kernel(root: BorrowedFd<'_>, relative: &Path, flags: OFlag) -> Result<OwnedFd, Errno> {
-    let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS | ResolveFlag::RESOLVE_NO_SYMLINKS;
-    openat2(root, relative, OpenHow::new().flags(flags | OFlag::O_CLOEXEC).resolve(resolve))
-}
-
-/// The same for kernels and emulations without `openat2`: one name at a time.
-fn open_beneath_by_steps(root: BorrowedFd<'_>, relative: &Path, flags: OFlag) -> Result<OwnedFd, Errno> {
-    let mut held: Option<OwnedFd> = None;
-    let mut names = relative.components().peekable();
-    while let Some(component) = names.next() {
-        let Component::Normal(name) = component else { return Err(Errno::EXDEV) };
-        let directory = held.as_ref().map_or(root, |fd| fd.as_fd());
-        let step = if names.peek().is_some() { DIRECTORY } else { flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC };
-        held = Some(openat(directory, name, step, Mode::empty())?);
-    }
-    held.ok_or(Errno::ENOENT)
-}
-
-/// The general way: one name at a time from the root of the file system.
-struct Walk<'a> {
-    roots: &'a Roots,
-    /// Names that remain, the next one last.
-    pending: Vec<OsString>,
-    /// Names behind us; none of them is a link.
-    names: Vec<OsString>,
-    /// The directory that `names` leads to.
-    directory: OwnedFd,
-    links: u32,
-}
-
-impl<'a> Walk<'a> {
-    fn new(roots: &'a Roots, names: Vec<OsString>) -> Result<Self, PathError> {
-        let pending = names.into_iter().rev().collect();
-        Ok(Self { roots, pending, names: Vec::new(), directory: file_system_root()?, links: 0 })
-    }
-
-    fn run(mut self) -> Result<Place, PathError> {
-        while let Some(name) = self.pending.pop() {
-            if name == ".." {
-                // Only the text of a link brings these. The parent is found by name again and not by opening "..":
-                // a directory that was moved meanwhile has another parent.
-                self.names.pop();
-                self.reopen_directory()?;
-                continue;
-            }
-            let entry = match openat(&self.directory, name.as_os_str(), PATH_ONLY, Mode::empty()) {
-                Ok(entry) => entry,
-                Err(error) => return self.stop_at(name, error),
-            };
-            let status = fstat(&entry)?;
-            if is_link(&status) {
-                match readlinkat(&entry, "") {
-                    Ok(target) => self.follow(Path::new(&target))?,
-                    Err(error) => return self.stop_at(name, error),
-                }
-            } else if self.pending.is_empty() {
-                return self.finish(name, entry);
-            } else {
-                self.enter(name, entry)?;
-            }
-        }
-        let entry = self.directory.try_clone().map_err(|error| errno(&error))?;
-        self.roots.place(&self.names, Some(entry), None)
-    }
-
-    fn follow(&mut self, target: &Path) -> Result<(), PathError> {
-        self.links += 1;
-        if self.links > MAX_LINKS {
-            return Err(PathError::TooManyLinks);
-        }
-        let before = self.pending.len();
-        for component in target.components() {
-            match component {
-                Component::RootDir => {
-                    self.names.clear();
-                    self.directory = file_system_root()?;
-                }
-                Component::Normal(name) => self.pending.push(name.to_owned()),
-                Component::ParentDir => self.pending.push("..".into()),
-                Component::CurDir | Component::Prefix(_) => {}
-            }
-        }
-        self.pending[before..].reverse();
-        if self.pending.len() > MAX_NAMES { Err(Errno::ENAMETOOLONG.into()) } else { Ok(()) }
-    }
-
-    /// Goes one directory down. A root is entered through the descriptor that was opened first of all.
-    fn enter(&mut self, name: OsString, entry: OwnedFd) -> Result<(), PathError> {
-        self.names.push(name);
-        self.directory = match self.root_here() {
-            Some(directory) => directory.try_clone().map_err(|error| errno(&error))?,
-            None => entry,
-        };
-        Ok(())
-    }
-
-    fn root_here(&self) -> Option<&'a OwnedFd> {
-        let here = absolute(&self.names);
-        self.roots.roots.iter().find(|root| root.canonical == here).map(|root| &root.directory)
-    }
-
-    fn reopen_directory(&mut self) -> Result<(), PathError> {
-        self.directory = file_system_root()?;
-        for name in std::mem::take(&mut self.names) {
-            let entry = openat(&self.directory, name.as_os_str(), DIRECTORY, Mode::empty())?;
-            self.enter(name, entry)?;
-        }
-        Ok(())
-    }
-
-    fn finish(mut self, name: OsString, entry: OwnedFd) -> Result<Place, PathError> {
-        self.names.push(name.clone());
-        if let Some(root) = self.root_here() {
-            let entry = root.try_clone().map_err(|error| errno(&error))?;
-            return self.roots.place(&self.names, Some(entry), None);
-        }
-        let slot = Slot { directory: self.directory, missing: Vec::new(), name };
-        self.roots.place(&self.names, Some(entry), Some(slot))
-    }
-
-    /// The way ends at `name`. What remains is kept as it is spelled, so that a place outside is called outside whether
-    /// it exists or not.
-    fn stop_at(mut self, name: OsString, error: Errno) -> Result<Place, PathError> {
-        let mut rest = vec![name];
-        let mut climbs = false;
-        while let Some(name) = self.pending.pop() {
-            climbs |= name == "..";
-            rest.push(name);
-        }
-        let mut names = self.names.clone();
-        for name in &rest {
-            if name == ".." {
-                names.pop();
-            } else {
-                names.push(name.clone());
-            }
-        }
-        let place = self.roots.place(&names, None, None)?;
-        // When a root itself was removed under us, its parent is no place to make things in.
-        let held = self.roots.containing(&absolute(&self.names)).is_some();
-        match rest.pop() {
-            Some(name) if error == Errno::ENOENT && held && !climbs => {
-                Ok(Place { slot: Some(Slot { directory: self.directory, missing: rest, name }), ..place })
-            }
-            _ => Err(error.into()),
-        }
-    }
-}
-
-fn file_system_root() -> Result<OwnedFd, PathError> {
-    Ok(openat(AT_FDCWD, "/", DIRECTORY, Mode::empty())?)
 }
 
 fn absolute(names: &[OsString]) -> PathBuf {

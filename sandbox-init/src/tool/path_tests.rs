@@ -8,6 +8,8 @@ use std::{
 use nix::fcntl::{RenameFlags, renameat2};
 use proptest::prelude::*;
 
+use super::open::open_beneath_by_steps;
+use super::walk::MAX_LINKS;
 use super::*;
 use crate::tool::testing::Workspace;
 

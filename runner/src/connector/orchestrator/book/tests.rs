@@ -1,5 +1,6 @@
 //! Which piece is due under which credit, and when a call is delivered.
 
+use super::output::{FLUSH_AFTER, FLUSH_BYTES};
 use super::*;
 
 const NOW: Duration = Duration::from_secs(1);
