@@ -170,6 +170,26 @@ async fn printed(session: &Session, call_id: &str, command: &str) -> Vec<u8> {
     finished.streams.get(&1).map(|stream| stream.bytes.clone()).unwrap_or_default()
 }
 
+/// F-46: what counts is how long something took, not what time it is.
+async fn clock_is_set(site: &mut Site, session: &Session) {
+    let links = site.orchestrator.links();
+    let input =
+        pb::BashInput { command: Some("sleep 15; echo in time".into()), timeout_ms: 300_000, ..Default::default() };
+    session.send("sleeps", pb::call::Input::Bash(input));
+    let short = pb::BashInput { command: Some("sleep 3600".into()), timeout_ms: 8_000, ..Default::default() };
+    within("start", session.started("sleeps")).await.expect("started");
+    session.send("times out", pb::call::Input::Bash(short));
+    site.order("clock");
+    site.until("the clock is set", PATIENCE, |site| site.log().contains("CLOCK")).await;
+
+    let slept = within("sleeps", session.outcome("sleeps")).await.expect("an end").message;
+    assert_eq!(slept.outcome.and_then(|outcome| outcome.kind), Some(Kind::Exited(pb::Exited { code: 0 })));
+    let took = slept.ran_for.expect("a time").seconds;
+    assert!((15..300).contains(&took), "a sleep of 15 s took {took} s");
+    assert!(matches!(end_of(session, "times out").await, Kind::TimedOut(_)));
+    assert_eq!(site.orchestrator.links(), links, "the link was lost when the clock was set");
+}
+
 /// F-18, F-19: a power cut in the middle of running, waiting and unacknowledged calls, and then a reboot in order.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "boots the guest three times"]
@@ -213,6 +233,7 @@ async fn power_cut_and_reboot_lose_no_outcome_and_leave_nothing() {
 
     let next = site.session("next").await;
     assert_eq!(printed(&next, "works", "echo works").await, b"works\n");
+    clock_is_set(&mut site, &next).await;
     next.send("in the way", bash("sleep 3600"));
     within("start", next.started("in the way")).await.expect("started");
     site.order("reboot");
