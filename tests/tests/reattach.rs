@@ -19,8 +19,8 @@ use tokio::task::JoinSet;
 
 /// Lines of the call that runs across the change, one each hundredth of a second.
 const LINES: u32 = 500;
-/// Length of what stands behind the number of each line.
-const PAD: usize = 2000;
+/// Length of what stands behind the number of each line: even a slow machine prints more than a pipe holds while nobody is there.
+const PAD: usize = 20_000;
 /// How long nobody is there.
 const AWAY: Duration = Duration::from_millis(1500);
 /// Sandboxes that are taken over side by side.
