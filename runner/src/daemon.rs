@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
@@ -23,7 +23,7 @@ use crate::session::registry::{Registry, Reserve};
 use crate::session::{SessionHandle, Sessions};
 use crate::shutdown::{Signal, Signals};
 use crate::systemd::{Notifier, Watchdog};
-use crate::work::{DrainMode, Memory, Receipt, ResourceLimits, Sandboxes, Update, WorkItem};
+use crate::work::{DrainMode, DrainedBy, Memory, Receipt, ResourceLimits, Sandboxes, Update, WorkItem};
 
 /// Time to end sandboxes after patience with calls has ended.
 const CLOSE_TIME: Duration = Duration::from_secs(10);
@@ -202,13 +202,18 @@ impl Daemon {
         notifier.stopping();
         info!("emptying the runner");
         let patience = self.drain_time;
-        let mut ending = std::pin::pin!(self.end(patience));
+        let hurry = Notify::new();
+        let mut hurried = false;
+        let mut ending = std::pin::pin!(self.end_within(patience, &hurry));
         loop {
             tokio::select! {
                 () = &mut ending => return Ok(End::Done),
-                signal = signals.next() => if signal == Signal::Now {
-                    warn!("second signal, ending without delivering what is left");
-                    return Ok(End::Done);
+                signal = signals.next() => if matches!(signal, Signal::Drain | Signal::Now) {
+                    if std::mem::replace(&mut hurried, true) {
+                        warn!("third signal, ending without delivering what is left");
+                        return Ok(End::Done);
+                    }
+                    hurry.notify_one();
                 },
                 _ = feed.tick(), if every.is_some() => if watchdog.has_moved() { notifier.alive() },
             }
@@ -217,11 +222,18 @@ impl Daemon {
 
     /// Ends in order: accepted calls within `patience`, then sandboxes, then delivery, then the link.
     pub async fn end(self, patience: Duration) {
-        let mode = if patience.is_zero() { DrainMode::Now } else { DrainMode::FinishCalls };
-        self.drain(mode, patience).await;
-        if mode == DrainMode::FinishCalls {
-            self.drain(DrainMode::Now, CLOSE_TIME).await;
+        self.end_within(patience, &Notify::new()).await;
+    }
+
+    /// The same, and what still runs is ended when `hurry` says so. Its results are delivered all the same.
+    async fn end_within(self, patience: Duration, hurry: &Notify) {
+        if !patience.is_zero() {
+            tokio::select! {
+                () = self.drain(DrainMode::FinishCalls, patience) => {}
+                () = hurry.notified() => warn!("second signal, what still runs is ended"),
+            }
         }
+        self.drain(DrainMode::Now, CLOSE_TIME).await;
         self.stop.send_replace(Stop::WhenDelivered);
         if let Some(mut link) = self.link
             && tokio::time::timeout(DELIVERY_TIME, &mut link.task).await.is_err()
@@ -250,10 +262,11 @@ impl Daemon {
 
     /// Asks for a drain and waits until no session is left, or time is over.
     async fn drain(&self, mode: DrainMode, time: Duration) {
-        if self.sessions.work.send(WorkItem::Drain(mode)).await.is_err() {
+        let by = DrainedBy::Operator;
+        if self.sessions.work.send(WorkItem::Drain { mode, by }).await.is_err() {
             return;
         }
-        let until = Instant::now() + if time.is_zero() { CLOSE_TIME } else { time };
+        let until = Instant::now() + time;
         while Instant::now() < until {
             match self.sessions.view().await {
                 Some(view) if !view.sessions.is_empty() => tokio::time::sleep(Duration::from_millis(50)).await,

@@ -1,6 +1,7 @@
 //! Signals as events, and the order in which a runner ends.
 //!
-//! The first SIGTERM or SIGINT asks for a drain, the second ends everything at once. SIGUSR1 leaves the sandboxes to the
+//! The first SIGTERM or SIGINT asks for a drain, the second ends what still runs and delivers its results, the third ends the
+//! process. SIGUSR1 leaves the sandboxes to the
 //! next runner; a service manager sends it for a restart. SIGHUP looks at the certificates again. Nothing here decides what a drain is.
 
 use std::io;
@@ -16,7 +17,7 @@ pub enum Signal {
     Leave,
     /// End when accepted calls have ended.
     Drain,
-    /// End now.
+    /// End what still runs, and then the process.
     Now,
 }
 

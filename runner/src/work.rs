@@ -21,7 +21,8 @@ pub use call::{
 };
 pub use failure::{Blame, Code, ToolFailure};
 pub use flow::{
-    CallPhase, DrainMode, Memory, Replay, RequestKind, SessionClose, SessionEnd, SessionOpen, Trouble, Update, WorkItem,
+    CallPhase, DrainMode, DrainedBy, Memory, Replay, RequestKind, SessionClose, SessionEnd, SessionOpen, Trouble,
+    Update, WorkItem,
 };
 pub use id::{CallId, IdError, RunnerId, SandboxId, SessionId};
 pub use outcome::{CallEnd, CallResult, Content, Note, NoteKind, Outcome, ToolResult, Usage};

@@ -76,6 +76,8 @@ fn welcome(shared: &Shared, hello: &pb::Hello, pages: &[pb::ResumePage], sender:
         state.event_through = state.event_through.max(hello.first_unacked_event_seq.saturating_sub(1));
     }
     state.links += 1;
+    // What counts is what this link says.
+    state.drain = None;
     let number = state.links;
     state.link = Some(LinkOut { number, sender, frame_no: 0, live: false });
     (state.output_received, state.credited) = (0, settings.window);

@@ -196,6 +196,14 @@ impl Orchestrator {
         self.shared.state().send(Body::Drain(drain));
     }
 
+    /// Waits until the present link has said how far a drain has come, and it is `enough`.
+    ///
+    /// # Errors
+    /// `DevError::Stopped`.
+    pub async fn drained(&self, enough: impl Fn(&pb::DrainStatus) -> bool) -> Result<pb::DrainStatus, DevError> {
+        self.shared.until(|state| state.drain.filter(&enough).map(Ok)).await
+    }
+
     /// Asks the runner something.
     ///
     /// # Errors

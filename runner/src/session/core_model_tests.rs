@@ -203,7 +203,7 @@ fn input_of(step: &Step, model: &mut Model, gated: bool) -> Option<Input> {
         }
         Step::Suspend(true) => Input::Work(WorkItem::Suspend { session_id: None }),
         Step::Suspend(false) => Input::Work(WorkItem::Resume { session_id: None }),
-        Step::Drain(mode) => Input::Work(WorkItem::Drain(*mode)),
+        Step::Drain(mode) => Input::Work(WorkItem::Drain { mode: *mode, by: DrainedBy::Orchestrator }),
         Step::Deadline(number) => {
             let known = model.arrival.values().flatten().cloned().collect();
             Input::StartDeadline { call_id: pick(known, number)? }
@@ -243,8 +243,8 @@ fn check(steps: &[Step], gated: bool) -> Result<(), TestCaseError> {
 
 /// Lets everything come to an end: then every accepted call has an outcome and nothing is left.
 fn settle(core: &mut Core, model: &mut Model, gated: bool) -> Result<(), TestCaseError> {
-    let mut last: Vec<Input> =
-        vec![Input::Work(WorkItem::Resume { session_id: None }), Input::Work(WorkItem::Drain(DrainMode::Now))];
+    let drain = WorkItem::Drain { mode: DrainMode::Now, by: DrainedBy::Operator };
+    let mut last: Vec<Input> = vec![Input::Work(WorkItem::Resume { session_id: None }), Input::Work(drain)];
     for _ in 0..2000 {
         let input = match last.pop() {
             Some(input) => input,

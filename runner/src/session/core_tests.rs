@@ -423,6 +423,49 @@ fn suspended_runner_starts_nothing_until_it_is_resumed() {
     assert_eq!(prepared(&core.handle(Input::Work(WorkItem::Resume { session_id: None }))), ["c"]);
 }
 
+fn drain(core: &mut Core, mode: DrainMode, by: DrainedBy) -> Vec<Action> {
+    core.handle(Input::Work(WorkItem::Drain { mode, by }))
+}
+
+/// F-63: what each mode refuses, and what goes on.
+#[test]
+fn each_mode_of_a_drain_refuses_what_it_says_and_nothing_else() {
+    let mut core = core(Config::default());
+    ready(&mut core, "s", 1);
+    core.handle(call("s", 1, "running", 0));
+    run(&mut core, "running");
+
+    drain(&mut core, DrainMode::FinishSessions, DrainedBy::Orchestrator);
+    assert_eq!(refusal(&core.handle(open("new", 2))), Code::Draining);
+    let taken = core.handle(call("s", 1, "waiting", 0));
+    assert!(taken.iter().any(|action| matches!(action, Action::WriteAccepted(_))), "{taken:?}");
+
+    let calls = drain(&mut core, DrainMode::FinishCalls, DrainedBy::Orchestrator);
+    assert!(!calls.iter().any(|action| matches!(action, Action::CloseSandbox { .. })), "a call runs: {calls:?}");
+    assert_eq!(refusal(&core.handle(call("s", 1, "late", 0))), Code::Draining);
+
+    let now = drain(&mut core, DrainMode::Now, DrainedBy::Orchestrator);
+    assert!(now.iter().any(|action| matches!(action, Action::CloseSandbox { .. })), "{now:?}");
+    assert!(matches!(outcome(&now, "waiting"), Some(Outcome::Cancelled { before_start: true, .. })), "{now:?}");
+    assert_eq!(refusal(&core.handle(call("s", 1, "later", 0))), Code::Draining);
+
+    let undone = drain(&mut core, DrainMode::Undo, DrainedBy::Orchestrator);
+    assert!(matches!(&undone[..], [Action::Tell(Update::Drained { draining: false, .. })]), "{undone:?}");
+    assert!(core.handle(open("new", 2)).iter().any(|action| matches!(action, Action::CreateSandbox(_))));
+}
+
+/// F-63: a process that was told to end does so, whatever comes on the link meanwhile.
+#[test]
+fn orchestrator_can_neither_undo_nor_soften_what_the_operator_has_asked_for() {
+    let mut core = core(Config::default());
+    drain(&mut core, DrainMode::FinishCalls, DrainedBy::Operator);
+    for mode in [DrainMode::Undo, DrainMode::FinishSessions] {
+        let told = drain(&mut core, mode, DrainedBy::Orchestrator);
+        assert!(matches!(&told[..], [Action::Tell(Update::Drained { draining: true, .. })]), "{told:?}");
+        assert_eq!(refusal(&core.handle(open("new", 2))), Code::Draining);
+    }
+}
+
 #[test]
 fn drain_of_calls_refuses_new_ones_and_closes_sessions_when_they_are_idle() {
     let mut core = core(Config::default());
@@ -439,7 +482,7 @@ fn drain_of_calls_refuses_new_ones_and_closes_sessions_when_they_are_idle() {
             })
             .collect()
     };
-    assert_eq!(closes(&core.handle(Input::Work(WorkItem::Drain(DrainMode::FinishCalls)))), ["idle"]);
+    assert_eq!(closes(&drain(&mut core, DrainMode::FinishCalls, DrainedBy::Orchestrator)), ["idle"]);
     assert_eq!(refusal(&core.handle(call("busy", 2, "d", 0))), Code::Draining);
     assert_eq!(refusal(&core.handle(open("new", 3))), Code::Draining);
     assert_eq!(closes(&finish(&mut core, "c")), ["busy"]);

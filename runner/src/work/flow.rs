@@ -72,8 +72,13 @@ pub enum WorkItem {
         /// For sessions that name none of their own.
         orphan_time: Duration,
     },
-    /// Take no more work, in one of several ways.
-    Drain(DrainMode),
+    /// Take no more work, in one of several ways. What counts is the harder of what both have asked for.
+    Drain {
+        /// How.
+        mode: DrainMode,
+        /// Who; each can undo only what it has asked for itself.
+        by: DrainedBy,
+    },
 }
 
 /// What is wrong with the memory of a runner.
@@ -158,8 +163,17 @@ pub struct SessionClose {
     pub fenced: bool,
 }
 
-/// How the runner is emptied.
+/// Who empties the runner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DrainedBy {
+    /// Whoever sends work, on the link.
+    Orchestrator,
+    /// Whoever runs this process, with a signal: it is about to end.
+    Operator,
+}
+
+/// How the runner is emptied; the order is the order of hardness.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum DrainMode {
     /// No new sessions; open ones go on until they are closed.
     FinishSessions,
@@ -345,6 +359,8 @@ pub enum Update {
     },
     /// How far emptying the runner has come.
     Drained {
+        /// Whether it is being emptied at all; it takes work again otherwise.
+        draining: bool,
         /// Sessions left.
         sessions_left: usize,
         /// Calls left.

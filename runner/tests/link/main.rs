@@ -12,6 +12,7 @@
 mod basics;
 mod certificates;
 mod cuts;
+mod drain;
 mod fake;
 mod gate;
 mod local;

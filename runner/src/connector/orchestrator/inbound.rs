@@ -5,7 +5,6 @@ use std::time::Duration;
 use proto::runner::v1 as pb;
 use proto::runner::v1::orchestrator_frame::Body as Request;
 use proto::runner::v1::runner_frame::Body;
-use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::codec::{BadFrame, Incoming};
@@ -13,7 +12,7 @@ use super::link::Link;
 use super::task::{Ended, Task};
 use super::{LinkError, decode, encode};
 use crate::connector::backoff::draw;
-use crate::work::{CallId, Code, DrainMode, ToolFailure, WorkItem, limits};
+use crate::work::{CallId, Code, DrainMode, DrainedBy, ToolFailure, WorkItem, limits};
 
 /// What names the sender's request in a refusal.
 struct Subject {
@@ -136,9 +135,12 @@ impl Task {
             Request::Drain(message) => {
                 let (mode, deadline) = decode::drain(&message)?;
                 info!(reason = %message.reason, ?mode, "the orchestrator empties this runner");
-                self.draining = mode != DrainMode::Undo;
-                self.drain_deadline = deadline.and_then(|time| Instant::now().checked_add(time));
-                self.pending.push_back(WorkItem::Drain(mode));
+                // The last word counts, and taking work again has no deadline.
+                self.drain_deadline_ns = deadline.filter(|_| mode != DrainMode::Undo).map(|time| {
+                    let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+                    (self.settings.clock)().saturating_add(nanoseconds)
+                });
+                self.pending.push_back(WorkItem::Drain { mode, by: DrainedBy::Orchestrator });
             }
             Request::WriteStdin(message) => {
                 let (call_id, offset, data, eof) = decode::stdin(message)?;
@@ -245,6 +247,7 @@ impl Task {
             link.live = true;
             // Behind the decisions: what must not go on is told so before anything goes on.
             self.renewed();
+            self.tell_drain_status();
             self.status.send_modify(|status| {
                 status.connected = true;
                 status.problem.clear();

@@ -101,6 +101,7 @@ impl Task {
         };
         loop {
             self.fill(&mut link)?;
+            self.end_if_asked(&mut link);
             if let Some(ended) = link.ended.take() {
                 return self.farewell(link, incoming, ended).await;
             }
@@ -148,6 +149,10 @@ impl Task {
             }
             event => self.take(event),
         }
+    }
+
+    /// Whether it is time to say goodbye. An acknowledgement may be what was missing, so this is asked after every frame.
+    fn end_if_asked(&mut self, link: &mut Link) {
         let delivered = self.is_delivered();
         match *self.stop.borrow() {
             Stop::Now => link.ended = Some(Ended::Said),
@@ -251,7 +256,7 @@ impl Task {
         let health = if let Some(Trouble::Broken(reason)) = &trouble {
             reasons.push(format!("the journal refuses writes: {reason}"));
             pb::HealthState::ReadOnly
-        } else if self.draining {
+        } else if self.drain_status.is_some() {
             pb::HealthState::Draining
         } else if self.outbox.is_full() {
             reasons.push("too many events without acknowledgement".to_owned());

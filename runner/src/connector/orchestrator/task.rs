@@ -16,7 +16,7 @@ use super::{LinkError, LinkStatus, Settings, Stop, encode};
 use crate::connector::Ports;
 use crate::connector::backoff::{Backoff, draw};
 use crate::connector::tls::Credentials;
-use crate::work::{BoxFuture, Code, RequestKind, Update, WorkItem};
+use crate::work::{BoxFuture, Code, DrainMode, DrainedBy, RequestKind, Update, WorkItem};
 
 /// Work that waits for the sessions. When it is full, no more frames are read from the link.
 pub(super) const PENDING: usize = 256;
@@ -44,8 +44,10 @@ pub(super) struct Task {
     /// How long sandboxes live beyond the lease when nobody says more.
     pub(super) orphan_time: Duration,
     pub(super) reason: pb::HelloReason,
-    pub(super) draining: bool,
-    pub(super) drain_deadline: Option<Instant>,
+    /// How far emptying this runner has come, while it is being emptied.
+    pub(super) drain_status: Option<pb::DrainStatus>,
+    /// When the orchestrator's patience with a drain ends, by the clock of the lease.
+    pub(super) drain_deadline_ns: Option<u64>,
     suspended: bool,
     /// What an earlier process left is known, so that the first greeting can name all of it.
     restored: bool,
@@ -93,8 +95,8 @@ impl Task {
             link_id: String::new(),
             orphan_time: ORPHAN_TIME,
             reason: pb::HelloReason::FirstStart,
-            draining: false,
-            drain_deadline: None,
+            drain_status: None,
+            drain_deadline_ns: None,
             // Until the first lease nothing that an earlier process took goes on.
             suspended: true,
             restored: false,
@@ -218,9 +220,10 @@ impl Task {
             self.suspended = true;
             self.pending.push_back(WorkItem::Suspend { session_id: None });
         }
-        if self.drain_deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-            self.drain_deadline = None;
-            self.pending.push_back(WorkItem::Drain(crate::work::DrainMode::Now));
+        if self.drain_deadline_ns.is_some_and(|deadline_ns| (self.settings.clock)() >= deadline_ns) {
+            info!("the time for emptying this runner is over, what is left is ended");
+            self.drain_deadline_ns = None;
+            self.pending.push_back(WorkItem::Drain { mode: DrainMode::Now, by: DrainedBy::Orchestrator });
         }
     }
 
@@ -325,14 +328,22 @@ impl Task {
             Update::StdinAccepted { call_id, accepted } => {
                 self.reply(Body::StdinAccepted(pb::StdinAccepted { call_id: call_id.to_string(), accepted }));
             }
-            Update::Drained { sessions_left, calls_left } => {
+            Update::Drained { draining, sessions_left, calls_left } => {
                 let count = |number| u32::try_from(number).unwrap_or(u32::MAX);
-                self.reply(Body::DrainStatus(pb::DrainStatus {
+                self.drain_status = draining.then(|| pb::DrainStatus {
                     sessions_left: count(sessions_left),
                     calls_left: count(calls_left),
                     complete: sessions_left == 0,
-                }));
+                });
+                self.tell_drain_status();
             }
+        }
+    }
+
+    /// Says how far a drain has come: when that changes, and on each new link, because the last word may be lost with a link.
+    pub(super) fn tell_drain_status(&mut self) {
+        if let Some(status) = self.drain_status {
+            self.reply(Body::DrainStatus(status));
         }
     }
 
@@ -349,7 +360,8 @@ impl Task {
 
     /// Nothing is owed to the orchestrator.
     pub(super) fn is_delivered(&self) -> bool {
-        self.outbox.len() == 0 && self.book.is_empty() && self.pending.is_empty()
+        let untold = !self.ports.updates.is_empty();
+        !untold && self.outbox.len() == 0 && self.book.is_empty() && self.pending.is_empty()
     }
 
     /// The sessions have ended: no work can be done any more.

@@ -90,11 +90,12 @@ impl Core {
                 "give the call a new id if it is wanted after all",
             ));
         }
+        // Before the state of its session, which is closing for that reason.
+        if matches!(self.drain_mode(), Some(DrainMode::FinishCalls | DrainMode::Now)) {
+            return Err(draining());
+        }
         if matches!(session.phase, SessionPhase::Closing(_)) {
             return Err(closing(&request.session_id));
-        }
-        if matches!(self.drain, Some(DrainMode::FinishCalls | DrainMode::Now)) {
-            return Err(draining());
         }
         if self.read_only {
             return Err(read_only());

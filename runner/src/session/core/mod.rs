@@ -23,8 +23,8 @@ pub use state::{CallStage, SessionStage};
 pub use types::{Action, Config, Input};
 
 use crate::work::{
-    CallId, CallPhase, CancelMode, Code, DrainMode, Receipt, Replay, RequestKind, SandboxId, SessionClose, SessionEnd,
-    SessionId, SessionOpen, ToolFailure, Update, WorkItem,
+    CallId, CallPhase, CancelMode, Code, DrainMode, DrainedBy, Receipt, Replay, RequestKind, SandboxId, SessionClose,
+    SessionEnd, SessionId, SessionOpen, ToolFailure, Update, WorkItem,
 };
 
 use super::registry::Registry;
@@ -43,7 +43,8 @@ pub struct Core {
     running: usize,
     /// Sessions that could start a call but for the limit of the whole runner.
     starved: VecDeque<SessionId>,
-    drain: Option<DrainMode>,
+    /// How the orchestrator and the operator want it emptied.
+    drain_asked: [Option<DrainMode>; 2],
     suspended: bool,
     read_only: bool,
     /// Until when an orchestrator may be counted on, and how long sandboxes live beyond it.
@@ -67,7 +68,7 @@ impl Core {
             queued: 0,
             running: 0,
             starved: VecDeque::new(),
-            drain: None,
+            drain_asked: [None; 2],
             suspended: false,
             read_only: false,
             lease: None,
@@ -109,7 +110,7 @@ impl Core {
             Input::StartDeadline { call_id } => self.start_deadline(&call_id),
         }
         self.drain_idle_sessions();
-        if self.drain.is_some() && counts != (self.sessions.len(), self.open_calls()) {
+        if self.is_draining() && counts != (self.sessions.len(), self.open_calls()) {
             self.report_drain();
         }
         std::mem::take(&mut self.actions)
@@ -136,7 +137,7 @@ impl Core {
     /// Whether work is refused because the runner is being emptied.
     #[must_use]
     pub fn is_draining(&self) -> bool {
-        self.drain.is_some()
+        self.drain_mode().is_some()
     }
 
     /// Whether an earlier runner took this call.
@@ -192,17 +193,22 @@ impl Core {
             WorkItem::Suspend { session_id: Some(session_id) } => self.set_suspended(&session_id, true),
             WorkItem::Resume { session_id: Some(session_id) } => self.set_suspended(&session_id, false),
             WorkItem::Lease { until_ns, orphan_time } => self.renew(until_ns, orphan_time),
-            WorkItem::Drain(mode) => self.drain(mode),
+            WorkItem::Drain { mode, by } => self.drain(mode, by),
         }
     }
 
-    fn drain(&mut self, mode: DrainMode) {
-        if mode == DrainMode::Undo {
-            self.drain = None;
-            return self.start_everywhere();
-        }
-        self.drain = Some(mode);
-        if mode == DrainMode::Now {
+    /// The harder of what was asked for.
+    fn drain_mode(&self) -> Option<DrainMode> {
+        self.drain_asked.into_iter().max().flatten()
+    }
+
+    fn drain(&mut self, mode: DrainMode, by: DrainedBy) {
+        let [by_orchestrator, by_operator] = &mut self.drain_asked;
+        *match by {
+            DrainedBy::Orchestrator => by_orchestrator,
+            DrainedBy::Operator => by_operator,
+        } = (mode != DrainMode::Undo).then_some(mode);
+        if self.drain_mode() == Some(DrainMode::Now) {
             let ids: Vec<_> = self.sessions.keys().cloned().collect();
             for session_id in ids {
                 self.begin_close(&session_id, SessionEnd::Drained, self.config.drain_grace);
@@ -212,7 +218,7 @@ impl Core {
     }
 
     fn drain_idle_sessions(&mut self) {
-        if self.drain != Some(DrainMode::FinishCalls) {
+        if self.drain_mode() != Some(DrainMode::FinishCalls) {
             return;
         }
         let idle = |session: &&Session| session.open == 0 && !matches!(session.phase, SessionPhase::Closing(_));
@@ -224,7 +230,8 @@ impl Core {
 
     fn report_drain(&mut self) {
         let (sessions_left, calls_left) = (self.sessions.len(), self.open_calls());
-        self.tell(Update::Drained { sessions_left, calls_left });
+        let draining = self.is_draining();
+        self.tell(Update::Drained { draining, sessions_left, calls_left });
     }
 
     fn tell(&mut self, update: Update) {

@@ -88,7 +88,7 @@ impl Core {
     }
 
     pub(super) fn admit(&mut self, request: &SessionOpen) -> Result<SessionOpen, ToolFailure> {
-        if self.drain.is_some() {
+        if self.is_draining() {
             return Err(draining());
         }
         if self.read_only {
