@@ -117,6 +117,8 @@ pub struct CallReport {
     pub tool: &'static str,
     /// `accepted`, `started` or `finished`.
     pub phase: &'static str,
+    /// How often a runner was about to start it.
+    pub starts: u32,
     /// It was cancelled.
     pub cancelled: bool,
 }
@@ -208,6 +210,7 @@ fn call(recovered: &RecoveredCall) -> CallReport {
             RecoveredPhase::Started => "started",
             RecoveredPhase::Finished(_) => "finished",
         },
+        starts: recovered.starts,
         cancelled: recovered.cancel.is_some(),
     }
 }

@@ -7,7 +7,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 
 use super::frame::wide;
-use super::record::{Record, Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
+use super::record::{MOST_STARTS, Record, Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
 use crate::work::{CallId, CancelMode, SessionId};
 
 /// Cancelled calls that never arrived; the oldest goes.
@@ -135,7 +135,8 @@ struct Call {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Accepted,
-    Started,
+    /// So many times.
+    Started(u32),
     Finished(Place),
 }
 
@@ -184,7 +185,7 @@ impl Live {
             Step::SessionEnded { session_id, epoch } => self.session_ended(&session_id, epoch),
             Step::Remembered { session_id, call_ids } => self.remembered(&session_id, call_ids),
             Step::Accepted { call_id, session_id } => self.accepted(call_id, session_id, place),
-            Step::Started { call_id } => self.advance(&call_id, Phase::Started),
+            Step::Started { call_id } => self.advance(&call_id, Phase::Started(1)),
             Step::Finished { call_id } => self.advance(&call_id, Phase::Finished(place)),
             Step::Cancelled { call_id, mode } => self.cancelled(call_id, mode),
             Step::Acknowledged { call_id } => self.acknowledged(call_id),
@@ -241,7 +242,10 @@ impl Live {
             }
             match call.phase {
                 Phase::Accepted => {}
-                Phase::Started => kept.push(Kept { step: Step::Started { call_id: call_id.clone() }, place: None }),
+                Phase::Started(times) => {
+                    let started = || Kept { step: Step::Started { call_id: call_id.clone() }, place: None };
+                    kept.extend((0..times).map(|_| started()));
+                }
                 Phase::Finished(place) => {
                     kept.push(Kept { step: Step::Finished { call_id: call_id.clone() }, place: Some(place) });
                 }
@@ -278,13 +282,17 @@ impl Live {
             let Record::Accepted(request) = read(call.accepted)? else { return Err(wrong(call.accepted)) };
             let phase = match call.phase {
                 Phase::Accepted => RecoveredPhase::Accepted,
-                Phase::Started => RecoveredPhase::Started,
+                Phase::Started(_) => RecoveredPhase::Started,
                 Phase::Finished(place) => match read(place)? {
                     Record::Finished { result, .. } => RecoveredPhase::Finished(result),
                     _ => return Err(wrong(place)),
                 },
             };
-            calls.push(RecoveredCall { call: *request, cancel: call.cancel, phase });
+            let starts = match call.phase {
+                Phase::Started(times) => times,
+                Phase::Accepted | Phase::Finished(_) => 0,
+            };
+            calls.push(RecoveredCall { call: *request, cancel: call.cancel, phase, starts });
         }
         Ok(Recovered {
             same_boot,
@@ -357,15 +365,12 @@ impl Live {
     /// A call only moves on, and the first end is the end.
     fn advance(&mut self, call_id: &CallId, phase: Phase) -> bool {
         let Some(call) = self.calls.get_mut(call_id) else { return false };
-        let moves = match call.phase {
-            Phase::Accepted => true,
-            Phase::Started => matches!(phase, Phase::Finished(_)),
-            Phase::Finished(_) => false,
+        call.phase = match (call.phase, phase) {
+            (Phase::Started(times), Phase::Started(more)) => Phase::Started((times + more).min(MOST_STARTS)),
+            (Phase::Finished(_), _) => return false,
+            (Phase::Accepted | Phase::Started(_), next) => next,
         };
-        if moves {
-            call.phase = phase;
-        }
-        moves
+        true
     }
 
     fn cancelled(&mut self, call_id: CallId, mode: CancelMode) -> bool {

@@ -40,7 +40,7 @@ use crate::work::BoxFuture;
 pub use file::{Condition, FileJournal, OpenError};
 pub use inspect::{CallReport, RecordReport, Recovery, Report, SegmentReport, SessionReport, inspect};
 pub use memory::JournalMemory;
-pub use record::{Record, Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
+pub use record::{MOST_STARTS, Record, Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
 pub use scan::{ScanError, Unreadable};
 
 /// Why a record could not be written. After a failed write or sync nothing is written any more: it is never repeated.

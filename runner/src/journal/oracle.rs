@@ -1,6 +1,6 @@
 //! What a sequence of records amounts to, said a second time in the plainest way, to compare with.
 
-use super::record::{Record, Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
+use super::record::{MOST_STARTS, Record, Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
 
 /// Folds all of them.
 pub(super) fn fold(records: &[Record]) -> Recovered {
@@ -46,13 +46,13 @@ fn take(state: &mut Recovered, record: &Record) {
             if !known && !over {
                 state.tombstones.retain(|id| *id != call.call_id);
                 let phase = RecoveredPhase::Accepted;
-                state.calls.push(RecoveredCall { call: (**call).clone(), cancel: None, phase });
+                state.calls.push(RecoveredCall { call: (**call).clone(), cancel: None, phase, starts: 0 });
             }
         }
         Record::Started { call_id } => {
             for call in state.calls.iter_mut().filter(|call| call.call.call_id == *call_id) {
-                if call.phase == RecoveredPhase::Accepted {
-                    call.phase = RecoveredPhase::Started;
+                if !matches!(call.phase, RecoveredPhase::Finished(_)) {
+                    (call.phase, call.starts) = (RecoveredPhase::Started, MOST_STARTS.min(call.starts + 1));
                 }
             }
         }
@@ -66,7 +66,7 @@ fn take(state: &mut Recovered, record: &Record) {
         Record::Finished { call_id, result } => {
             for call in state.calls.iter_mut().filter(|call| call.call.call_id == *call_id) {
                 if !matches!(call.phase, RecoveredPhase::Finished(_)) {
-                    call.phase = RecoveredPhase::Finished(result.clone());
+                    (call.phase, call.starts) = (RecoveredPhase::Finished(result.clone()), 0);
                 }
             }
         }

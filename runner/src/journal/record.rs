@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::work::{CallId, CallResult, CancelMode, Receipt, SandboxId, SessionId, SessionOpen, ToolCall};
 
+/// How often a call is about to be started by a runner that dies then; after that it is not tried again.
+pub const MOST_STARTS: u32 = 3;
+
 /// One step of a runner, a session or a call. Names of variants and fields are part of the format of the files.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -41,7 +44,8 @@ pub enum Record {
     },
     /// A call will get exactly one outcome.
     Accepted(Box<ToolCall>),
-    /// A call may have effects from here.
+    /// A call may have effects from here. Once more for each runner that is about to start it, which it provably has not begun
+    /// under the one before.
     Started {
         /// The call.
         call_id: CallId,
@@ -165,6 +169,8 @@ pub struct RecoveredCall {
     pub cancel: Option<CancelMode>,
     /// How far it had come.
     pub phase: RecoveredPhase,
+    /// How often its start was written down, up to `MOST_STARTS`; 0 unless the phase is `Started`.
+    pub starts: u32,
 }
 
 /// How far a call had come.

@@ -12,7 +12,7 @@ use proptest::prelude::*;
 
 use super::core::{Action, Config, Core, Input};
 use super::core_tests::{call, cancel, cid, close, core, ended, open, sid};
-use crate::journal::{Record, Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
+use crate::journal::{MOST_STARTS, Record, Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
 use crate::work::*;
 
 const SESSIONS: [&str; 2] = ["s0", "s1"];
@@ -87,7 +87,12 @@ impl World {
                     self.records.push(Record::Cancelled { call_id: call_id.clone(), mode: *mode });
                 }
                 Action::WriteAccepted(call) => self.records.push(Record::Accepted(Box::new(call.clone()))),
-                Action::WriteStarted { call_id } => self.records.push(Record::Started { call_id: call_id.clone() }),
+                Action::WriteStarted { call_id } => {
+                    let record = Record::Started { call_id: call_id.clone() };
+                    let before = self.records.iter().filter(|before| **before == record).count();
+                    prop_assert!(before < MOST_STARTS as usize, "{call_id} is about to be started {before} times");
+                    self.records.push(record);
+                }
                 Action::WriteFinished { call_id, result } => {
                     self.records.push(Record::Finished { call_id: call_id.clone(), result: Arc::clone(result) });
                 }
@@ -303,11 +308,12 @@ fn fold(records: &[Record]) -> Recovered {
                 recovered.epoch_floor = recovered.epoch_floor.max(*epoch);
             }
             Record::Accepted(call) => {
-                calls.push(RecoveredCall { call: (**call).clone(), cancel: None, phase: RecoveredPhase::Accepted });
+                let phase = RecoveredPhase::Accepted;
+                calls.push(RecoveredCall { call: (**call).clone(), cancel: None, phase, starts: 0 });
             }
             Record::Started { call_id } => {
                 if let Some(at) = position(calls, call_id) {
-                    calls[at].phase = RecoveredPhase::Started;
+                    (calls[at].phase, calls[at].starts) = (RecoveredPhase::Started, calls[at].starts + 1);
                 }
             }
             Record::Cancelled { call_id, mode } => match position(calls, call_id) {

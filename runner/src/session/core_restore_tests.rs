@@ -20,7 +20,8 @@ fn session(acknowledged: &[&str]) -> RecoveredSession {
 
 fn held(id: &str, cancel: Option<CancelMode>, phase: RecoveredPhase) -> RecoveredCall {
     let Input::Work(WorkItem::Call(call)) = call("s", 3, id, 0) else { panic!("a call") };
-    RecoveredCall { call, cancel, phase }
+    let starts = u32::from(phase == RecoveredPhase::Started);
+    RecoveredCall { call, cancel, phase, starts }
 }
 
 fn result() -> Arc<CallResult> {
@@ -39,7 +40,17 @@ fn attached(recovered: Recovered, found: &[(&str, FoundCall)]) -> (Core, Vec<Act
     let found: BTreeMap<_, _> = found.iter().map(|(id, found)| (cid(id), *found)).collect();
     actions.extend(core.handle(Input::SandboxAttached { session_id: sid("s"), found }));
     actions.extend(core.handle(Input::Work(WorkItem::Resume { session_id: None })));
+    written(&mut core, &mut actions);
     (core, actions)
+}
+
+/// The starts that were asked for are written down.
+fn written(core: &mut Core, actions: &mut Vec<Action>) {
+    for action in actions.clone() {
+        if let Action::WriteStarted { call_id } = action {
+            actions.extend(core.handle(Input::StartWritten { call_id, durable: true }));
+        }
+    }
 }
 
 fn outcome_of(actions: &[Action], id: &str) -> Option<Outcome> {
@@ -83,7 +94,9 @@ fn accepted_call_is_handed_over_in_its_turn_once_it_may_be() {
     core.handle(Input::Recovered(Box::new(left(calls))));
 
     let before = core.handle(Input::SandboxAttached { session_id: sid("s"), found: BTreeMap::new() });
-    let after = core.handle(Input::Work(WorkItem::Resume { session_id: None }));
+    let mut after = core.handle(Input::Work(WorkItem::Resume { session_id: None }));
+    assert!(!is_handed_over(&after, "a"), "an earlier runner may have died of it, so this one is counted first");
+    written(&mut core, &mut after);
 
     assert!(!is_handed_over(&before, "a"), "no orchestrator has confirmed it yet");
     assert!(is_handed_over(&after, "a") && !is_handed_over(&after, "b"));
@@ -100,7 +113,55 @@ fn started_call_that_waits_at_its_gate_is_told_to_go() {
     let (_, actions) = attached(left(calls), &[("a", FoundCall::Prepared)]);
 
     assert!(actions.contains(&Action::Go { session_id: sid("s"), call_id: cid("a") }));
-    assert!(!actions.iter().any(|action| matches!(action, Action::Prepare { .. } | Action::WriteStarted { .. })));
+    assert!(!actions.iter().any(|action| matches!(action, Action::Prepare { .. })));
+}
+
+/// F-65: each of three runners has died when it was about to start it.
+#[test]
+fn call_that_three_runners_died_of_is_answered_as_poison_and_the_next_one_has_its_turn() {
+    let poison = |starts| RecoveredCall { starts, ..held("a", None, RecoveredPhase::Started) };
+    let calls = |starts| left(vec![poison(starts), held("b", None, RecoveredPhase::Accepted)]);
+
+    let (_, tried) = attached(calls(2), &[]);
+    assert!(is_handed_over(&tried, "a") && outcome_of(&tried, "a").is_none(), "{tried:?}");
+
+    let (_, absent) = attached(calls(3), &[]);
+    assert!(!is_handed_over(&absent, "a") && is_handed_over(&absent, "b"), "{absent:?}");
+    let is_poison =
+        |outcome| matches!(outcome, Some(Outcome::NeverStarted { failure, .. }) if failure.code == Code::Poison);
+    assert!(is_poison(outcome_of(&absent, "a")), "{absent:?}");
+
+    let (mut core, gated) = attached(calls(3), &[("a", FoundCall::Prepared)]);
+    assert!(gated.contains(&Action::Abort { session_id: sid("s"), call_id: cid("a") }) && !is_handed_over(&gated, "a"));
+    assert!(is_poison(outcome_of(&core.handle(Input::Aborted { call_id: cid("a") }), "a")));
+}
+
+/// F-65: a gate that nobody may open yet says nothing about the call behind it.
+#[test]
+fn restart_without_a_lease_is_not_counted_against_a_call_that_waits_at_its_gate() {
+    let mut core = core(Config::default());
+    core.handle(Input::Recovered(Box::new(left(vec![held("a", None, RecoveredPhase::Started)]))));
+    let found = BTreeMap::from([(cid("a"), FoundCall::Prepared)]);
+
+    let attached = core.handle(Input::SandboxAttached { session_id: sid("s"), found });
+    let resumed = core.handle(Input::Work(WorkItem::Resume { session_id: None }));
+
+    assert!(!attached.contains(&Action::WriteStarted { call_id: cid("a") }), "{attached:?}");
+    assert_eq!(resumed, [Action::WriteStarted { call_id: cid("a") }]);
+}
+
+#[test]
+fn cancel_ends_a_restored_call_whose_start_is_being_written_down() {
+    let mut core = core(Config::default());
+    core.handle(Input::Recovered(Box::new(left(vec![held("a", None, RecoveredPhase::Accepted)]))));
+    core.handle(Input::SandboxAttached { session_id: sid("s"), found: BTreeMap::new() });
+    core.handle(Input::Work(WorkItem::Resume { session_id: None }));
+
+    let cancelled = core.handle(super::core_tests::cancel("s", 3, "a", CancelMode::Kill));
+    let late = core.handle(Input::StartWritten { call_id: cid("a"), durable: true });
+
+    assert!(matches!(outcome_of(&cancelled, "a"), Some(Outcome::Cancelled { before_start: true, .. })));
+    assert_eq!(late, []);
 }
 
 #[test]
@@ -226,7 +287,8 @@ fn session_whose_sandbox_was_being_made_gets_another_one() {
     let ready = Input::SandboxReady { session_id: sid("s"), sandbox_id: sandbox_id(), receipt: Receipt::default() };
     let recorded = core.handle(ready);
     assert!(matches!(&recorded[..], [Action::WriteReady { .. }]));
-    let actions = core.handle(Input::ReadyWritten { session_id: sid("s"), durable: true });
+    let mut actions = core.handle(Input::ReadyWritten { session_id: sid("s"), durable: true });
+    written(&mut core, &mut actions);
     assert!(is_handed_over(&actions, "a"));
 }
 
@@ -328,6 +390,8 @@ fn gate_of_an_earlier_runner_is_opened_only_when_an_orchestrator_has_confirmed_t
     let lease = core.handle(Input::Work(WorkItem::Resume { session_id: None }));
     let decided = core.handle(Input::Work(WorkItem::Resume { session_id: Some(sid("s")) }));
 
-    assert!(![attached, alone, lease].iter().any(|actions| is_handed_over(actions, "a")));
-    assert_eq!(decided, [Action::Go { session_id: sid("s"), call_id: cid("a") }]);
+    assert!(![&attached, &alone, &lease].iter().any(|actions| is_handed_over(actions, "a")));
+    assert_eq!(decided, [Action::WriteStarted { call_id: cid("a") }]);
+    let written = core.handle(Input::StartWritten { call_id: cid("a"), durable: true });
+    assert_eq!(written, [Action::Go { session_id: sid("s"), call_id: cid("a") }]);
 }

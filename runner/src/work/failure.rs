@@ -89,6 +89,8 @@ codes! {
     OutputGone = "OUTPUT_GONE",
     /// A bug of ours.
     Internal = "INTERNAL",
+    /// The runner has died again and again when it was about to start the call, so it is not tried any more.
+    Poison = "POISON",
 }
 
 impl fmt::Display for Code {
@@ -174,7 +176,7 @@ fn classify(code: Code) -> (Blame, bool) {
             (Blame::Host, true)
         }
         Code::SandboxCreateFailed => (Blame::Host, true),
-        Code::TierUnavailable | Code::Internal => (Blame::Host, false),
+        Code::TierUnavailable | Code::Internal | Code::Poison => (Blame::Host, false),
     }
 }
 

@@ -2,7 +2,9 @@
 
 use super::failures::read_only;
 use super::state::{cancelled_before_start, never_started};
-use super::{Action, Call, CallId, CancelMode, Code, Core, Phase, Replay, SessionId, ToolFailure, Update};
+use super::{
+    Action, Call, CallId, CancelMode, Code, Core, Phase, Replay, SessionId, SessionPhase, ToolFailure, Update,
+};
 use crate::work::{Gate, PreparedCall, ToolCall};
 
 impl Core {
@@ -27,24 +29,32 @@ impl Core {
                 return;
             }
             let call_id = call.request.call_id.clone();
-            call.phase = Phase::Preparing;
-            call.in_sandbox = true;
+            let recording = self.config.gated && call.restored;
+            call.phase = if recording { Phase::Recording } else { Phase::Preparing };
+            call.start_asked = self.config.gated;
             session.queue.pop_front();
             session.active.insert(call_id.clone());
             self.queued -= 1;
             self.running += 1;
-            let gate = if self.config.gated { Gate::Held } else { Gate::Open };
-            let ToolCall { input, limits, output_mode, .. } = call.request.clone();
             // Together with the record of the acceptance, when that is still on its way: one sync for both. What process 1
             // does not know after a crash has not begun, whatever is written down.
             if self.config.gated {
                 self.actions.push(Action::WriteStarted { call_id: call_id.clone() });
             }
-            self.actions.push(Action::Prepare {
-                session_id: session_id.clone(),
-                call: PreparedCall { call_id, input, limits, output_mode, gate },
-            });
+            // An earlier runner may have died of handing it over. So that one is counted before it is tried again.
+            if !recording {
+                self.hand_over(&call_id);
+            }
         }
+    }
+
+    fn hand_over(&mut self, call_id: &CallId) {
+        let Some(call) = self.calls.get_mut(call_id) else { return };
+        (call.phase, call.in_sandbox) = (Phase::Preparing, true);
+        let gate = if self.config.gated { Gate::Held } else { Gate::Open };
+        let ToolCall { call_id, session_id, input, limits, output_mode, .. } = call.request.clone();
+        let call = PreparedCall { call_id, input, limits, output_mode, gate };
+        self.actions.push(Action::Prepare { session_id, call });
     }
 
     pub(super) fn start_everywhere(&mut self) {
@@ -128,10 +138,17 @@ impl Core {
         if self.suspended || session.is_some_and(|session| session.suspended) {
             return;
         }
-        if matches!(call.phase, Phase::Prepared) && call.start_written {
+        if !matches!(call.phase, Phase::Prepared) {
+            return;
+        }
+        let (session_id, call_id) = (call.request.session_id.clone(), call_id.clone());
+        if call.start_written {
             call.phase = Phase::Running;
-            let (session_id, call_id) = (call.request.session_id.clone(), call_id.clone());
             self.actions.push(Action::Go { session_id, call_id });
+        } else if !call.start_asked {
+            // It waits there since an earlier runner, which may have died of opening its gate.
+            call.start_asked = true;
+            self.actions.push(Action::WriteStarted { call_id });
         }
     }
 
@@ -150,14 +167,25 @@ impl Core {
     pub(super) fn journalled_start(&mut self, call_id: &CallId, durable: bool) {
         self.read_only |= !durable;
         let Some(call) = self.calls.get_mut(call_id) else { return };
-        if !matches!(call.phase, Phase::Preparing | Phase::Prepared) {
+        if !matches!(call.phase, Phase::Recording | Phase::Preparing | Phase::Prepared) {
             return;
         }
+        let recording = matches!(call.phase, Phase::Recording);
         if durable {
             call.start_written = true;
+            let session = self.sessions.get(&call.request.session_id);
+            // In a session that is closing it gets its outcome with the end of the sandbox.
+            let takes_calls = session.is_some_and(|session| matches!(session.phase, SessionPhase::Ready));
             // A record vouches for those before it; who says so first is chance.
             self.accept(call_id);
-            return self.go_if_written(call_id);
+            return match recording {
+                true if takes_calls => self.hand_over(call_id),
+                true => {}
+                false => self.go_if_written(call_id),
+            };
+        }
+        if recording {
+            return self.finish_active(call_id, never_started(read_only()));
         }
         let is_prepared = matches!(call.phase, Phase::Prepared);
         call.phase = Phase::Aborting(Some(read_only()));

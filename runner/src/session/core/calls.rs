@@ -177,6 +177,7 @@ impl Core {
         self.actions.push(Action::WriteCancelled { call_id: noted, epoch, phase, mode });
         let running = matches!(call.phase, Phase::Running);
         let queued = matches!(call.phase, Phase::Queued);
+        let recording = matches!(call.phase, Phase::Recording);
         if self.config.gated && matches!(call.phase, Phase::Preparing) {
             call.phase = Phase::Aborting(None);
         } else if matches!(call.phase, Phase::Prepared) {
@@ -185,6 +186,8 @@ impl Core {
         }
         if queued {
             self.finish_queued(call_id, cancelled_before_start(mode));
+        } else if recording {
+            self.finish_active(call_id, cancelled_before_start(mode));
         } else if running && harder {
             self.actions.push(Action::Cancel { session_id: owner, call_id: call_id.clone(), mode });
         }

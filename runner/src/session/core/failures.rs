@@ -38,6 +38,14 @@ pub(super) fn draining() -> ToolFailure {
     ToolFailure::new(Code::Draining, "this runner is being emptied", "place the work on another runner")
 }
 
+pub(super) fn poison(starts: u32) -> ToolFailure {
+    ToolFailure::new(
+        Code::Poison,
+        format!("the call did not run: the runner died each of the {starts} times when it was about to start it"),
+        "do not send the same call again; its operator should look at why the runner died",
+    )
+}
+
 pub(super) fn busy(reason: &str) -> ToolFailure {
     ToolFailure::new(
         Code::QueueFull,

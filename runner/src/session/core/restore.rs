@@ -7,9 +7,10 @@
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
-use super::state::{cancelled_before_start, indeterminate};
+use super::failures::poison;
+use super::state::{cancelled_before_start, indeterminate, never_started};
 use super::{Action, Call, CallId, CallPhase, Code, Core, Phase, Replay, Session, SessionId, SessionPhase, Update};
-use crate::journal::{Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
+use crate::journal::{MOST_STARTS, Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
 use crate::work::{FoundCall, Gate};
 
 impl Core {
@@ -53,10 +54,10 @@ impl Core {
     }
 
     fn restore_call(&mut self, recovered: RecoveredCall) {
-        let RecoveredCall { call: request, cancel, phase } = recovered;
+        let RecoveredCall { call: request, cancel, phase, starts } = recovered;
         let (call_id, session_id) = (request.call_id.clone(), request.session_id.clone());
         let digest = request.digest;
-        let mut call = Call { accepted: true, restored: true, cancel, ..Call::new(request) };
+        let mut call = Call { accepted: true, restored: true, cancel, starts, ..Call::new(request) };
         let told = match &phase {
             RecoveredPhase::Accepted => CallPhase::Accepted,
             RecoveredPhase::Started => CallPhase::Started,
@@ -169,18 +170,19 @@ impl Core {
     ) {
         let mut active: Vec<_> = active.iter().cloned().collect();
         active.sort();
-        let mut waiting = Vec::new();
+        let (mut waiting, mut over) = (Vec::new(), Vec::new());
         for call_id in active {
             let Some(call) = self.calls.get_mut(&call_id) else { continue };
             let (session_id, cancel) = (session_id.clone(), call.cancel);
+            let poisoned = (call.starts >= MOST_STARTS).then(|| poison(call.starts));
             match (found.get(&call_id), cancel) {
                 // Its start is written down, and the word to go was lost on the way. It begins when something may begin again.
-                (Some(FoundCall::Prepared), None) if !is_closing => {
-                    (call.phase, call.start_written) = (Phase::Prepared, true);
+                (Some(FoundCall::Prepared), None) if !is_closing && poisoned.is_none() => {
+                    call.phase = Phase::Prepared;
                     self.go_if_written(&call_id);
                 }
-                (Some(FoundCall::Prepared), _) => {
-                    call.phase = Phase::Aborting(None);
+                (Some(FoundCall::Prepared), cancel) => {
+                    call.phase = Phase::Aborting(poisoned.filter(|_| cancel.is_none()));
                     self.actions.push(Action::Abort { session_id, call_id });
                 }
                 (Some(FoundCall::Running), Some(mode)) => {
@@ -190,16 +192,22 @@ impl Core {
                 (Some(FoundCall::Running | FoundCall::Finished), _) => {}
                 // A sandbox forgets a call that was acknowledged, which this one was not, or that was dropped at its gate.
                 // So it has not begun: it never arrived there, because its start was written down at the same time.
-                (None, Some(mode)) => {
-                    call.in_sandbox = false;
-                    self.finish_active(&call_id, cancelled_before_start(mode));
-                }
-                (None, None) => waiting.push(call_id),
+                (None, Some(mode)) => over.push((call_id, cancelled_before_start(mode))),
+                (None, None) => match poisoned {
+                    Some(failure) => over.push((call_id, never_started(failure))),
+                    None => waiting.push(call_id),
+                },
             }
         }
         // They were there before everything that waits.
         for call_id in waiting.into_iter().rev() {
             self.wait_again(&call_id);
+        }
+        for (call_id, result) in over {
+            if let Some(call) = self.calls.get_mut(&call_id) {
+                call.in_sandbox = false;
+            }
+            self.finish_active(&call_id, result);
         }
     }
 

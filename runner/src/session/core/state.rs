@@ -109,6 +109,10 @@ pub(super) struct Call {
     pub(super) accepted: bool,
     /// The started record is written.
     pub(super) start_written: bool,
+    /// The started record was asked for in this process.
+    pub(super) start_asked: bool,
+    /// How often an earlier runner has written it, and died before the call began.
+    pub(super) starts: u32,
     /// The sandbox has seen it, so it must be told when the result is stored.
     pub(super) in_sandbox: bool,
     pub(super) cancel: Option<CancelMode>,
@@ -122,6 +126,8 @@ pub(super) struct Call {
 pub(super) enum Phase {
     /// In its session's queue.
     Queued,
+    /// Its start is being written down before it is handed to the sandbox, because an earlier runner may have died of that.
+    Recording,
     /// Handed to the sandbox, which has not said yet that it is ready.
     Preparing,
     /// Ready, waiting for the started record.
@@ -155,6 +161,8 @@ impl Call {
             request,
             accepted: false,
             start_written: false,
+            start_asked: false,
+            starts: 0,
             in_sandbox: false,
             cancel: None,
             restored: false,
@@ -164,7 +172,9 @@ impl Call {
 
     pub(super) fn wire_phase(&self) -> CallPhase {
         match self.phase {
-            Phase::Queued | Phase::Preparing | Phase::Prepared | Phase::Aborting(_) => CallPhase::Accepted,
+            Phase::Queued | Phase::Recording | Phase::Preparing | Phase::Prepared | Phase::Aborting(_) => {
+                CallPhase::Accepted
+            }
             Phase::Running => CallPhase::Started,
             Phase::Finishing(_) | Phase::Finished(_) => CallPhase::Finished,
         }
@@ -173,7 +183,7 @@ impl Call {
     pub(super) fn stage(&self) -> CallStage {
         match &self.phase {
             Phase::Queued => CallStage::Queued,
-            Phase::Preparing | Phase::Prepared | Phase::Aborting(_) => CallStage::Starting,
+            Phase::Recording | Phase::Preparing | Phase::Prepared | Phase::Aborting(_) => CallStage::Starting,
             Phase::Running => CallStage::Running,
             Phase::Finishing(result) | Phase::Finished(result) => CallStage::Finished(Arc::clone(result)),
         }
