@@ -121,6 +121,7 @@ impl Daemon {
             sandboxes: parts.sandboxes,
             journal: parts.journal,
             recovered: parts.recovered,
+            clock: settings::boottime_ns,
         };
         let (handle, updates) = sessions.start();
         let (stop, stopped) = watch::channel(Stop::Run);

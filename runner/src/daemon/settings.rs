@@ -183,7 +183,7 @@ fn state_id(path: &Path) -> io::Result<String> {
 }
 
 /// A clock that counts while the machine sleeps.
-fn boottime_ns() -> u64 {
+pub(super) fn boottime_ns() -> u64 {
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME);
     now.map_or(0, |time| {
         let seconds = u64::try_from(time.tv_sec()).unwrap_or(0);

@@ -28,6 +28,8 @@ enum Step {
     Answer(usize),
     /// A running call ends.
     End(usize),
+    /// The lease lapses unnoticed, or is renewed.
+    Lapse(bool),
     /// The runner is killed: how much of what was not reported as durable is kept, which actions were carried out all the
     /// same, and whether the machine went down with it.
     Kill(usize, u64, bool),
@@ -43,6 +45,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (0..10_u8).prop_map(Step::Acknowledge),
         24 => (0..64_usize).prop_map(Step::Answer),
         5 => (0..8_usize).prop_map(Step::End),
+        1 => any::<bool>().prop_map(Step::Lapse),
         2 => (0..8_usize, any::<u64>(), prop::bool::weighted(0.1)).prop_map(|(n, o, b)| Step::Kill(n, o, b)),
     ]
 }
@@ -69,6 +72,8 @@ struct World {
     /// Living sandboxes by session: their number, and their calls.
     sandboxes: BTreeMap<SessionId, BTreeMap<CallId, InSandbox>>,
     begun: BTreeMap<CallId, u32>,
+    lapsed: bool,
+    renewals: u64,
     accepted: BTreeSet<CallId>,
     outcomes: BTreeMap<CallId, Outcome>,
     told: BTreeMap<CallId, Outcome>,
@@ -102,6 +107,7 @@ impl World {
             }
             let at = self.records.len();
             match action {
+                Action::Go { .. } if self.lapsed => self.open.push((action, at)),
                 Action::Go { .. }
                 | Action::Cancel { .. }
                 | Action::Acknowledge { .. }
@@ -185,6 +191,9 @@ impl World {
     }
 
     fn answer(&mut self, (action, at): (Action, usize)) -> Result<Vec<Input>, TestCaseError> {
+        if let Action::Go { call_id, .. } = action {
+            return Ok(vec![Input::GateKept { call_id }]);
+        }
         self.reach(&action)?;
         let mut written = || self.durable = self.durable.max(at);
         Ok(match action {
@@ -377,6 +386,11 @@ fn live(steps: Vec<Step>) -> Result<(), TestCaseError> {
                 world.answer(action)?
             }
             Step::End(number) => world.end(number),
+            Step::Lapse(true) => {
+                world.lapsed = true;
+                Vec::new()
+            }
+            Step::Lapse(false) => vec![world.renew()],
             Step::Kill(kept, done, with_machine) => {
                 let recovered = world.kill(kept, done, with_machine)?;
                 core = super::core_tests::core(Config::default());
@@ -388,6 +402,11 @@ fn live(steps: Vec<Step>) -> Result<(), TestCaseError> {
             world.take(actions)?;
         }
     }
+    let renewed = core.handle(world.renew());
+    world.take(renewed)?;
+    settle(&mut core, &mut world)?;
+    let renewed = core.handle(world.renew());
+    world.take(renewed)?;
     settle(&mut core, &mut world)?;
     for call_id in &world.accepted {
         prop_assert!(world.told.contains_key(call_id), "{call_id} was accepted and never answered");
@@ -396,6 +415,12 @@ fn live(steps: Vec<Step>) -> Result<(), TestCaseError> {
 }
 
 impl World {
+    fn renew(&mut self) -> Input {
+        self.lapsed = false;
+        self.renewals += 1;
+        Input::Work(WorkItem::Lease { until_ns: self.renewals, orphan_time: std::time::Duration::ZERO })
+    }
+
     /// Number `number` of the running calls ends.
     fn end(&mut self, number: usize) -> Vec<Input> {
         let running: Vec<_> = self

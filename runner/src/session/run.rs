@@ -46,6 +46,8 @@ pub struct Sessions {
     pub journal: Arc<dyn Journal>,
     /// What an earlier runner left there.
     pub recovered: Recovered,
+    /// The clock of the lease: nanoseconds, counted while the machine sleeps as well.
+    pub clock: fn() -> u64,
 }
 
 impl std::fmt::Debug for Sessions {
@@ -90,6 +92,7 @@ impl Sessions {
             core: Core::new(config, self.registry),
             sandboxes: self.sandboxes,
             journal: self.journal,
+            clock: self.clock,
             outputs: Outputs::default(),
             board: Arc::new(Board::default()),
             updates: update_sender,
@@ -139,6 +142,7 @@ struct Loop {
     core: Core,
     sandboxes: Arc<dyn Sandboxes>,
     journal: Arc<dyn Journal>,
+    clock: fn() -> u64,
     outputs: Outputs,
     board: Arc<Board>,
     updates: mpsc::Sender<Update>,

@@ -20,4 +20,5 @@ mod mistakes;
 mod proxy;
 mod raw;
 mod slow;
+mod suspend;
 mod world;

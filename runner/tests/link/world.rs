@@ -91,6 +91,7 @@ impl Runner {
             sandboxes: Arc::new(FakeSandboxes(Arc::clone(&fakes))),
             journal: options.journal,
             recovered: options.recovered,
+            clock: boottime_ns,
         }
         .start();
         let (stop, stopped) = watch::channel(Stop::Run);
@@ -122,12 +123,14 @@ pub fn settings(port: u16, tls: TlsFiles) -> Settings {
         receipt: Default::default(),
         ephemeral: true,
         backoff: Backoff::new(Duration::from_millis(1), Duration::from_millis(20)),
-        clock: || {
-            nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
-                .map(|t| (t.tv_sec() as u64) * 1_000_000_000 + t.tv_nsec() as u64)
-                .unwrap()
-        },
+        clock: boottime_ns,
     }
+}
+
+pub fn boottime_ns() -> u64 {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
+        .map(|t| (t.tv_sec() as u64) * 1_000_000_000 + t.tv_nsec() as u64)
+        .unwrap()
 }
 
 /// A TCP proxy whose connections can be cut at any byte.

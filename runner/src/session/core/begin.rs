@@ -12,7 +12,7 @@ impl Core {
     pub(super) fn start_next(&mut self, session_id: &SessionId) {
         // A broken journal takes no start, and the next runner goes on with what waits.
         let may_write = !self.config.gated || !self.read_only;
-        while !self.suspended && may_write {
+        while !self.suspended && !self.lapsed && may_write {
             let Some(session) = self.sessions.get_mut(session_id) else { return };
             if !session.may_start() {
                 return;
@@ -135,7 +135,7 @@ impl Core {
     pub(super) fn go_if_written(&mut self, call_id: &CallId) {
         let Some(call) = self.calls.get_mut(call_id) else { return };
         let session = self.sessions.get(&call.request.session_id);
-        if self.suspended || session.is_some_and(|session| session.suspended) {
+        if self.suspended || self.lapsed || session.is_some_and(|session| session.suspended) {
             return;
         }
         if !matches!(call.phase, Phase::Prepared) {
@@ -149,6 +149,28 @@ impl Core {
             // It waits there since an earlier runner, which may have died of opening its gate.
             call.start_asked = true;
             self.actions.push(Action::WriteStarted { call_id });
+        }
+    }
+
+    /// The machine slept, or this process stood still, between the decision and the gate: the call has not begun.
+    pub(super) fn gate_kept(&mut self, call_id: &CallId) {
+        self.lapsed = true;
+        let Some(call) = self.calls.get_mut(call_id) else { return };
+        let session_id = call.request.session_id.clone();
+        let session = self.sessions.get(&session_id);
+        let takes_calls = session.is_some_and(|session| matches!(session.phase, SessionPhase::Ready));
+        match (&call.phase, call.cancel) {
+            (Phase::Running, None) => call.phase = Phase::Prepared,
+            (Phase::Running, Some(_)) => {
+                call.phase = Phase::Aborting(None);
+                self.actions.push(Action::Abort { session_id, call_id: call_id.clone() });
+            }
+            (Phase::Preparing, None) if !self.config.gated && takes_calls => self.wait_again(call_id),
+            (Phase::Preparing, mode) if !self.config.gated => {
+                call.in_sandbox = false;
+                self.finish_active(call_id, cancelled_before_start(mode.unwrap_or(CancelMode::Terminate)));
+            }
+            _ => {}
         }
     }
 

@@ -46,6 +46,8 @@ pub struct Core {
     /// How the orchestrator and the operator want it emptied.
     drain_asked: [Option<DrainMode>; 2],
     suspended: bool,
+    /// A gate was kept shut because the lease had lapsed; until it is renewed.
+    lapsed: bool,
     read_only: bool,
     /// Until when an orchestrator may be counted on, and how long sandboxes live beyond it.
     lease: Option<(u64, Duration)>,
@@ -70,6 +72,7 @@ impl Core {
             starved: VecDeque::new(),
             drain_asked: [None; 2],
             suspended: false,
+            lapsed: false,
             read_only: false,
             lease: None,
             attaching: 0,
@@ -98,6 +101,7 @@ impl Core {
             Input::CancelWritten { call_id, epoch, phase, durable } => {
                 self.journalled_cancel(call_id, epoch, phase, durable);
             }
+            Input::GateKept { call_id } => self.gate_kept(&call_id),
             Input::Prepared { call_id } => self.prepared(&call_id),
             Input::PrepareFailed { call_id, failure } => self.prepare_failed(&call_id, failure),
             Input::StartWritten { call_id, durable } => self.journalled_start(&call_id, durable),
@@ -114,6 +118,14 @@ impl Core {
             self.report_drain();
         }
         std::mem::take(&mut self.actions)
+    }
+
+    /// From when on no call may begin, by CLOCK_BOOTTIME; `None` while nobody has given a lease. Whoever carries out
+    /// `Action::Go`, or `Action::Prepare` without a gate, judges it at that moment and answers `Input::GateKept` when it has
+    /// passed.
+    #[must_use]
+    pub fn lease_until_ns(&self) -> Option<u64> {
+        self.lease.map(|(until_ns, _)| until_ns)
     }
 
     /// Calls that have not ended.

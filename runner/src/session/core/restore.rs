@@ -211,7 +211,7 @@ impl Core {
         }
     }
 
-    fn wait_again(&mut self, call_id: &CallId) {
+    pub(super) fn wait_again(&mut self, call_id: &CallId) {
         let Some(call) = self.calls.get_mut(call_id) else { return };
         (call.in_sandbox, call.phase) = (false, Phase::Queued);
         if let Some(session) = self.sessions.get_mut(&call.request.session_id)

@@ -13,11 +13,16 @@ use crate::journal::Record;
 impl Core {
     /// Whoever places a session elsewhere waits for that long, so nothing of it may be alive here then.
     pub(super) fn renew(&mut self, until_ns: u64, orphan_time: Duration) {
+        let later = self.lease.is_none_or(|(before_ns, _)| until_ns > before_ns);
         self.lease = Some((until_ns, orphan_time));
         let mut ids: Vec<_> = self.sessions.keys().cloned().collect();
         ids.sort();
         for session_id in ids {
             self.set_deadline(&session_id);
+        }
+        // If that has passed as well, the next gate says so.
+        if later && std::mem::take(&mut self.lapsed) {
+            self.start_everywhere();
         }
     }
 

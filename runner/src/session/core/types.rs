@@ -120,6 +120,11 @@ pub enum Input {
         /// False: the journal refused.
         durable: bool,
     },
+    /// `Action::Go`, or `Action::Prepare` without a gate, was not carried out: the lease has lapsed.
+    GateKept {
+        /// The call.
+        call_id: CallId,
+    },
     /// `Action::Prepare` is done.
     Prepared {
         /// The call.
@@ -245,14 +250,14 @@ pub enum Action {
         /// The call.
         call_id: CallId,
     },
-    /// Hand a call to its sandbox: `Prepared` or `PrepareFailed`.
+    /// Hand a call to its sandbox: `Prepared` or `PrepareFailed`; without a gate also `GateKept`.
     Prepare {
         /// Its session.
         session_id: SessionId,
         /// The call.
         call: PreparedCall,
     },
-    /// Open the gate: `Started` and `Ended` follow.
+    /// Open the gate: `Started` and `Ended` follow, or `GateKept`.
     Go {
         /// Its session.
         session_id: SessionId,

@@ -113,6 +113,9 @@ impl Loop {
         match action {
             Action::Prepare { session_id, call } => {
                 let call_id = call.call_id.clone();
+                if call.gate == Gate::Open && self.lease_has_lapsed() {
+                    return self.keep_gate(call_id);
+                }
                 self.deadlines.remove(&call_id);
                 if let Some(failure) = present::refusal(&call.input) {
                     return self.inputs.push_back(Input::PrepareFailed { call_id, failure });
@@ -132,6 +135,7 @@ impl Loop {
                     Err(failure) => Done::Input(Input::PrepareFailed { call_id, failure }),
                 });
             }
+            Action::Go { call_id, .. } if self.lease_has_lapsed() => self.keep_gate(call_id),
             Action::Go { session_id, call_id } => {
                 let Some(sandbox) = self.outputs.session(&session_id) else { return };
                 self.beside(sandbox.go(&call_id), |_| Done::Nothing);
@@ -183,6 +187,16 @@ impl Loop {
             }
             _ => {}
         }
+    }
+
+    /// Asked at the very gate: the machine may have slept since the core has decided.
+    fn lease_has_lapsed(&self) -> bool {
+        self.core.lease_until_ns().is_some_and(|until_ns| (self.clock)() >= until_ns)
+    }
+
+    fn keep_gate(&mut self, call_id: CallId) {
+        tracing::warn!(tool_call_id = %call_id, "the lease lapsed before the gate was opened, the call waits");
+        self.inputs.push_back(Input::GateKept { call_id });
     }
 
     fn attach(
