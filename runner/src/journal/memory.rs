@@ -12,6 +12,7 @@ use crate::work::{BoxFuture, Memory, Trouble};
 pub struct JournalMemory {
     events_through: u64,
     term: u64,
+    is_after_reboot: bool,
     journal: Arc<dyn Journal>,
 }
 
@@ -25,7 +26,10 @@ impl JournalMemory {
     /// What `recovered` says, and from here `journal`.
     #[must_use]
     pub fn new(journal: Arc<dyn Journal>, recovered: &Recovered) -> Self {
-        Self { events_through: recovered.events_through, term: recovered.term, journal }
+        let Recovered { events_through, term, .. } = *recovered;
+        // Each process reserves numbers before it dials.
+        let is_after_reboot = events_through > 0 && !recovered.same_boot;
+        Self { events_through, term, is_after_reboot, journal }
     }
 
     fn write(&self, record: Record) -> BoxFuture<'static, bool> {
@@ -47,6 +51,10 @@ impl Memory for JournalMemory {
 
     fn term(&self) -> u64 {
         self.term
+    }
+
+    fn is_after_reboot(&self) -> bool {
+        self.is_after_reboot
     }
 
     fn trouble(&self) -> (Option<Trouble>, Duration) {

@@ -201,6 +201,7 @@ fn started_call_that_never_arrived_in_its_sandbox_is_handed_over_before_those_th
     assert_eq!((core.running_calls(), core.queued_calls()), (1, 1));
 }
 
+/// F-18: what ran is indeterminate, and everybody hears why.
 #[test]
 fn another_boot_loses_the_sandbox_and_leaves_each_call_with_what_is_known() {
     let calls = vec![
@@ -212,13 +213,19 @@ fn another_boot_loses_the_sandbox_and_leaves_each_call_with_what_is_known() {
 
     let actions = core.handle(Input::Recovered(Box::new(Recovered { same_boot: false, ..left(calls) })));
 
-    assert!(matches!(outcome_of(&actions, "started"), Some(Outcome::Indeterminate { .. })));
-    assert!(matches!(outcome_of(&actions, "queued"), Some(Outcome::NeverStarted { .. })));
+    let Some(Outcome::Indeterminate { failure }) = outcome_of(&actions, "started") else { panic!("{actions:?}") };
+    assert_eq!(failure.code, Code::HostRebooted);
+    let Some(Outcome::NeverStarted { failure, .. }) = outcome_of(&actions, "queued") else { panic!("{actions:?}") };
+    assert_eq!(failure.code, Code::HostRebooted);
     assert_eq!(outcome_of(&actions, "done"), None, "it has its outcome");
     let told = |action: &Action| matches!(action, Action::Tell(Update::CallFinished { call_id, .. }) if *call_id == cid("done"));
     assert!(actions.iter().any(told));
     assert!(!actions.iter().any(|action| matches!(action, Action::AttachSandbox { .. })));
     assert!(actions.contains(&Action::Tell(Update::Restored)));
+    core.handle(Input::EndWritten { call_id: cid("started"), durable: true });
+    let over = core.handle(Input::EndWritten { call_id: cid("queued"), durable: true });
+    let end = Update::SessionEnded { session_id: sid("s"), epoch: 3, end: SessionEnd::HostRebooted };
+    assert!(over.contains(&Action::Tell(end)), "{over:?}");
 }
 
 #[test]

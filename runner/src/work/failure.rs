@@ -91,6 +91,8 @@ codes! {
     Internal = "INTERNAL",
     /// The runner has died again and again when it was about to start the call, so it is not tried any more.
     Poison = "POISON",
+    /// The machine was started again while the session was open, and its sandbox is gone.
+    HostRebooted = "HOST_REBOOTED",
 }
 
 impl fmt::Display for Code {
@@ -176,7 +178,7 @@ fn classify(code: Code) -> (Blame, bool) {
             (Blame::Host, true)
         }
         Code::SandboxCreateFailed => (Blame::Host, true),
-        Code::TierUnavailable | Code::Internal | Code::Poison => (Blame::Host, false),
+        Code::TierUnavailable | Code::Internal | Code::Poison | Code::HostRebooted => (Blame::Host, false),
     }
 }
 

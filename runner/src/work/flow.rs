@@ -98,6 +98,9 @@ pub trait Memory: Send + Sync {
     /// Highest term that an earlier process has obeyed.
     fn term(&self) -> u64;
 
+    /// Whether there was an earlier process, and the machine was started again since.
+    fn is_after_reboot(&self) -> bool;
+
     /// Why it takes nothing more, or no new calls, if that is so; and for how long it has been busy with one write.
     fn trouble(&self) -> (Option<Trouble>, Duration) {
         (None, Duration::ZERO)
@@ -231,6 +234,8 @@ pub enum SessionEnd {
     OpenFailed(ToolFailure),
     /// Its sandbox ended by itself.
     SandboxLost(ToolFailure),
+    /// The machine was started again, and its sandbox with it.
+    HostRebooted,
     /// A newer placement took it elsewhere.
     Fenced,
     /// The runner was emptied.

@@ -15,6 +15,7 @@ mod cuts;
 mod drain;
 mod fake;
 mod gate;
+mod greeting;
 mod local;
 mod mistakes;
 mod proxy;

@@ -80,6 +80,7 @@ pub(super) fn session_end(event_seq: u64, session_id: String, epoch: u64, end: &
         SessionEnd::Closed => (pb::SessionEndReason::Closed, None),
         SessionEnd::OpenFailed(failure) => (pb::SessionEndReason::OpenFailed, Some(failure)),
         SessionEnd::SandboxLost(failure) => (pb::SessionEndReason::SandboxLost, Some(failure)),
+        SessionEnd::HostRebooted => (pb::SessionEndReason::HostRebooted, None),
         SessionEnd::Fenced => (pb::SessionEndReason::Fenced, None),
         SessionEnd::Drained => (pb::SessionEndReason::Drained, None),
     };

@@ -114,7 +114,9 @@ impl Task {
             let event = self.next_event().await;
             self.take(event);
         }
-        if self.ports.memory.events_through() > 0 {
+        if self.ports.memory.is_after_reboot() {
+            self.reason = pb::HelloReason::HostReboot;
+        } else if self.ports.memory.events_through() > 0 {
             self.reason = pb::HelloReason::DaemonRestart;
         }
         while !self.must_stop() {
@@ -125,15 +127,15 @@ impl Task {
             delay = match ended {
                 Ok(Ended::Said | Ended::Left) => return,
                 Ok(Ended::Rotation) => {
-                    self.reason = pb::HelloReason::CertRotation;
+                    self.dial_because(pb::HelloReason::CertRotation);
                     continue_at_once()
                 }
                 Ok(Ended::Sent(after)) => {
-                    self.reason = pb::HelloReason::GoAway;
+                    self.dial_because(pb::HelloReason::GoAway);
                     after
                 }
                 Err(error) => {
-                    self.reason = pb::HelloReason::Reconnect;
+                    self.dial_because(pb::HelloReason::Reconnect);
                     let problem = error.to_string();
                     let delay = delay_after(&error, &mut backoff);
                     let delay_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
@@ -142,6 +144,13 @@ impl Task {
                     delay
                 }
             };
+        }
+    }
+
+    /// Why this process has begun is said until an orchestrator has heard it.
+    fn dial_because(&mut self, reason: pb::HelloReason) {
+        if self.status.borrow().links > 0 {
+            self.reason = reason;
         }
     }
 

@@ -34,6 +34,14 @@ pub(super) fn lost(session_id: &SessionId, reason: &str) -> ToolFailure {
     )
 }
 
+pub(super) fn rebooted(session_id: &SessionId) -> ToolFailure {
+    ToolFailure::new(
+        Code::HostRebooted,
+        format!("the machine was started again, and the sandbox of session {session_id} is gone"),
+        "open the session again with a higher epoch; what was in the sandbox is gone",
+    )
+}
+
 pub(super) fn draining() -> ToolFailure {
     ToolFailure::new(Code::Draining, "this runner is being emptied", "place the work on another runner")
 }

@@ -7,9 +7,11 @@
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
-use super::failures::poison;
+use super::failures::{poison, rebooted};
 use super::state::{cancelled_before_start, indeterminate, never_started};
-use super::{Action, Call, CallId, CallPhase, Code, Core, Phase, Replay, Session, SessionId, SessionPhase, Update};
+use super::{
+    Action, Call, CallId, CallPhase, Code, Core, Phase, Replay, Session, SessionEnd, SessionId, SessionPhase, Update,
+};
 use crate::journal::{MOST_STARTS, Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
 use crate::work::{FoundCall, Gate};
 
@@ -47,7 +49,7 @@ impl Core {
                     let calls = self.expected_of(&session_id);
                     self.actions.push(Action::AttachSandbox { session_id, sandbox_id, receipt, calls });
                 }
-                Some(_) => self.sandbox_lost(&session_id, "the machine was started again"),
+                Some(_) => self.lose(&session_id, &rebooted(&session_id), SessionEnd::HostRebooted),
             }
         }
         self.tell_when_attached();

@@ -181,15 +181,19 @@ impl Core {
     }
 
     pub(super) fn sandbox_lost(&mut self, session_id: &SessionId, reason: &str) {
-        let Some(session) = self.sessions.get_mut(session_id) else { return };
         let failure = lost(session_id, reason);
+        self.lose(session_id, &failure, SessionEnd::SandboxLost(failure.clone()));
+    }
+
+    /// The sandbox of a session is gone, and not because somebody has asked for it.
+    pub(super) fn lose(&mut self, session_id: &SessionId, failure: &ToolFailure, end: SessionEnd) {
+        let Some(session) = self.sessions.get_mut(session_id) else { return };
         let attaching = session.attaching;
         if !matches!(session.phase, SessionPhase::Closing(_)) {
-            let end = SessionEnd::SandboxLost(failure.clone());
             session.phase = SessionPhase::Closing(Ending { end, grace: Duration::ZERO, sandbox_gone: false });
         }
-        self.fail_queue(session_id, &failure);
-        self.settle_active(session_id, Code::SandboxLost, &failure.message);
+        self.fail_queue(session_id, failure);
+        self.settle_active(session_id, failure.code, &failure.message);
         if attaching {
             self.attached_or_lost(session_id);
         }
