@@ -361,6 +361,63 @@ fn takeover_with_a_newer_placement_is_written_down_before_it_is_told() {
     assert!(matches!(&written[..], [action] if told(action)), "{written:?}");
 }
 
+fn placements_told(actions: &[Action]) -> Vec<u64> {
+    let told = |action: &Action| match action {
+        Action::Tell(Update::SessionOpened { epoch, .. }) => Some(*epoch),
+        _ => None,
+    };
+    actions.iter().filter_map(told).collect()
+}
+
+#[test]
+fn second_takeover_is_told_when_its_own_record_is_on_disk_and_not_with_the_first() {
+    let (mut core, _) = attached(left(Vec::new()), &[]);
+    let written = || Input::ReadyWritten { session_id: sid("s"), durable: true };
+    core.handle(open("s", 9));
+    core.handle(open("s", 10));
+
+    let (first, second) = (core.handle(written()), core.handle(written()));
+
+    assert_eq!((placements_told(&first), placements_told(&second)), (vec![], vec![10]));
+}
+
+#[test]
+fn takeover_of_a_session_that_is_being_opened_or_taken_over_from_an_earlier_runner_is_on_disk_before_it_is_told() {
+    let mut opening = core(Config::default());
+    let written = || Input::ReadyWritten { session_id: sid("s"), durable: true };
+    opening.handle(open("s", 1));
+    opening.handle(Input::SandboxReady { session_id: sid("s"), sandbox_id: sandbox_id(), receipt: Receipt::default() });
+    opening.handle(open("s", 2));
+    let (first, second) = (opening.handle(written()), opening.handle(written()));
+    assert_eq!((placements_told(&first), placements_told(&second)), (vec![], vec![2]));
+
+    let mut attaching = core(Config::default());
+    attaching.handle(Input::Recovered(Box::new(left(Vec::new()))));
+    attaching.handle(open("s", 9));
+    let attached = attaching.handle(Input::SandboxAttached { session_id: sid("s"), found: BTreeMap::new() });
+    assert_eq!(placements_told(&attached), Vec::<u64>::new(), "{attached:?}");
+    assert_eq!(placements_told(&attaching.handle(written())), [9]);
+}
+
+#[test]
+fn takeovers_that_a_hanging_disk_does_not_take_are_refused_and_the_session_stays() {
+    let (mut core, _) = attached(left(Vec::new()), &[]);
+    let records = (10..30)
+        .map(|epoch| core.handle(open("s", epoch)))
+        .filter(|actions| actions.iter().any(|action| matches!(action, Action::Note(_) | Action::WriteReady { .. })));
+    assert!(records.count() < 10);
+    let refused = core.handle(open("s", 40));
+    assert!(
+        matches!(&refused[..], [Action::Tell(Update::Refused { failure, .. })] if failure.retryable),
+        "{refused:?}"
+    );
+
+    for _ in 0..10 {
+        core.handle(Input::ReadyWritten { session_id: sid("s"), durable: true });
+    }
+    assert!(core.handle(open("s", 40)).iter().any(|action| matches!(action, Action::WriteReady { .. })));
+}
+
 #[test]
 fn session_that_is_closed_while_its_sandbox_is_taken_over_begins_nothing_and_ends() {
     let calls = vec![

@@ -62,6 +62,14 @@ pub(super) fn busy(reason: &str) -> ToolFailure {
     )
 }
 
+pub(super) fn busy_placement(session_id: &SessionId) -> ToolFailure {
+    ToolFailure::new(
+        Code::QueueFull,
+        format!("epoch: several newer placements of session {session_id} are not on the disk of this runner yet"),
+        "send the request again later",
+    )
+}
+
 pub(super) fn read_only() -> ToolFailure {
     ToolFailure::new(
         Code::JournalReadOnly,

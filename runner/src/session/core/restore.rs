@@ -146,13 +146,16 @@ impl Core {
         if closing.is_none() {
             session.phase = SessionPhase::Ready;
         }
-        let (epoch, receipt, active) = (session.epoch, session.receipt.clone(), session.active.clone());
+        let (epoch, takeovers) = (session.epoch, session.takeovers);
+        let (receipt, active) = (session.receipt.clone(), session.active.clone());
         self.settle_found(session_id, closing.is_some(), &active, found);
         match closing {
             Some(grace) => {
                 self.cancel_queue(session_id);
                 self.actions.push(Action::CloseSandbox { session_id: session_id.clone(), grace });
             }
+            // Whoever has taken it over meanwhile hears so when that is on disk.
+            None if takeovers > 0 => self.write_ready(session_id),
             None => {
                 let (session_id, replay) = (session_id.clone(), Replay::Duplicate);
                 self.tell(Update::SessionOpened { session_id, epoch, receipt, replay });

@@ -2,13 +2,16 @@
 
 use std::time::Duration;
 
-use super::failures::{closing, draining, lost, read_only, stale, unknown_session};
+use super::failures::{busy_placement, closing, draining, lost, read_only, stale, unknown_session};
 use super::state::{Ending, Session};
 use super::{
     Action, Code, Core, Receipt, Replay, RequestKind, SandboxId, SessionClose, SessionEnd, SessionId, SessionOpen,
     SessionPhase, ToolFailure, Update,
 };
 use crate::journal::Record;
+
+/// Placements of a session that may be newer than the one on disk: a disk that hangs must not fill with them.
+const MOST_TAKEOVERS: u32 = 4;
 
 impl Core {
     /// Whoever places a session elsewhere waits for that long, so nothing of it may be alive here then.
@@ -56,15 +59,17 @@ impl Core {
                     format!("session {session_id} is open with another environment, limits or policy"),
                     "close the session first, or send the request it was opened with",
                 ))
+            } else if epoch > session.epoch && session.takeovers >= MOST_TAKEOVERS {
+                Err(busy_placement(&session_id))
             } else {
                 if epoch > session.epoch {
                     session.epoch = epoch;
+                    session.takeovers += 1;
                     let taken_over = SessionOpen { epoch, ..session.open_request.clone() };
                     self.actions.push(Action::Note(Record::SessionOpening(Box::new(taken_over))));
                     // That only the newest placement is obeyed must be known to the next runner before anybody counts on it.
-                    if let (SessionPhase::Ready, Some(sandbox_id)) = (&session.phase, session.sandbox_id.clone()) {
-                        let receipt = session.receipt.clone();
-                        return self.actions.push(Action::WriteReady { session_id, sandbox_id, receipt });
+                    if matches!(session.phase, SessionPhase::Recording | SessionPhase::Ready) {
+                        return self.write_ready(&session_id);
                     }
                 }
                 match session.phase {
@@ -108,12 +113,11 @@ impl Core {
 
     pub(super) fn sandbox_ready(&mut self, session_id: &SessionId, sandbox_id: SandboxId, receipt: Receipt) {
         let Some(session) = self.sessions.get_mut(session_id) else { return };
-        session.receipt.clone_from(&receipt);
-        session.sandbox_id = Some(sandbox_id.clone());
+        (session.receipt, session.sandbox_id) = (receipt, Some(sandbox_id));
         match &session.phase {
             SessionPhase::Opening => {
                 session.phase = SessionPhase::Recording;
-                self.actions.push(Action::WriteReady { session_id: session_id.clone(), sandbox_id, receipt });
+                self.write_ready(session_id);
             }
             SessionPhase::Closing(ending) => {
                 let grace = ending.grace;
@@ -123,10 +127,25 @@ impl Core {
         }
     }
 
+    /// Has the sandbox of a session written down, with the placements that were noted before.
+    pub(super) fn write_ready(&mut self, session_id: &SessionId) {
+        let Some(session) = self.sessions.get_mut(session_id) else { return };
+        let Some(sandbox_id) = session.sandbox_id.clone() else { return };
+        session.ready_writes += 1;
+        let (session_id, receipt) = (session_id.clone(), session.receipt.clone());
+        self.actions.push(Action::WriteReady { session_id, sandbox_id, receipt });
+    }
+
     /// Its caller may count on the session from here: the next runner will find its sandbox.
     pub(super) fn journalled_ready(&mut self, session_id: &SessionId, durable: bool) {
         self.read_only |= !durable;
         let Some(session) = self.sessions.get_mut(session_id) else { return };
+        session.ready_writes = session.ready_writes.saturating_sub(1);
+        // A newer placement is on its way to disk, and only that is told.
+        if durable && session.ready_writes > 0 {
+            return;
+        }
+        session.takeovers = 0;
         match (&session.phase, durable) {
             (SessionPhase::Recording, true) => {}
             (SessionPhase::Recording, false) => {

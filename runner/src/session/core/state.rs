@@ -20,6 +20,10 @@ pub(super) struct Session {
     pub(super) sandbox_id: Option<SandboxId>,
     /// The sandbox that an earlier runner made for it is being taken over.
     pub(super) attaching: bool,
+    /// Records of its sandbox that are on their way to disk.
+    pub(super) ready_writes: u32,
+    /// Newer placements since one was last known to be on disk.
+    pub(super) takeovers: u32,
     /// Nobody has decided about it after a reconnect: it starts nothing.
     pub(super) suspended: bool,
     /// Waiting calls, in order.
@@ -75,6 +79,8 @@ impl Session {
             receipt: Receipt::default(),
             sandbox_id: None,
             attaching: false,
+            ready_writes: 0,
+            takeovers: 0,
             suspended: false,
             queue: VecDeque::new(),
             active: HashSet::new(),
