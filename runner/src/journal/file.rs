@@ -2,9 +2,9 @@
 //!
 //! Group commit: the thread takes everything that is queued, writes it at once, syncs once, and then tells all who wait. The
 //! queue keeps the order of the calls to `append`. What does not fit is refused; because every record vouches for those
-//! before it, a refused one ends the journal, but for two kinds that nothing builds upon: a call that is not accepted is
-//! refused to its caller, and an acknowledgement that is forgotten is asked for again. They are refused first, so that the
-//! others find room.
+//! before it, a refused one ends the journal, but for three kinds that nothing builds upon: a call that is not accepted
+//! and a cancel that is not noted are refused to their callers, and an acknowledgement that is forgotten is asked for again. They
+//! are refused first, so that the others find room.
 
 use std::fs::DirBuilder;
 use std::io;
@@ -231,7 +231,8 @@ impl Shared {
     }
 
     fn enqueue(&self, record: &Record) -> Result<oneshot::Receiver<Result<(), String>>, String> {
-        let is_optional = matches!(record, Record::Accepted(_) | Record::Acknowledged { .. });
+        let is_optional =
+            matches!(record, Record::Accepted(_) | Record::Cancelled { .. } | Record::Acknowledged { .. });
         let encoded = codec::encode(record).and_then(|payload| match payload.len() {
             length if length > self.longest => {
                 Err(format!("it has {length} bytes, a segment has room for {}", self.longest))

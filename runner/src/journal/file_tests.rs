@@ -11,11 +11,11 @@ use super::file::{Condition, FileJournal, OpenError};
 use super::log::Sizes;
 use super::oracle::fold;
 use super::record::{Record, Recovered};
-use super::samples::{accepted, acknowledged, call_id, finished, opening, ready, started};
+use super::samples::{accepted, acknowledged, call_id, cancelled, finished, opening, ready, started};
 use super::segment::Identity;
 use super::simulated::{Fault, SimulatedDisk};
 use super::{Journal, JournalError, inspect};
-use crate::work::BoxFuture;
+use crate::work::{BoxFuture, CancelMode};
 
 const SIZES: Sizes = Sizes { segment: 4000, ballast: 100, closed: 4 };
 
@@ -115,6 +115,27 @@ fn full_queue_refuses_new_calls_first_and_breaks_only_when_something_else_is_los
     for future in futures {
         wait(future).unwrap();
     }
+}
+
+#[test]
+fn cancels_that_a_hanging_disk_does_not_take_are_refused_and_the_journal_goes_on() {
+    let disk = SimulatedDisk::default();
+    let (journal, _) = on(&disk);
+    let hold = disk.hold();
+    // The thread takes the first and hangs.
+    let first = journal.append(Record::Term { term: 1 });
+    while journal.busy_for() == Duration::ZERO {
+        std::thread::yield_now();
+    }
+    let appended: Vec<Appended> = (0..5000).map(|call| journal.append(cancelled(call, CancelMode::Kill))).collect();
+    assert_eq!(journal.state(), Condition::Good);
+    let later = journal.append(ready(1, 1));
+    drop(hold);
+    let refused: Vec<_> = appended.into_iter().map(wait).filter_map(Result::err).collect();
+    assert_eq!(refused.len(), 5000 - 2048);
+    assert!(refused.iter().all(|error| !error.is_final));
+    wait(first).unwrap();
+    wait(later).unwrap();
 }
 
 #[test]

@@ -317,6 +317,28 @@ fn session_and_tombstone_are_promised_only_when_they_are_written_down() {
 }
 
 #[test]
+fn cancel_that_the_disk_does_not_take_is_refused_and_leaves_nothing_that_was_promised_before() {
+    let (mut core, _) = attached(Recovered { tombstones: vec![cid("promised")], ..left(Vec::new()) }, &[]);
+    let kill = |id| super::core_tests::cancel("s", 3, id, CancelMode::Kill);
+    let again = core.handle(kill("promised"));
+    assert!(matches!(&again[..], [Action::Tell(Update::CancelNoted { phase: None, .. })]), "{again:?}");
+    core.handle(kill("unseen"));
+    assert_eq!(core.handle(kill("unseen")), [], "its answer is on its way");
+
+    let reason = "4 records wait".to_owned();
+    let refused = core.handle(Input::CancelRefused { call_id: cid("unseen"), epoch: 3, phase: None, reason });
+
+    assert!(
+        matches!(&refused[..], [Action::Tell(Update::Refused { failure, .. })] if failure.retryable),
+        "{refused:?}"
+    );
+    assert!(!core.is_read_only());
+    assert!(core.handle(call("s", 3, "unseen", 0)).iter().any(|action| matches!(action, Action::WriteAccepted(_))));
+    let late = core.handle(call("s", 3, "promised", 0));
+    assert!(matches!(&late[..], [Action::Tell(Update::Refused { .. })]), "{late:?}");
+}
+
+#[test]
 fn cancel_of_a_call_that_waits_is_told_when_it_is_written_down() {
     let calls = vec![held("a", None, RecoveredPhase::Accepted)];
     let mut core = core(Config::default());

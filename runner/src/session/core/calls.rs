@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::failures::{closing, draining, read_only, stale, unknown_session};
+use super::failures::{busy_cancel, closing, draining, read_only, stale, unknown_session};
 use super::state::cancelled_before_start;
 use super::{
     Action, Call, CallId, CallPhase, CancelMode, Code, Core, Phase, Replay, RequestKind, SessionId, SessionPhase,
@@ -131,6 +131,7 @@ impl Core {
 
     /// Its caller may count on it from here: whatever happens to this process, the call will not run, or will be ended.
     pub(super) fn journalled_cancel(&mut self, call_id: CallId, epoch: u64, phase: Option<CallPhase>, durable: bool) {
+        self.unwritten_tombstones.remove(&call_id);
         if durable {
             return self.tell(Update::CancelNoted { call_id, epoch, phase });
         }
@@ -138,21 +139,32 @@ impl Core {
         self.refuse(RequestKind::Cancel, None, Some(call_id), epoch, read_only());
     }
 
+    /// A call that has arrived is being ended all the same. One that has not may run when it does: nobody was told otherwise.
+    pub(super) fn cancel_refused(&mut self, call_id: CallId, epoch: u64, phase: Option<CallPhase>, reason: &str) {
+        if self.unwritten_tombstones.remove(&call_id) {
+            self.tombstones.retain(|known| *known != call_id);
+        }
+        self.refuse(RequestKind::Cancel, None, Some(call_id), epoch, busy_cancel(phase.is_some(), reason));
+    }
+
     pub(super) fn cancel(&mut self, session_id: SessionId, epoch: u64, call_id: &CallId, mode: CancelMode) {
         let Some(call) = self.calls.get_mut(call_id) else {
             let forgotten = self.sessions.get(&session_id).is_some_and(|s| s.forgotten.contains(call_id));
-            if !forgotten && !self.tombstones.contains(call_id) {
-                if self.tombstones.len() >= self.config.tombstones {
-                    self.tombstones.pop_front();
+            if forgotten || self.tombstones.contains(call_id) {
+                // While the first of them is being written its answer is still to come, and it will do.
+                if !self.unwritten_tombstones.contains(call_id) {
+                    let phase = forgotten.then_some(CallPhase::Finished);
+                    self.tell(Update::CancelNoted { call_id: call_id.clone(), epoch, phase });
                 }
-                self.tombstones.push_back(call_id.clone());
+                return;
             }
-            if !forgotten {
-                let call_id = call_id.clone();
-                return self.actions.push(Action::WriteCancelled { call_id, epoch, phase: None, mode });
+            if self.tombstones.len() >= self.config.tombstones {
+                self.tombstones.pop_front();
             }
-            let phase = Some(CallPhase::Finished);
-            return self.tell(Update::CancelNoted { call_id: call_id.clone(), epoch, phase });
+            self.tombstones.push_back(call_id.clone());
+            self.unwritten_tombstones.insert(call_id.clone());
+            let call_id = call_id.clone();
+            return self.actions.push(Action::WriteCancelled { call_id, epoch, phase: None, mode });
         };
         let owner = call.request.session_id.clone();
         let known = self.sessions.get(&owner).map_or(call.request.epoch, |session| session.epoch);

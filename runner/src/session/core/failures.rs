@@ -62,6 +62,17 @@ pub(super) fn busy(reason: &str) -> ToolFailure {
     )
 }
 
+/// `is_known`: the call has arrived, and is being ended.
+pub(super) fn busy_cancel(is_known: bool, reason: &str) -> ToolFailure {
+    let done =
+        if is_known { "the call is being ended, but a runner after this one may not know" } else { "nothing was done" };
+    ToolFailure::new(
+        Code::QueueFull,
+        format!("the journal of this runner takes no cancel now, {done}: {reason}"),
+        "send the cancel again later",
+    )
+}
+
 pub(super) fn busy_placement(session_id: &SessionId) -> ToolFailure {
     ToolFailure::new(
         Code::QueueFull,

@@ -14,7 +14,7 @@ mod sessions;
 mod state;
 mod types;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
 use failures::busy;
@@ -37,6 +37,8 @@ pub struct Core {
     sessions: HashMap<SessionId, Session>,
     calls: HashMap<CallId, Call>,
     tombstones: VecDeque<CallId>,
+    /// Those of them whose record is on its way to disk.
+    unwritten_tombstones: HashSet<CallId>,
     /// Highest epoch of a session that was forgotten: an unknown session at or below it is a late duplicate.
     epoch_floor: u64,
     queued: usize,
@@ -66,6 +68,7 @@ impl Core {
             sessions: HashMap::new(),
             calls: HashMap::new(),
             tombstones: VecDeque::new(),
+            unwritten_tombstones: HashSet::new(),
             epoch_floor: 0,
             queued: 0,
             running: 0,
@@ -102,6 +105,9 @@ impl Core {
                 self.journalled_cancel(call_id, epoch, phase, durable);
             }
             Input::GateKept { call_id } => self.gate_kept(&call_id),
+            Input::CancelRefused { call_id, epoch, phase, reason } => {
+                self.cancel_refused(call_id, epoch, phase, &reason);
+            }
             Input::Prepared { call_id } => self.prepared(&call_id),
             Input::PrepareFailed { call_id, failure } => self.prepare_failed(&call_id, failure),
             Input::StartWritten { call_id, durable } => self.journalled_start(&call_id, durable),

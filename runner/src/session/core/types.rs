@@ -125,6 +125,17 @@ pub enum Input {
         /// The call.
         call_id: CallId,
     },
+    /// `Action::WriteCancelled` was refused for now: the disk is slow. Later ones may be taken.
+    CancelRefused {
+        /// The call.
+        call_id: CallId,
+        /// Placement as named in the request.
+        epoch: u64,
+        /// How far the call had come, if it is known.
+        phase: Option<CallPhase>,
+        /// What the journal said.
+        reason: String,
+    },
     /// `Action::Prepare` is done.
     Prepared {
         /// The call.
@@ -220,7 +231,7 @@ pub enum Action {
         /// What protects it.
         receipt: Receipt,
     },
-    /// Write down that a call was cancelled, one that has arrived or one that has not: `CancelWritten`.
+    /// Write down that a call was cancelled, one that has arrived or one that has not: `CancelWritten` or `CancelRefused`.
     WriteCancelled {
         /// The call.
         call_id: CallId,

@@ -61,8 +61,14 @@ impl Loop {
             }
             Action::WriteCancelled { call_id, epoch, phase, mode } => {
                 let written = self.journal.append(Record::Cancelled { call_id: call_id.clone(), mode });
-                self.beside(written, move |r| {
-                    Done::Input(Input::CancelWritten { call_id, epoch, phase, durable: written_down(&r) })
+                self.beside(written, move |written| match written {
+                    Err(error) if !error.is_final => {
+                        Done::Input(Input::CancelRefused { call_id, epoch, phase, reason: error.reason })
+                    }
+                    written => {
+                        let durable = written_down(&written);
+                        Done::Input(Input::CancelWritten { call_id, epoch, phase, durable })
+                    }
                 });
             }
             Action::WriteAccepted(call) => {
