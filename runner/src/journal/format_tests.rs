@@ -17,11 +17,14 @@ const GOLDEN: [(&str, &[u8]); 2] = [
     ("00000000000000000004.wal", include_bytes!("testdata/format-1.wal")),
 ];
 
-fn write() -> SimulatedDisk {
+/// What was added since, in a journal of its own that begins with the same copy.
+const ADDED: [(&str, &[u8]); 2] = [GOLDEN[0], (GOLDEN[1].0, include_bytes!("testdata/format-1-added.wal"))];
+
+fn write(records: &[Record]) -> SimulatedDisk {
     let disk = SimulatedDisk::default();
     let identity = Identity { state_id: "golden-state".into(), boot_id: "golden-boot".into() };
     let (mut log, _) = Log::open(disk.clone(), identity, SIZES).unwrap();
-    for records in samples::every_kind().chunks(10) {
+    for records in records.chunks(10) {
         let entries: Vec<_> = records
             .iter()
             .map(|record| Entry { step: Step::of(record), payload: codec::encode(record).unwrap() })
@@ -43,25 +46,32 @@ fn padded(bytes: &[u8]) -> Vec<u8> {
     bytes
 }
 
-#[test]
-fn journal_of_the_first_format_is_read() {
-    let disk = SimulatedDisk::with_files(GOLDEN.map(|(name, bytes)| (name.to_owned(), padded(bytes))));
+fn read(golden: [(&str, &[u8]); 2], expected: &[Record]) {
+    let disk = SimulatedDisk::with_files(golden.map(|(name, bytes)| (name.to_owned(), padded(bytes))));
     let mut records = Vec::new();
     let scanned = scan::scan(&disk, Some("golden-state"), |seen| records.push(seen.record.clone())).unwrap();
-    let (own, expected) = (records.split_off(3), samples::every_kind());
+    let own = records.split_off(3);
     assert_eq!(own, expected);
     assert_eq!(records, [Record::Events { through: 0 }, Record::Term { term: 0 }, Record::Floor { epoch: 0 }]);
-    assert_eq!(super::copy::recovered(&disk, &scanned.live, false).unwrap(), fold(&expected));
+    assert_eq!(super::copy::recovered(&disk, &scanned.live, false).unwrap(), fold(expected));
+}
+
+#[test]
+fn journal_of_the_first_format_is_read() {
+    read(GOLDEN, &samples::every_kind());
+    read(ADDED, &samples::added_kinds());
 }
 
 #[test]
 fn the_same_journal_is_written_today() {
-    let files = write().files();
-    for (name, bytes) in GOLDEN {
-        assert!(
-            trimmed(&files[name]) == bytes,
-            "{name} would be written in another way: a new format needs a new number"
-        );
+    for (golden, records) in [(GOLDEN, samples::every_kind()), (ADDED, samples::added_kinds())] {
+        let files = write(&records).files();
+        for (name, bytes) in golden {
+            assert!(
+                trimmed(&files[name]) == bytes,
+                "{name} would be written in another way: a new format needs a new number"
+            );
+        }
     }
 }
 
@@ -69,9 +79,12 @@ fn the_same_journal_is_written_today() {
 #[test]
 #[ignore = "changes the sources"]
 fn write_golden_files() {
-    let files = write().files();
+    let (files, added) = (write(&samples::every_kind()).files(), write(&samples::added_kinds()).files());
     let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/journal/testdata");
-    for (name, file) in [(GOLDEN[0].0, "format-1-copy.wal"), (GOLDEN[1].0, "format-1.wal")] {
-        std::fs::write(directory.join(file), trimmed(&files[name])).unwrap();
+    let [copy, own] = GOLDEN.map(|(name, _)| name);
+    for (bytes, file) in
+        [(&files[copy], "format-1-copy.wal"), (&files[own], "format-1.wal"), (&added[own], "format-1-added.wal")]
+    {
+        std::fs::write(directory.join(file), trimmed(bytes)).unwrap();
     }
 }

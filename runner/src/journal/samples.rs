@@ -59,6 +59,7 @@ fn call_with(number: u64, session: u64, input: ToolInput) -> Record {
         input,
         limits: CallLimits { start_within: Some(Duration::from_secs(5)), ..CallLimits::default() },
         output_mode: if number.is_multiple_of(2) { OutputMode::Merged } else { OutputMode::Separate },
+        quiet: false,
     }))
 }
 
@@ -210,6 +211,20 @@ pub(super) fn every_kind() -> Vec<Record> {
         acknowledged(100),
         ended(3, 7),
     ]);
+    records
+}
+
+/// What has a name in the files since then, in an order that makes sense.
+pub(super) fn added_kinds() -> Vec<Record> {
+    let mut records = vec![opening(1, 5), ready(1, 1)];
+    let Record::Accepted(mut quiet) = accepted(1, 1, 3) else { unreachable!("an accepted call") };
+    quiet.quiet = true;
+    records.push(Record::Accepted(quiet));
+    records.extend([started(1), started(1), started(1), started(1)]);
+    for (number, code) in (10..).zip(&Code::ALL[FIRST_CODES..]) {
+        let failure = ToolFailure::new(*code, "message", "remediation");
+        records.extend([accepted(number, 1, 3), finished_with(number, Outcome::NeverStarted { failure, code: 125 })]);
+    }
     records
 }
 

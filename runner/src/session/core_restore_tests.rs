@@ -177,6 +177,15 @@ fn call_that_never_arrived_is_answered_when_its_session_is_closed_meanwhile() {
 }
 
 #[test]
+fn call_whose_output_was_not_to_be_sent_while_it_runs_stays_so() {
+    let mut quiet = held("a", None, RecoveredPhase::Started);
+    quiet.call.quiet = true;
+    let (_, actions) = attached(left(vec![quiet]), &[("a", FoundCall::Running)]);
+    let told = |action: &Action| matches!(action, Action::Tell(Update::CallRestored { quiet: true, .. }));
+    assert!(actions.iter().any(told), "{actions:?}");
+}
+
+#[test]
 fn running_call_is_left_alone_and_its_end_is_written_down() {
     let calls = vec![held("a", None, RecoveredPhase::Started)];
     let (mut core, actions) = attached(left(calls), &[("a", FoundCall::Running)]);

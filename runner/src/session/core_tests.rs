@@ -51,6 +51,7 @@ pub(super) fn call(session: &str, epoch: u64, id: &str, digest: u8) -> Input {
         input: ToolInput::Bash(BashInput { command: Some("true".into()), restart: false }),
         limits: CallLimits { start_within: Some(Duration::from_secs(1)), ..CallLimits::default() },
         output_mode: OutputMode::Merged,
+        quiet: false,
     }))
 }
 

@@ -41,6 +41,9 @@ pub struct ToolCall {
     pub limits: CallLimits,
     /// How output is kept.
     pub output_mode: OutputMode,
+    /// Output is not sent while the call runs. Not in the records of the first runners, whose calls are sent as they run.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub quiet: bool,
 }
 
 /// Inputs are the customer's data, so they are never part of a rendering.
@@ -345,6 +348,7 @@ mod tests {
             input: bash("echo hunter2"),
             limits: CallLimits::default(),
             output_mode: OutputMode::Merged,
+            quiet: false,
         };
         assert!(!format!("{call:?}").contains("hunter2"));
     }

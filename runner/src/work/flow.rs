@@ -262,6 +262,8 @@ pub enum Update {
         session_id: SessionId,
         /// Tells a repeat from another request under the same id.
         digest: RequestDigest,
+        /// Its output is not sent while it runs.
+        quiet: bool,
         /// Where it is now.
         phase: CallPhase,
     },

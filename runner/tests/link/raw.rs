@@ -353,6 +353,7 @@ async fn nothing_that_was_left_begins_before_it_is_decided_about() {
         }),
         limits: CallLimits::default(),
         output_mode: OutputMode::Merged,
+        quiet: false,
     };
     let recovered = Recovered {
         sessions: vec![RecoveredSession { open, sandbox: None, acknowledged: Vec::new() }],

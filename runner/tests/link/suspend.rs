@@ -88,6 +88,7 @@ impl Machine {
             input: ToolInput::Bash(BashInput { command: Some("print 10".into()), restart: false }),
             limits: CallLimits::default(),
             output_mode: OutputMode::Merged,
+            quiet: false,
         };
         self.sessions.work.send(WorkItem::Call(call)).await.unwrap();
     }

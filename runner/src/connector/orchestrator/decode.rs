@@ -119,8 +119,8 @@ pub(super) fn close(message: &pb::CloseSession) -> Checked<SessionClose> {
     })
 }
 
-/// Runs a tool. The second value: output is not sent while the call runs.
-pub(super) fn call(message: &pb::Call) -> Checked<(ToolCall, bool)> {
+/// Runs a tool.
+pub(super) fn call(message: &pb::Call) -> Checked<ToolCall> {
     let call_id = CallId::new(&message.call_id)?;
     let session_id = SessionId::new(&message.session_id)?;
     let epoch = epoch(message.epoch)?;
@@ -153,7 +153,8 @@ pub(super) fn call(message: &pb::Call) -> Checked<(ToolCall, bool)> {
     // Where and for whom a call runs may change with a new placement; what it does may not.
     let identity = pb::Call { epoch: 0, traceparent: String::new(), ..message.clone() };
     let digest = digest(&identity, &[]);
-    Ok((ToolCall { call_id, session_id, epoch, digest, input, limits, output_mode }, output.quiet))
+    let quiet = output.quiet;
+    Ok(ToolCall { call_id, session_id, epoch, digest, input, limits, output_mode, quiet })
 }
 
 fn tool(input: &pb::call::Input) -> Checked<(ToolInput, Duration)> {
@@ -365,9 +366,9 @@ mod tests {
 
     #[test]
     fn digest_tells_requests_apart_but_not_placements() {
-        let (first, _) = call(&bash(0)).unwrap();
-        let (moved, _) = call(&pb::Call { epoch: 9, ..bash(0) }).unwrap();
-        let (other, _) = call(&bash(5)).unwrap();
+        let first = call(&bash(0)).unwrap();
+        let moved = call(&pb::Call { epoch: 9, ..bash(0) }).unwrap();
+        let other = call(&bash(5)).unwrap();
         assert_eq!(first.digest, moved.digest);
         assert_ne!(first.digest, other.digest);
     }

@@ -103,9 +103,9 @@ impl Task {
             }
             Request::CloseSession(message) => self.pending.push_back(WorkItem::Close(decode::close(&message)?)),
             Request::Call(message) => {
-                let (call, quiet) = decode::call(&message)?;
+                let call = decode::call(&message)?;
                 self.refuse_if_full()?;
-                self.book.call_requested(call.call_id.clone(), call.session_id.clone(), call.digest, quiet);
+                self.book.call_requested(call.call_id.clone(), call.session_id.clone(), call.digest, call.quiet);
                 self.pending.push_back(WorkItem::Call(call));
             }
             Request::CancelCall(message) => {

@@ -262,8 +262,8 @@ impl Task {
             Update::SessionRestored { session_id, epoch, ready } => {
                 self.book.session_restored(session_id, epoch, ready)
             }
-            Update::CallRestored { call_id, session_id, digest, phase } => {
-                self.book.call_restored(call_id, session_id, digest, phase);
+            Update::CallRestored { call_id, session_id, digest, quiet, phase } => {
+                self.book.call_restored(call_id, session_id, (digest, quiet), phase);
             }
             Update::Restored => self.restored = true,
             Update::SessionOpened { session_id, epoch, receipt, replay } => {

@@ -58,7 +58,7 @@ impl Core {
     fn restore_call(&mut self, recovered: RecoveredCall) {
         let RecoveredCall { call: request, cancel, phase, starts } = recovered;
         let (call_id, session_id) = (request.call_id.clone(), request.session_id.clone());
-        let digest = request.digest;
+        let (digest, quiet) = (request.digest, request.quiet);
         let mut call = Call { accepted: true, restored: true, cancel, starts, ..Call::new(request) };
         let told = match &phase {
             RecoveredPhase::Accepted => CallPhase::Accepted,
@@ -69,6 +69,7 @@ impl Core {
             call_id: call_id.clone(),
             session_id: session_id.clone(),
             digest,
+            quiet,
             phase: told,
         });
         match phase {

@@ -81,10 +81,10 @@ impl Book {
         &mut self,
         call_id: CallId,
         session_id: SessionId,
-        digest: RequestDigest,
+        (digest, quiet): (RequestDigest, bool),
         phase: CallPhase,
     ) {
-        self.call_requested(call_id.clone(), session_id, digest, false);
+        self.call_requested(call_id.clone(), session_id, digest, quiet);
         if let Some(call) = self.calls.get_mut(&call_id) {
             (call.accepted, call.phase) = (true, phase);
         }

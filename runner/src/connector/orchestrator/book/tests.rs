@@ -17,6 +17,18 @@ fn book(credit: u64, bytes: u64) -> Book {
     book
 }
 
+#[test]
+fn quiet_call_of_an_earlier_runner_is_sent_when_it_is_over_and_not_before() {
+    let mut book = Book::default();
+    let asked = (RequestDigest([1; 32]), true);
+    book.call_restored(call(), SessionId::new("s").unwrap(), asked, CallPhase::Started);
+    book.link_opened(1 << 20, None);
+    report(&mut book, FLUSH_BYTES * 4);
+    assert!(read(&mut book, NOW).is_none());
+    end(&mut book, FLUSH_BYTES * 4, false);
+    assert!(read(&mut book, NOW).is_some());
+}
+
 fn report(book: &mut Book, bytes: u64) {
     let mut lengths = StreamLengths::default();
     lengths.advance(Stream::Stdout, bytes);
