@@ -405,6 +405,7 @@ fn second_takeover_is_told_when_its_own_record_is_on_disk_and_not_with_the_first
     let (mut core, _) = attached(left(Vec::new()), &[]);
     let written = || Input::ReadyWritten { session_id: sid("s"), durable: true };
     core.handle(open("s", 9));
+    assert_eq!(core.handle(open("s", 9)), [], "a repeat is answered with the first");
     core.handle(open("s", 10));
 
     let (first, second) = (core.handle(written()), core.handle(written()));
@@ -428,6 +429,20 @@ fn takeover_of_a_session_that_is_being_opened_or_taken_over_from_an_earlier_runn
     let attached = attaching.handle(Input::SandboxAttached { session_id: sid("s"), found: BTreeMap::new() });
     assert_eq!(placements_told(&attached), Vec::<u64>::new(), "{attached:?}");
     assert_eq!(placements_told(&attaching.handle(written())), [9]);
+}
+
+#[test]
+fn session_that_is_closing_is_not_taken_over_and_nothing_of_that_is_written_down() {
+    let (mut core, _) = attached(left(Vec::new()), &[]);
+    core.handle(super::core_tests::close("s", 3));
+
+    let late = core.handle(open("s", 9));
+
+    let refused = |action: &Action| matches!(action, Action::Tell(Update::Refused { failure, .. }) if failure.code == Code::SessionClosed);
+    assert!(matches!(&late[..], [action] if refused(action)), "{late:?}");
+    let over = core.handle(Input::SandboxClosed { session_id: sid("s") });
+    let ended = |action: &Action| matches!(action, Action::Note(Record::SessionEnded { epoch: 3, .. }));
+    assert!(over.iter().any(ended), "{over:?}");
 }
 
 #[test]

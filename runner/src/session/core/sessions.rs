@@ -53,6 +53,9 @@ impl Core {
         if let Some(session) = self.sessions.get_mut(&session_id) {
             let answered = if epoch < session.epoch {
                 Err(stale(&session_id, epoch, session.epoch))
+            } else if matches!(session.phase, SessionPhase::Closing(_)) {
+                // Nobody takes it over any more: a record of that would outlive the one of its end.
+                Err(closing(&session_id))
             } else if session.open_request.digest != request.digest {
                 Err(ToolFailure::new(
                     Code::SessionConflict,
@@ -73,9 +76,9 @@ impl Core {
                     }
                 }
                 match session.phase {
-                    SessionPhase::Ready => Ok(Some(session.receipt.clone())),
-                    SessionPhase::Opening | SessionPhase::Recording => Ok(None),
-                    SessionPhase::Closing(_) => Err(closing(&session_id)),
+                    // While a takeover is being written the answer is still to come, and it will do.
+                    SessionPhase::Ready if session.ready_writes == 0 => Ok(Some(session.receipt.clone())),
+                    _ => Ok(None),
                 }
             };
             match answered {
