@@ -210,6 +210,21 @@ fn started_call_that_never_arrived_in_its_sandbox_is_handed_over_before_those_th
     assert_eq!((core.running_calls(), core.queued_calls()), (1, 1));
 }
 
+#[test]
+fn calls_that_never_arrived_wait_again_in_the_order_in_which_they_were_accepted() {
+    let calls = ["c", "a", "b"].map(|id| held(id, None, RecoveredPhase::Started));
+    let mut recovered = left(calls.to_vec());
+    recovered.sessions[0].open.max_concurrent_calls = 3;
+
+    let (_, actions) = attached(recovered, &[]);
+
+    let prepared = actions.iter().filter_map(|action| match action {
+        Action::Prepare { call, .. } => Some(call.call_id.as_str()),
+        _ => None,
+    });
+    assert_eq!(prepared.collect::<Vec<_>>(), ["c", "a", "b"]);
+}
+
 /// F-18: what ran is indeterminate, and everybody hears why.
 #[test]
 fn another_boot_loses_the_sandbox_and_leaves_each_call_with_what_is_known() {

@@ -67,10 +67,7 @@ impl Core {
 
     /// Opens what waited behind a gate while nothing was to begin, then prepares what waits.
     pub(super) fn start_in(&mut self, session_id: &SessionId) {
-        let Some(session) = self.sessions.get(session_id) else { return };
-        let mut active: Vec<_> = session.active.iter().cloned().collect();
-        active.sort();
-        for call_id in active {
+        for call_id in self.active_of(session_id) {
             self.go_if_written(&call_id);
         }
         self.start_next(session_id);

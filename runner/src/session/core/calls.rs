@@ -29,7 +29,8 @@ impl Core {
             self.actions.push(Action::ArmStartDeadline { call_id: call_id.clone(), within });
         }
         self.actions.push(Action::WriteAccepted(request.clone()));
-        self.calls.insert(call_id, Call::new(request));
+        let order = self.next_order();
+        self.calls.insert(call_id, Call::new(request, order));
         // With a gate, preparing and writing overlap: the sandbox is made ready while the record is on its way to disk.
         self.start_next(&session_id);
     }

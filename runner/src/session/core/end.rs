@@ -34,10 +34,7 @@ impl Core {
 
     /// Gives every call that the sandbox took with it the most honest outcome there is.
     pub(super) fn settle_active(&mut self, session_id: &SessionId, code: Code, reason: &str) {
-        let Some(session) = self.sessions.get(session_id) else { return };
-        let mut active: Vec<_> = session.active.iter().cloned().collect();
-        active.sort();
-        for call_id in active {
+        for call_id in self.active_of(session_id) {
             let Some(call) = self.calls.get(&call_id) else { continue };
             // A gate that was never opened proves that nothing ran; without a gate, preparing may have been running.
             let ran = matches!(call.phase, Phase::Running) || !self.config.gated;

@@ -36,6 +36,8 @@ pub struct Core {
     registry: Registry,
     sessions: HashMap<SessionId, Session>,
     calls: HashMap<CallId, Call>,
+    /// Calls that were taken so far, for their order.
+    taken: u64,
     tombstones: VecDeque<CallId>,
     /// Those of them whose record is on its way to disk.
     unwritten_tombstones: HashSet<CallId>,
@@ -67,6 +69,7 @@ impl Core {
             registry,
             sessions: HashMap::new(),
             calls: HashMap::new(),
+            taken: 0,
             tombstones: VecDeque::new(),
             unwritten_tombstones: HashSet::new(),
             epoch_floor: 0,
@@ -244,6 +247,20 @@ impl Core {
         for session_id in ids {
             self.begin_close(&session_id, SessionEnd::Drained, self.config.drain_grace);
         }
+    }
+
+    /// The place of the next call that is taken.
+    fn next_order(&mut self) -> u64 {
+        self.taken += 1;
+        self.taken
+    }
+
+    /// Calls between preparation and end of a session, in the order in which they were taken.
+    fn active_of(&self, session_id: &SessionId) -> Vec<CallId> {
+        let Some(session) = self.sessions.get(session_id) else { return Vec::new() };
+        let mut active: Vec<_> = session.active.iter().cloned().collect();
+        active.sort_by_key(|call_id| self.calls.get(call_id).map(|call| call.order));
+        active
     }
 
     fn report_drain(&mut self) {

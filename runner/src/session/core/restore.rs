@@ -4,7 +4,7 @@
 //! belongs to its sandbox, which says what became of it, or that it never arrived; where that cannot be asked any more, the
 //! outcome is unknown and the call is never run again. Nothing is started before an orchestrator has confirmed that it may be.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::failures::{poison, rebooted};
@@ -59,7 +59,7 @@ impl Core {
         let RecoveredCall { call: request, cancel, phase, starts } = recovered;
         let (call_id, session_id) = (request.call_id.clone(), request.session_id.clone());
         let (digest, quiet) = (request.digest, request.quiet);
-        let mut call = Call { accepted: true, restored: true, cancel, starts, ..Call::new(request) };
+        let mut call = Call { accepted: true, restored: true, cancel, starts, ..Call::new(request, self.next_order()) };
         let told = match &phase {
             RecoveredPhase::Accepted => CallPhase::Accepted,
             RecoveredPhase::Started => CallPhase::Started,
@@ -148,8 +148,8 @@ impl Core {
             session.phase = SessionPhase::Ready;
         }
         let (epoch, takeovers) = (session.epoch, session.takeovers);
-        let (receipt, active) = (session.receipt.clone(), session.active.clone());
-        self.settle_found(session_id, closing.is_some(), &active, found);
+        let receipt = session.receipt.clone();
+        self.settle_found(session_id, closing.is_some(), found);
         match closing {
             Some(grace) => {
                 self.cancel_queue(session_id);
@@ -167,17 +167,9 @@ impl Core {
         self.start_next(session_id);
     }
 
-    fn settle_found(
-        &mut self,
-        session_id: &SessionId,
-        is_closing: bool,
-        active: &HashSet<CallId>,
-        found: &BTreeMap<CallId, FoundCall>,
-    ) {
-        let mut active: Vec<_> = active.iter().cloned().collect();
-        active.sort();
+    fn settle_found(&mut self, session_id: &SessionId, is_closing: bool, found: &BTreeMap<CallId, FoundCall>) {
         let (mut waiting, mut over) = (Vec::new(), Vec::new());
-        for call_id in active {
+        for call_id in self.active_of(session_id) {
             let Some(call) = self.calls.get_mut(&call_id) else { continue };
             let (session_id, cancel) = (session_id.clone(), call.cancel);
             let poisoned = (call.starts >= MOST_STARTS).then(|| poison(call.starts));

@@ -111,6 +111,8 @@ impl Session {
 #[derive(Debug)]
 pub(super) struct Call {
     pub(super) request: ToolCall,
+    /// Its place among all calls that were taken.
+    pub(super) order: u64,
     /// The accepted record is written.
     pub(super) accepted: bool,
     /// The started record is written.
@@ -162,9 +164,10 @@ pub enum CallStage {
 }
 
 impl Call {
-    pub(super) fn new(request: ToolCall) -> Self {
+    pub(super) fn new(request: ToolCall, order: u64) -> Self {
         Self {
             request,
+            order,
             accepted: false,
             start_written: false,
             start_asked: false,
