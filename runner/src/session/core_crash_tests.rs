@@ -72,6 +72,8 @@ struct World {
     /// Living sandboxes by session: their number, and their calls.
     sandboxes: BTreeMap<SessionId, BTreeMap<CallId, InSandbox>>,
     begun: BTreeMap<CallId, u32>,
+    /// Placements whose end was told.
+    over: BTreeSet<(SessionId, u64)>,
     lapsed: bool,
     renewals: u64,
     accepted: BTreeSet<CallId>,
@@ -87,6 +89,13 @@ impl World {
                 Action::WriteReady { session_id, sandbox_id, receipt } => {
                     let (session_id, sandbox_id) = (session_id.clone(), sandbox_id.clone());
                     self.records.push(Record::SessionReady { session_id, sandbox_id, receipt: receipt.clone() });
+                }
+                Action::WriteEnded { session_id, epoch } => {
+                    self.records.push(Record::SessionEnded { session_id: session_id.clone(), epoch: *epoch });
+                }
+                Action::CreateSandbox(open) => {
+                    let over = self.over.contains(&(open.session_id.clone(), open.epoch));
+                    prop_assert!(!over, "{} was over, and gets a sandbox again", open.session_id);
                 }
                 Action::WriteCancelled { call_id, mode, .. } => {
                     self.records.push(Record::Cancelled { call_id: call_id.clone(), mode: *mode });
@@ -115,6 +124,7 @@ impl World {
                     self.reach(&action)?;
                 }
                 Action::WriteReady { .. }
+                | Action::WriteEnded { .. }
                 | Action::WriteCancelled { .. }
                 | Action::WriteAccepted(_)
                 | Action::WriteStarted { .. }
@@ -146,6 +156,7 @@ impl World {
                 let before = self.told.insert(call_id.clone(), outcome.clone());
                 prop_assert!(before.is_none_or(|before| before == outcome), "two outcomes of {call_id} were told");
             }
+            Update::SessionEnded { session_id, epoch, .. } => drop(self.over.insert((session_id.clone(), *epoch))),
             _ => {}
         }
         Ok(())
@@ -208,6 +219,10 @@ impl World {
             Action::WriteReady { session_id, .. } => {
                 written();
                 vec![Input::ReadyWritten { session_id, durable: true }]
+            }
+            Action::WriteEnded { session_id, .. } => {
+                written();
+                vec![Input::EndedWritten { session_id, durable: true }]
             }
             Action::WriteCancelled { call_id, epoch, phase, .. } => {
                 written();

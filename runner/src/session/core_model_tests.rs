@@ -116,6 +116,7 @@ impl Model {
                 Input::SandboxFailed { session_id: open.session_id, failure }
             }
             Action::WriteReady { session_id, .. } => Input::ReadyWritten { session_id, durable: well },
+            Action::WriteEnded { session_id, .. } => Input::EndedWritten { session_id, durable: well },
             Action::WriteCancelled { call_id, epoch, phase, .. } => {
                 Input::CancelWritten { call_id, epoch, phase, durable: true }
             }
@@ -153,6 +154,7 @@ fn answerable(action: &Action) -> bool {
         Action::CreateSandbox(_)
             | Action::CloseSandbox { .. }
             | Action::WriteReady { .. }
+            | Action::WriteEnded { .. }
             | Action::WriteCancelled { .. }
             | Action::WriteAccepted(_)
             | Action::WriteStarted { .. }

@@ -225,6 +225,23 @@ fn calls_that_never_arrived_wait_again_in_the_order_in_which_they_were_accepted(
     assert_eq!(prepared.collect::<Vec<_>>(), ["c", "a", "b"]);
 }
 
+#[test]
+fn end_of_a_session_that_could_not_be_opened_is_on_disk_before_it_is_told() {
+    let mut core = core(Config::default());
+    core.handle(open("s", 1));
+    let failure = ToolFailure::new(Code::SandboxCreateFailed, "no", "none");
+
+    let failed = core.handle(Input::SandboxFailed { session_id: sid("s"), failure });
+    let late = core.handle(open("s", 2));
+    let written = core.handle(Input::EndedWritten { session_id: sid("s"), durable: true });
+
+    assert_eq!(failed, [Action::WriteEnded { session_id: sid("s"), epoch: 1 }]);
+    assert!(matches!(&late[..], [Action::Tell(Update::Refused { .. })]), "{late:?}");
+    let told = |action: &Action| matches!(action, Action::Tell(Update::SessionEnded { epoch: 1, .. }));
+    assert!(written.iter().any(told), "{written:?}");
+    assert!(core.handle(open("s", 2)).iter().any(|action| matches!(action, Action::CreateSandbox(_))));
+}
+
 /// F-18: what ran is indeterminate, and everybody hears why.
 #[test]
 fn another_boot_loses_the_sandbox_and_leaves_each_call_with_what_is_known() {

@@ -500,6 +500,9 @@ fn close_while_the_sandbox_is_being_made_ends_it_as_soon_as_it_is_there() {
         receipt: Receipt::default(),
     });
     assert!(matches!(&actions[..], [Action::CloseSandbox { .. }]));
+    // The next runner would make its sandbox anew, so that it is over is on disk before it is told.
     let actions = core.handle(Input::SandboxClosed { session_id: sid("s") });
+    assert_eq!(actions, [Action::WriteEnded { session_id: sid("s"), epoch: 1 }]);
+    let actions = core.handle(Input::EndedWritten { session_id: sid("s"), durable: true });
     assert!(actions.iter().any(|a| matches!(a, Action::Tell(Update::SessionEnded { .. }))));
 }

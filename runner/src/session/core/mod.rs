@@ -97,6 +97,7 @@ impl Core {
                 self.sandbox_ready(&session_id, sandbox_id, receipt);
             }
             Input::ReadyWritten { session_id, durable } => self.journalled_ready(&session_id, durable),
+            Input::EndedWritten { session_id, durable } => self.journalled_session_end(&session_id, durable),
             Input::SandboxFailed { session_id, failure } => {
                 self.end_session(&session_id, SessionEnd::OpenFailed(failure));
             }

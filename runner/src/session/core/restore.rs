@@ -28,6 +28,7 @@ impl Core {
             session.forgotten = acknowledged.into_iter().collect();
             if let Some((sandbox_id, receipt)) = &sandbox {
                 (session.sandbox_id, session.receipt) = (Some(sandbox_id.clone()), receipt.clone());
+                session.recorded = true;
             }
             let (epoch, ready) = (session.epoch, sandbox.is_some());
             self.sessions.insert(session_id.clone(), session);

@@ -144,6 +144,7 @@ impl Core {
         self.read_only |= !durable;
         let Some(session) = self.sessions.get_mut(session_id) else { return };
         session.ready_writes = session.ready_writes.saturating_sub(1);
+        session.recorded |= durable;
         // A newer placement is on its way to disk, and only that is told.
         if durable && session.ready_writes > 0 {
             return;
@@ -189,7 +190,7 @@ impl Core {
             SessionPhase::Closing(_) => return,
             phase => matches!(phase, SessionPhase::Recording | SessionPhase::Ready),
         };
-        session.phase = SessionPhase::Closing(Ending { end, grace, sandbox_gone: false });
+        session.phase = SessionPhase::Closing(Ending::new(end, grace));
         if was_ready {
             self.actions.push(Action::CloseSandbox { session_id: session_id.clone(), grace });
         }
@@ -212,7 +213,7 @@ impl Core {
         let Some(session) = self.sessions.get_mut(session_id) else { return };
         let attaching = session.attaching;
         if !matches!(session.phase, SessionPhase::Closing(_)) {
-            session.phase = SessionPhase::Closing(Ending { end, grace: Duration::ZERO, sandbox_gone: false });
+            session.phase = SessionPhase::Closing(Ending::new(end, Duration::ZERO));
         }
         self.fail_queue(session_id, failure);
         self.settle_active(session_id, failure.code, &failure.message);
@@ -225,8 +226,7 @@ impl Core {
     pub(super) fn end_session(&mut self, session_id: &SessionId, end: SessionEnd) {
         let Some(session) = self.sessions.get_mut(session_id) else { return };
         if let SessionPhase::Opening = session.phase {
-            session.phase =
-                SessionPhase::Closing(Ending { end: end.clone(), grace: Duration::ZERO, sandbox_gone: false });
+            session.phase = SessionPhase::Closing(Ending::new(end.clone(), Duration::ZERO));
         }
         let failure = match end {
             SessionEnd::OpenFailed(failure) | SessionEnd::SandboxLost(failure) => failure,
@@ -247,17 +247,34 @@ impl Core {
 
     /// A session ends after its last call has its result, so the end of a session is always the last word about it.
     pub(super) fn forget_session_if_done(&mut self, session_id: &SessionId) {
-        let done = self.sessions.get(session_id).is_some_and(
-            |session| matches!(&session.phase, SessionPhase::Closing(ending) if ending.sandbox_gone && session.open == 0),
-        );
-        if !done {
+        let Some(session) = self.sessions.get_mut(session_id) else { return };
+        let SessionPhase::Closing(ending) = &mut session.phase else { return };
+        if !ending.sandbox_gone || session.open > 0 || ending.is_writing {
             return;
         }
+        let (session_id, epoch) = (session_id.clone(), session.epoch);
+        // The next runner would make another sandbox for a session that is known to be over.
+        if self.config.gated && !session.recorded {
+            ending.is_writing = true;
+            return self.actions.push(Action::WriteEnded { session_id, epoch });
+        }
+        self.actions.push(Action::Note(Record::SessionEnded { session_id: session_id.clone(), epoch }));
+        self.forget_session(&session_id);
+    }
+
+    /// When the journal is broken the next runner does begin with that session, and the orchestrator decides about it then.
+    pub(super) fn journalled_session_end(&mut self, session_id: &SessionId, durable: bool) {
+        self.read_only |= !durable;
+        let session = self.sessions.get(session_id);
+        if session.is_some_and(|session| matches!(&session.phase, SessionPhase::Closing(ending) if ending.is_writing)) {
+            self.forget_session(session_id);
+        }
+    }
+
+    fn forget_session(&mut self, session_id: &SessionId) {
         let Some(session) = self.sessions.remove(session_id) else { return };
         let SessionPhase::Closing(ending) = session.phase else { return };
         self.registry.release(session_id);
-        let ended = Record::SessionEnded { session_id: session_id.clone(), epoch: session.epoch };
-        self.actions.push(Action::Note(ended));
         self.epoch_floor = self.epoch_floor.max(session.epoch);
         self.tell(Update::SessionEnded { session_id: session_id.clone(), epoch: session.epoch, end: ending.end });
         self.actions.push(Action::ReleaseSandbox { session_id: session_id.clone() });

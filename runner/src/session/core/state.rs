@@ -20,6 +20,8 @@ pub(super) struct Session {
     pub(super) sandbox_id: Option<SandboxId>,
     /// The sandbox that an earlier runner made for it is being taken over.
     pub(super) attaching: bool,
+    /// A record of its sandbox is on disk.
+    pub(super) recorded: bool,
     /// Records of its sandbox that are on their way to disk.
     pub(super) ready_writes: u32,
     /// Newer placements since one was last known to be on disk.
@@ -57,6 +59,14 @@ pub(super) struct Ending {
     pub(super) end: SessionEnd,
     pub(super) grace: Duration,
     pub(super) sandbox_gone: bool,
+    /// That it ends is being written down.
+    pub(super) is_writing: bool,
+}
+
+impl Ending {
+    pub(super) fn new(end: SessionEnd, grace: Duration) -> Self {
+        Self { end, grace, sandbox_gone: false, is_writing: false }
+    }
 }
 
 /// Where a session is, for people.
@@ -79,6 +89,7 @@ impl Session {
             receipt: Receipt::default(),
             sandbox_id: None,
             attaching: false,
+            recorded: false,
             ready_writes: 0,
             takeovers: 0,
             suspended: false,

@@ -76,6 +76,13 @@ pub enum Input {
         /// False: the journal refused.
         durable: bool,
     },
+    /// `Action::WriteEnded` is done.
+    EndedWritten {
+        /// The session.
+        session_id: SessionId,
+        /// False: the journal refused.
+        durable: bool,
+    },
     /// A sandbox could not be made.
     SandboxFailed {
         /// Its session.
@@ -230,6 +237,13 @@ pub enum Action {
         sandbox_id: SandboxId,
         /// What protects it.
         receipt: Receipt,
+    },
+    /// Write down that a session is over which never had a sandbox on record: `EndedWritten`.
+    WriteEnded {
+        /// The session.
+        session_id: SessionId,
+        /// Its placement.
+        epoch: u64,
     },
     /// Write down that a call was cancelled, one that has arrived or one that has not: `CancelWritten` or `CancelRefused`.
     WriteCancelled {

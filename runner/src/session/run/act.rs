@@ -59,6 +59,10 @@ impl Loop {
                 let written = self.journal.append(ready);
                 self.beside(written, |r| Done::Input(Input::ReadyWritten { session_id, durable: written_down(&r) }));
             }
+            Action::WriteEnded { session_id, epoch } => {
+                let written = self.journal.append(Record::SessionEnded { session_id: session_id.clone(), epoch });
+                self.beside(written, |r| Done::Input(Input::EndedWritten { session_id, durable: written_down(&r) }));
+            }
             Action::WriteCancelled { call_id, epoch, phase, mode } => {
                 let written = self.journal.append(Record::Cancelled { call_id: call_id.clone(), mode });
                 self.beside(written, move |written| match written {
