@@ -99,7 +99,13 @@ impl FileJournal {
         let failed = |source| OpenError::Directory { path: directory.to_path_buf(), source };
         match DirBuilder::new().mode(0o700).create(directory) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
-            _ => {}
+            Ok(()) => sync_parent(directory).map_err(failed)?,
+            // Whoever was killed in between has left one whose name a power cut would take away, with everything in it. Where
+            // the parent is not ours to open, it was not we who made it.
+            Err(_) => match sync_parent(directory) {
+                Err(error) if error.kind() != io::ErrorKind::PermissionDenied => return Err(failed(error)),
+                _ => {}
+            },
         }
         let disk = HostDisk::open_directory(directory).map_err(failed)?;
         if !disk.lock().map_err(failed)? {
@@ -324,6 +330,12 @@ impl<D: Disk> Writer<D> {
         queue.busy_since = Some(Instant::now());
         Some((std::mem::take(&mut queue.entries), std::mem::take(&mut queue.done)))
     }
+}
+
+/// Makes the name of `directory` as durable as what will be in it.
+fn sync_parent(directory: &Path) -> io::Result<()> {
+    let parent = directory.parent().filter(|parent| !parent.as_os_str().is_empty());
+    std::fs::File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
 }
 
 /// However the thread ends, nobody waits for it in vain.

@@ -139,6 +139,28 @@ fn cancels_that_a_hanging_disk_does_not_take_are_refused_and_the_journal_goes_on
 }
 
 #[test]
+fn journal_whose_own_name_cannot_be_made_durable_is_not_begun() {
+    let parent = tempfile::tempdir().unwrap();
+    let directory = parent.path().join("journal");
+    std::fs::set_permissions(parent.path(), std::fs::Permissions::from_mode(0o300)).unwrap();
+    let opened = std::thread::scope(|scope| {
+        let open = || {
+            if nix::unistd::geteuid().is_root() {
+                // Of this thread only, and with it go the capabilities that overlook permissions.
+                let nobody = nix::unistd::Uid::from_raw(65534);
+                nix::unistd::chown(parent.path(), Some(nobody), None).unwrap();
+                nix::unistd::setfsuid(nobody);
+            }
+            FileJournal::open(&directory, "state", "boot").map(drop)
+        };
+        scope.spawn(open).join().unwrap()
+    });
+    std::fs::set_permissions(parent.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
+    assert!(directory.exists());
+    assert!(matches!(opened, Err(OpenError::Directory { .. })), "{opened:?}");
+}
+
+#[test]
 fn full_disk_refuses_new_calls_and_takes_results() {
     let disk = SimulatedDisk::default();
     let (journal, _) = on(&disk);
