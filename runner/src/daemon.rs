@@ -23,12 +23,15 @@ use crate::session::registry::{Registry, Reserve};
 use crate::session::{SessionHandle, Sessions};
 use crate::shutdown::{Signal, Signals};
 use crate::systemd::{Notifier, Watchdog};
-use crate::work::{DrainMode, DrainedBy, Memory, Receipt, ResourceLimits, Sandboxes, Update, WorkItem};
+use crate::work::{DrainMode, DrainedBy, Memory, Receipt, ResourceLimits, Sandboxes, Trouble, Update, WorkItem};
 
 /// Time to end sandboxes after patience with calls has ended.
 const CLOSE_TIME: Duration = Duration::from_secs(10);
 /// Time to deliver results after the last sandbox has gone.
 const DELIVERY_TIME: Duration = Duration::from_secs(5);
+
+/// How often a daemon asks itself whether it serves anybody.
+const HEALTH_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What a daemon is made of.
 pub struct Parts {
@@ -78,8 +81,14 @@ pub enum DaemonError {
 
 /// Why a daemon ended without having been asked to.
 #[derive(Debug, thiserror::Error)]
-#[error("the launcher is gone ({0}), and with it every sandbox; start the runner again")]
-pub struct LauncherGone(String);
+pub enum Unasked {
+    /// There is nothing left to serve with.
+    #[error("the launcher is gone ({0}), and with it every sandbox; start the runner again")]
+    LauncherGone(String),
+    /// Nothing is left to be finished, and nothing new can be taken.
+    #[error("the journal is broken ({0}), and no session is left; look at the disk, and start the runner again")]
+    JournalBroken(String),
+}
 
 /// How a daemon ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,6 +108,7 @@ pub struct Daemon {
     admin: Option<(tokio::task::JoinHandle<()>, PathBuf)>,
     drain_time: Duration,
     sandboxes: Arc<dyn Sandboxes>,
+    memory: Arc<dyn Memory>,
 }
 
 impl std::fmt::Debug for Daemon {
@@ -114,7 +124,7 @@ impl Daemon {
     /// `DaemonError`; what was begun ends with the runtime.
     pub fn start(parts: Parts) -> Result<Self, DaemonError> {
         let (sandboxes, receipt) = (Arc::clone(&parts.sandboxes), parts.sandboxes.receipt());
-        let memory = Arc::new(JournalMemory::new(Arc::clone(&parts.journal), &parts.recovered));
+        let memory: Arc<dyn Memory> = Arc::new(JournalMemory::new(Arc::clone(&parts.journal), &parts.recovered));
         let sessions = Sessions {
             config: CoreConfig::default(),
             registry: Registry::new(parts.reserve, parts.defaults),
@@ -126,7 +136,7 @@ impl Daemon {
         let (handle, updates) = sessions.start();
         let (stop, stopped) = watch::channel(Stop::Run);
         let link = match parts.link {
-            Some(settings) => Some(start_link(settings, &handle, updates, memory, stopped)?),
+            Some(settings) => Some(start_link(settings, &handle, updates, Arc::clone(&memory), stopped)?),
             None => {
                 tokio::spawn(forget(updates));
                 // Nobody else will say so.
@@ -137,7 +147,7 @@ impl Daemon {
         };
         let status = link.as_ref().map(|link| link.status.clone());
         let admin = parts.admin.map(|socket| start_admin(socket, &handle, status, receipt)).transpose()?;
-        Ok(Self { sessions: handle, link, stop, admin, drain_time: parts.drain_time, sandboxes })
+        Ok(Self { sessions: handle, link, stop, admin, drain_time: parts.drain_time, sandboxes, memory })
     }
 
     /// The sessions, for those who run a daemon inside another program.
@@ -155,13 +165,14 @@ impl Daemon {
     /// Serves until a signal asks for the end, then ends in order.
     ///
     /// # Errors
-    /// [`LauncherGone`]: there is nothing left to serve with. What is finished was delivered as at any other end.
-    pub async fn run(self, mut signals: Signals, notifier: &Notifier) -> Result<End, LauncherGone> {
+    /// [`Unasked`]: whoever supervises this process should start another. What is finished was delivered as at any other end.
+    pub async fn run(self, mut signals: Signals, notifier: &Notifier) -> Result<End, Unasked> {
         notifier.ready();
         info!("runner started");
         let mut watchdog = Watchdog::new(self.sessions.progress.clone());
         let mut gone = self.sandboxes.gone();
         let every = notifier.watchdog_every();
+        let mut health = tokio::time::interval(HEALTH_INTERVAL);
         let mut feed = tokio::time::interval(every.unwrap_or(Duration::from_secs(3600)));
         loop {
             tokio::select! {
@@ -189,8 +200,13 @@ impl Daemon {
                 reason = &mut gone => {
                     notifier.stopping();
                     self.end(Duration::ZERO).await;
-                    return Err(LauncherGone(reason));
+                    return Err(Unasked::LauncherGone(reason));
                 }
+                _ = health.tick() => if let Some(reason) = self.is_spent().await {
+                    notifier.stopping();
+                    self.end(Duration::ZERO).await;
+                    return Err(Unasked::JournalBroken(reason));
+                },
                 _ = feed.tick(), if every.is_some() => {
                     if watchdog.has_moved() {
                         notifier.alive();
@@ -247,6 +263,12 @@ impl Daemon {
         }
         end_admin(self.admin);
         info!("runner ended");
+    }
+
+    /// Why this process serves nobody any more: a journal that is broken stays so until another process reads it again.
+    async fn is_spent(&self) -> Option<String> {
+        let (Some(Trouble::Broken(reason)), _) = self.memory.trouble() else { return None };
+        self.sessions.view().await.is_some_and(|view| view.spent).then_some(reason)
     }
 
     /// Ends the link and nothing else.

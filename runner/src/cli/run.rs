@@ -19,7 +19,7 @@ use super::{code, complain, floor, say};
 use crate::config::resolve::Config;
 use crate::connector::orchestrator;
 use crate::daemon::settings::{self, SettingsError};
-use crate::daemon::{AdminSocket, Daemon, DaemonError, End, LauncherGone, Parts};
+use crate::daemon::{AdminSocket, Daemon, DaemonError, End, Parts, Unasked};
 use crate::journal::{FileJournal, Journal, OpenError, Recovered, Volatile};
 use crate::sandbox::HostSandboxes;
 use crate::sandbox::home::{Home, Identity};
@@ -79,7 +79,7 @@ enum RunError {
     #[error(transparent)]
     Daemon(#[from] DaemonError),
     #[error(transparent)]
-    LauncherGone(#[from] LauncherGone),
+    Unasked(#[from] Unasked),
     #[error("cannot listen for signals")]
     Signals(#[source] std::io::Error),
     #[error("the socket that systemd names cannot be used")]

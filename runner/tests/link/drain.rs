@@ -15,7 +15,7 @@ use runner::shutdown::Signals;
 use runner::systemd::{Environment, Notifier};
 
 use crate::fake::{FakeSandboxes, Fakes};
-use crate::world::{DEFAULTS, Options, RESERVE, World, settings, within};
+use crate::world::{DEFAULTS, Options, RESERVE, SIGNALS, World, settings, within};
 
 fn bash(command: &str) -> pb::call::Input {
     pb::call::Input::Bash(pb::BashInput { command: Some(command.into()), ..Default::default() })
@@ -95,6 +95,7 @@ async fn how_far_a_drain_has_come_is_told_again_on_a_new_link() {
 
 #[tokio::test]
 async fn second_signal_ends_what_runs_and_its_result_is_delivered_before_the_goodbye() {
+    let _alone = SIGNALS.lock().await;
     let orchestrator = Orchestrator::start(LinkSettings::default()).await.unwrap();
     let directory = tempfile::tempdir().unwrap();
     let files = orchestrator.write_client_files(directory.path(), "runner-1").unwrap();

@@ -174,6 +174,17 @@ impl Core {
         self.read_only
     }
 
+    /// Whether nothing is left that another process could not do better: the journal takes nothing any more, no session has a
+    /// sandbox, and every result that was told is acknowledged. What was accepted and never ran is in the journal, for that one.
+    #[must_use]
+    pub fn is_spent(&self) -> bool {
+        let is_gone =
+            |session: &Session| matches!(&session.phase, SessionPhase::Closing(ending) if ending.sandbox_gone);
+        self.read_only
+            && self.sessions.values().all(is_gone)
+            && !self.calls.values().any(|call| matches!(call.phase, Phase::Finished(_)))
+    }
+
     /// Every session with its epoch and stage, for people and for resuming a link.
     pub fn sessions(&self) -> impl Iterator<Item = (&SessionOpen, u64, SessionStage, &Receipt)> {
         self.sessions.values().map(|session| (&session.open_request, session.epoch, session.stage(), &session.receipt))

@@ -16,6 +16,8 @@ pub struct View {
     pub queued_calls: usize,
     /// The runner is being emptied.
     pub draining: bool,
+    /// The journal is broken, and nothing is left that needs this process.
+    pub spent: bool,
 }
 
 /// One session.
@@ -63,6 +65,7 @@ impl View {
             running_calls: core.running_calls(),
             queued_calls: core.queued_calls(),
             draining: core.is_draining(),
+            spent: core.is_spent(),
         }
     }
 }
