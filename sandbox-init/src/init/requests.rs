@@ -8,13 +8,14 @@ use proto::init::v1::{
 
 use crate::sys::terminal::set_window_size;
 
-use super::call::{Call, Phase};
+use super::call::{Body, Call, Phase};
 use super::cause::Ender;
 use super::clock::{MILLISECOND, now};
 use super::ending::Ending;
 use super::event::Key;
 use super::prepare::{Refusal, Staging, prepare, window};
 use super::serve::{Engine, Shutdown};
+use super::slot::SlotId;
 use super::stream::INLINE_LIMIT;
 
 /// Major version of the protocol.
@@ -348,7 +349,17 @@ impl Engine {
             Some(shutdown) => Shutdown { kill_at: shutdown.kill_at.min(kill_at) },
             None => Shutdown { kill_at },
         });
-        self.slots.signal_all(Signal::SIGTERM);
+        // A program that is ending in order because it was asked is not asked again: the second signal would end what it has
+        // started for that.
+        let asked_as_calls: Vec<SlotId> = self
+            .calls
+            .values()
+            .filter_map(|call| match &call.phase {
+                Phase::Running(running) if matches!(running.body, Body::Process(_)) => running.slot,
+                _ => None,
+            })
+            .collect();
+        self.slots.signal_all_but(&asked_as_calls, Signal::SIGTERM);
         let live: Vec<Key> =
             self.calls.values().filter(|call| !matches!(call.phase, Phase::Finished(_))).map(|call| call.key).collect();
         for key in live {

@@ -97,9 +97,9 @@ impl Slots {
         }
     }
 
-    /// Sends a signal to every process of every slot.
-    pub(crate) fn signal_all(&self, signal: Signal) {
-        for id in self.slots.keys() {
+    /// Sends a signal to every process of every slot but these.
+    pub(crate) fn signal_all_but(&self, others: &[SlotId], signal: Signal) {
+        for id in self.slots.keys().filter(|id| !others.contains(id)) {
             self.signal(*id, signal, None);
         }
     }
