@@ -18,7 +18,7 @@ use crate::connector::Ports;
 use crate::connector::orchestrator::{self, Handle, LinkStatus, Settings, Stop};
 use crate::connector::tls::TlsError;
 use crate::journal::{Journal, JournalMemory, Recovered};
-use crate::session::core::Config as CoreConfig;
+use crate::session::core::{Config as CoreConfig, IdlePolicy};
 use crate::session::registry::{Registry, Reserve};
 use crate::session::{SessionHandle, Sessions};
 use crate::shutdown::{Signal, Signals};
@@ -45,6 +45,8 @@ pub struct Parts {
     pub reserve: Reserve,
     /// Limits of a session that names none.
     pub defaults: ResourceLimits,
+    /// What becomes of sessions without calls.
+    pub idle: IdlePolicy,
     /// The link; a runner without one serves its administration socket only.
     pub link: Option<Settings>,
     /// Where the administration socket is put.
@@ -126,7 +128,7 @@ impl Daemon {
         let (sandboxes, receipt) = (Arc::clone(&parts.sandboxes), parts.sandboxes.receipt());
         let memory: Arc<dyn Memory> = Arc::new(JournalMemory::new(Arc::clone(&parts.journal), &parts.recovered));
         let sessions = Sessions {
-            config: CoreConfig::default(),
+            config: CoreConfig { idle: parts.idle, ..CoreConfig::default() },
             registry: Registry::new(parts.reserve, parts.defaults),
             sandboxes: parts.sandboxes,
             journal: parts.journal,

@@ -12,6 +12,7 @@ pub(super) fn session(session: &ViewSession, sandbox_id: Option<String>) -> pb::
     let phase = match session.stage {
         SessionStage::Opening => "opening",
         SessionStage::Ready => "ready",
+        SessionStage::Frozen => "frozen",
         SessionStage::Closing => "closing",
     };
     pb::Session {

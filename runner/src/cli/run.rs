@@ -295,6 +295,7 @@ async fn serve_with(config: &Config, sandboxes: HostSandboxes, ephemeral: bool) 
         recovered,
         reserve: settings::reserve(config, descriptors),
         defaults: settings::defaults(config),
+        idle: settings::idle(config),
         link,
         admin: Some(AdminSocket {
             path: config.run_directory.join("admin.sock"),

@@ -46,6 +46,8 @@ pub struct ConfigFile {
     pub runner: RunnerSection,
     /// What sandboxes may use.
     pub limits: LimitsSection,
+    /// Sessions without calls.
+    pub idle: IdleSection,
     /// Logs.
     pub log: LogSection,
 }
@@ -109,6 +111,15 @@ pub struct LimitsSection {
     pub host_reserve_pids: Option<u64>,
 }
 
+/// `[idle]`
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct IdleSection {
+    /// Seconds without a call after which the processes of a session are stopped.
+    pub freeze_after_seconds: Option<u64>,
+    /// Seconds without a call after which a session is ended.
+    pub end_after_seconds: Option<u64>,
+}
+
 /// `[log]`
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LogSection {
@@ -151,6 +162,7 @@ impl ConfigFile {
             }),
             runner: root.read_section("runner", RunnerSection::read),
             limits: root.read_section("limits", LimitsSection::read),
+            idle: root.read_section("idle", IdleSection::read),
             log: root.read_section("log", LogSection::read),
         };
         (read, root.finish())
@@ -196,6 +208,15 @@ impl LimitsSection {
             host_reserve_memory_bytes: section.take("host_reserve_memory_bytes", NUMBER),
             host_reserve_disk_bytes: section.take("host_reserve_disk_bytes", NUMBER),
             host_reserve_pids: section.take("host_reserve_pids", NUMBER),
+        }
+    }
+}
+
+impl IdleSection {
+    fn read(section: &mut Reader<'_>) -> Self {
+        Self {
+            freeze_after_seconds: section.take("freeze_after_seconds", NUMBER),
+            end_after_seconds: section.take("end_after_seconds", NUMBER),
         }
     }
 }
@@ -373,6 +394,9 @@ mod tests {
             host_reserve_memory_bytes = 6
             host_reserve_disk_bytes = 7
             host_reserve_pids = 8
+            [idle]
+            freeze_after_seconds = 9
+            end_after_seconds = 10
             [log]
             format = "json"
             level = "debug"
@@ -386,6 +410,7 @@ mod tests {
         assert_eq!(read.runner.labels["zone"], "a");
         assert_eq!(read.runner.launcher_socket.as_deref(), Some(Path::new("/r/l")));
         assert_eq!(read.limits.host_reserve_pids, Some(8));
+        assert_eq!((read.idle.freeze_after_seconds, read.idle.end_after_seconds), (Some(9), Some(10)));
         assert_eq!(read.log.format, Some(LogFormat::Json));
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::file::{ConfigFile, LimitsSection, OrchestratorSection, Problem};
+use super::file::{ConfigFile, IdleSection, LimitsSection, OrchestratorSection, Problem};
 use super::launcher_policy::HostSize;
 use crate::sandbox::receipt::Tier;
 use crate::telemetry::{LogFormat, LogLevel};
@@ -32,6 +32,8 @@ pub struct Config {
     pub sandbox: SandboxDefaults,
     /// What all sandboxes together may hold.
     pub capacity: Capacity,
+    /// What becomes of sessions without calls.
+    pub idle: Idle,
     /// Form of log lines.
     pub log_format: LogFormat,
     /// Least important log line.
@@ -85,6 +87,15 @@ pub struct Capacity {
     pub pids: u64,
 }
 
+/// What becomes of sessions without calls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Idle {
+    /// When their processes are stopped, unless a session says otherwise; absent: never.
+    pub freeze_after_seconds: Option<u64>,
+    /// When they are ended; absent: never.
+    pub end_after_seconds: Option<u64>,
+}
+
 /// What the machine has.
 #[derive(Debug, Clone)]
 pub struct Host {
@@ -98,6 +109,8 @@ pub struct Host {
     pub hostname: String,
 }
 
+/// As long as the longest time that a session may ask for.
+const LONGEST_IDLE_SECONDS: u64 = 30 * 24 * 3600;
 const SYSTEM_STATE: &str = "/var/lib/sandbox-runner";
 const SYSTEM_RUN: &str = "/run/sandbox-runner";
 
@@ -118,6 +131,7 @@ pub fn resolve(path: &Path, file: &ConfigFile, host: &Host) -> Result<Config, Ve
     let min_tier = check.tier(file.runner.min_tier.as_deref());
     let sandbox = check.sandbox_defaults(&file.limits, host);
     let capacity = check.capacity(&file.limits, host, sandbox);
+    let idle = check.idle(&file.idle);
     let config = Config {
         orchestrator,
         runner_id,
@@ -128,6 +142,7 @@ pub fn resolve(path: &Path, file: &ConfigFile, host: &Host) -> Result<Config, Ve
         min_tier,
         sandbox,
         capacity,
+        idle,
         log_format: file.log.format.unwrap_or_default(),
         log_level: file.log.level.unwrap_or_default(),
     };
@@ -248,6 +263,25 @@ impl Check<'_> {
         }
     }
 
+    fn idle(&mut self, section: &IdleSection) -> Idle {
+        let IdleSection { freeze_after_seconds, end_after_seconds } = *section;
+        for (key, value) in
+            [("idle.freeze_after_seconds", freeze_after_seconds), ("idle.end_after_seconds", end_after_seconds)]
+        {
+            if value.is_some_and(|seconds| !(1..=LONGEST_IDLE_SECONDS).contains(&seconds)) {
+                let fix = format!("write 1 to {LONGEST_IDLE_SECONDS}, or leave it out for never");
+                self.report(key, "is no useful time", fix);
+            }
+        }
+        if let (Some(freeze), Some(end)) = (freeze_after_seconds, end_after_seconds)
+            && end <= freeze
+        {
+            let what = format!("{end} is not more than idle.freeze_after_seconds, which is {freeze}");
+            self.report("idle.end_after_seconds", what, "write the larger of the two here, or leave the other out");
+        }
+        Idle { freeze_after_seconds, end_after_seconds }
+    }
+
     fn at_least(&mut self, key: &str, given: Option<u64>, default: u64, least: u64) -> u64 {
         let value = given.unwrap_or(default);
         if value < least {
@@ -364,6 +398,20 @@ mod tests {
         assert!(problems.iter().any(|p| p.contains("orchestrator.reconnect_most_ms: 9999999 is no useful time")));
         let problems = with("reconnect_first_ms = 20\nreconnect_most_ms = 10\n").expect_err("problems");
         assert!(problems[0].contains("10 is less than orchestrator.reconnect_first_ms"), "{problems:?}");
+    }
+
+    #[test]
+    fn times_of_idle_sessions_are_checked_against_each_other() {
+        let config = resolved("[idle]\nfreeze_after_seconds = 60\nend_after_seconds = 3600\n").expect("good");
+        assert_eq!(config.idle, Idle { freeze_after_seconds: Some(60), end_after_seconds: Some(3600) });
+        assert_eq!(resolved("").expect("good").idle, Idle { freeze_after_seconds: None, end_after_seconds: None });
+
+        let problems =
+            resolved("[idle]\nfreeze_after_seconds = 0\nend_after_seconds = 9999999\n").expect_err("problems");
+        assert!(problems[0].contains("idle.freeze_after_seconds: is no useful time; write 1"), "{problems:?}");
+        assert!(problems[1].contains("idle.end_after_seconds: is no useful time"), "{problems:?}");
+        let problems = resolved("[idle]\nfreeze_after_seconds = 60\nend_after_seconds = 60\n").expect_err("problems");
+        assert!(problems[0].contains("60 is not more than idle.freeze_after_seconds"), "{problems:?}");
     }
 
     #[test]

@@ -100,6 +100,7 @@ impl Loopback<'_> {
             recovered: Recovered::default(),
             reserve: settings::reserve(&config, descriptors),
             defaults: settings::defaults(&config),
+            idle: settings::idle(&config),
             link: settings::link(&config, identity, self.receipt, !self.durable)?,
             admin: None,
             drain_time: Duration::from_secs(5),

@@ -10,6 +10,7 @@ use crate::connector::backoff::Backoff;
 use crate::connector::dial::{Proxy, Target};
 use crate::connector::orchestrator::{Capacity, Identity, Settings};
 use crate::connector::tls::TlsFiles;
+use crate::session::core::IdlePolicy;
 use crate::session::registry::{DESCRIPTORS_PER_SESSION, Reserve};
 use crate::work::{Receipt, ResourceLimits, RunnerId};
 
@@ -61,6 +62,15 @@ pub fn defaults(config: &Config) -> ResourceLimits {
         memory_bytes: sandbox.memory_bytes,
         disk_bytes: sandbox.disk_bytes,
         pids: sandbox.pids,
+    }
+}
+
+/// What becomes of sessions without calls.
+#[must_use]
+pub fn idle(config: &Config) -> IdlePolicy {
+    IdlePolicy {
+        freeze_after: config.idle.freeze_after_seconds.map(Duration::from_secs),
+        end_after: config.idle.end_after_seconds.map(Duration::from_secs),
     }
 }
 

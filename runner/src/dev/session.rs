@@ -169,6 +169,14 @@ impl Session {
             }
             state.send(Body::CloseSession(close));
         }
+        self.over().await
+    }
+
+    /// Waits until the session is over, whoever ends it.
+    ///
+    /// # Errors
+    /// `DevError::Stopped`.
+    pub async fn over(&self) -> Result<pb::SessionEnded, DevError> {
         self.shared.until(|state| state.sessions.get(&self.session_id)?.ended.clone().map(Ok)).await
     }
 }

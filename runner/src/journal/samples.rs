@@ -32,6 +32,7 @@ pub(super) fn opening(session: u64, epoch: u64) -> Record {
         variables: vec![("NAME".into(), "value".into())],
         min_tier: "full".into(),
         orphan_timeout: Some(Duration::from_millis(1500)),
+        idle_timeout: None,
         max_concurrent_calls: 2,
         tenant: "t".into(),
     }))

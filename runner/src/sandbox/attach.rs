@@ -68,9 +68,9 @@ impl HostSandboxes {
             Err(error) => Err(error),
         };
         let error = match result {
-            Ok((sandbox, found)) => {
+            Ok((sandbox, found, frozen)) => {
                 info!(%sandbox_id, pid = sandbox.pid(), calls = found.len(), "sandbox taken over");
-                return Ok(Attached { sandbox: Arc::new(sandbox), found });
+                return Ok(Attached { sandbox: Arc::new(sandbox), found, frozen });
             }
             Err(error) => error,
         };
@@ -103,8 +103,8 @@ impl HostSandboxes {
         ended: watch::Receiver<Option<Ended>>,
         receipt: Receipt,
         calls: Vec<ExpectedCall>,
-    ) -> Result<(LiveSandbox, BTreeMap<CallId, FoundCall>), AttachError> {
-        let ListedSandbox { socket_name, pid, id_count, output_directory, .. } = listed;
+    ) -> Result<(LiveSandbox, BTreeMap<CallId, FoundCall>, bool), AttachError> {
+        let ListedSandbox { socket_name, pid, id_count, output_directory, frozen, .. } = listed;
         let path = self.socket_directory.join(socket_name);
         let held: Vec<CallId> =
             calls.iter().filter(|call| call.gate == Gate::Held).map(|call| call.call_id.clone()).collect();
@@ -121,8 +121,8 @@ impl HostSandboxes {
                 found.remove(&call_id);
             }
         }
-        let known = Known { sandbox_id: sandbox_id.clone(), pid, id_count, ended };
-        Ok((LiveSandbox::new(self.launcher.clone(), known, control, receipt), found))
+        let known = Known { sandbox_id: sandbox_id.clone(), pid, id_count, ended, frozen };
+        Ok((LiveSandbox::new(self.launcher.clone(), known, control, receipt), found, frozen))
     }
 
     /// Ends every sandbox that the launcher holds, also those that were `kept` until now and not taken over.

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 use tracing::{info, warn};
 
 use super::control::{Control, ControlEnd, ControlError};
@@ -42,6 +42,8 @@ struct Parts {
     id_count: u32,
     phase: watch::Sender<Phase>,
     ended: watch::Receiver<Option<Ended>>,
+    /// Whether its processes may stand still. Held while the launcher is asked, so that the last word is the last request.
+    frozen: Mutex<bool>,
 }
 
 /// What the launcher says of a living sandbox.
@@ -55,6 +57,8 @@ pub struct Known {
     pub id_count: u32,
     /// Becomes `Some` when it has ended.
     pub ended: watch::Receiver<Option<Ended>>,
+    /// Its processes stand still.
+    pub frozen: bool,
 }
 
 impl LiveSandbox {
@@ -62,8 +66,19 @@ impl LiveSandbox {
     /// runtime.
     pub fn new(launcher: Launcher, known: Known, control: Control, receipt: Receipt) -> Self {
         let (sender, phase) = watch::channel(Phase::Ready);
-        let Known { sandbox_id, pid, id_count, ended } = known;
-        let parts = Arc::new(Parts { sandbox_id, launcher, control, receipt, pid, id_count, phase: sender, ended });
+        let Known { sandbox_id, pid, id_count, ended, frozen } = known;
+        let (phase_sender, frozen) = (sender, Mutex::new(frozen));
+        let parts = Arc::new(Parts {
+            sandbox_id,
+            launcher,
+            control,
+            receipt,
+            pid,
+            id_count,
+            phase: phase_sender,
+            ended,
+            frozen,
+        });
         tokio::spawn(guard(Arc::clone(&parts)));
         Self { parts, phase }
     }
@@ -154,6 +169,34 @@ impl Parts {
         }
     }
 
+    /// Stops or continues the workload; a sandbox that is being ended is not stopped any more.
+    async fn freeze(&self, frozen: bool) -> Result<(), ToolFailure> {
+        let mut known = self.frozen.lock().await;
+        if frozen && *self.phase.borrow() != Phase::Ready {
+            return Err(failure(ControlError::Ended(ControlEnd::Closed)));
+        }
+        if !frozen && !*known {
+            return Ok(());
+        }
+        let before = std::mem::replace(&mut *known, true);
+        let error = match self.launcher.freeze(self.sandbox_id.as_str(), frozen).await {
+            Ok(()) => {
+                *known = frozen;
+                return Ok(());
+            }
+            Err(error) => error,
+        };
+        // A refusal changes nothing; an answer that does not come leaves open what has been done.
+        if matches!(error, LaunchError::Refused { .. }) {
+            *known = before;
+        }
+        warn!(sandbox_id = %self.sandbox_id, frozen, error = &error as &dyn std::error::Error, "launcher did not do it");
+        let what =
+            if frozen { "the sandbox could not be stopped" } else { "the sandbox stands still and could not be woken" };
+        let remediation = "send the call again under a new id; if it fails again, look at the launcher of this host";
+        Err(ToolFailure::new(Code::SandboxCreateFailed, what, remediation))
+    }
+
     async fn close(&self, grace: Duration) {
         let first = self.phase.send_if_modified(|phase| {
             let ready = *phase == Phase::Ready;
@@ -162,7 +205,8 @@ impl Parts {
             }
             ready
         });
-        if first && !grace.is_zero() && self.control.shutdown(grace).await.is_ok() {
+        // What stands still cannot end by itself, and is not let go on for that; a kill reaches it all the same.
+        if first && !grace.is_zero() && !*self.frozen.lock().await && self.control.shutdown(grace).await.is_ok() {
             // Process 1 escalates by itself; the kill below covers a process 1 that does not.
             let patience = grace.saturating_add(Duration::from_secs(2));
             let _ = tokio::time::timeout(patience, self.ended_reason()).await;
@@ -246,6 +290,11 @@ impl Sandbox for LiveSandbox {
     fn deadline(&self, boottime_ns: u64) -> BoxFuture<'static, Result<(), ToolFailure>> {
         let control = self.parts.control.clone();
         Box::pin(async move { control.deadline(boottime_ns).await.map_err(failure) })
+    }
+
+    fn freeze(&self, frozen: bool) -> BoxFuture<'static, Result<(), ToolFailure>> {
+        let parts = Arc::clone(&self.parts);
+        Box::pin(async move { parts.freeze(frozen).await })
     }
 
     fn close(&self, grace: Duration) -> BoxFuture<'static, ()> {

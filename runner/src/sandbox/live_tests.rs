@@ -59,7 +59,8 @@ async fn live(kills: &Arc<AtomicUsize>) -> LiveSandbox {
     let (launcher, created) = made(Arc::clone(kills)).await;
     let (control, _) = Control::from_connection(process_1(), 1, Patience::default()).await.expect("greeted");
     let sandbox_id = SandboxId::new("a").expect("valid");
-    let known = Known { sandbox_id, pid: created.pid, id_count: created.id_count, ended: created.ended.clone() };
+    let known =
+        Known { sandbox_id, pid: created.pid, id_count: created.id_count, ended: created.ended.clone(), frozen: false };
     LiveSandbox::new(launcher, known, control, Receipt::default())
 }
 

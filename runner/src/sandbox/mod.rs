@@ -116,7 +116,7 @@ impl HostSandboxes {
                 let took_us = u64::try_from(created.took.as_micros()).unwrap_or(u64::MAX);
                 info!(%sandbox_id, pid = created.pid, took_us, tier = receipt.tier, "sandbox created");
                 let Created { pid, id_count, ended, .. } = created;
-                let known = Known { sandbox_id, pid, id_count, ended };
+                let known = Known { sandbox_id, pid, id_count, ended, frozen: false };
                 Ok(LiveSandbox::new(self.launcher.clone(), known, control, receipt))
             }
             Err(error) => {

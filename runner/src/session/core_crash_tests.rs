@@ -278,7 +278,7 @@ impl World {
             };
             found.insert(call_id.clone(), known);
         }
-        inputs.insert(0, Input::SandboxAttached { session_id, found });
+        inputs.insert(0, Input::SandboxAttached { session_id, found, frozen: false });
         Ok(inputs)
     }
 

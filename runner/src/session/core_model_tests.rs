@@ -5,10 +5,11 @@
 //! session, and bounds.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::core::{Action, Config, Core, Input};
+use super::core::{Action, Config, Core, IdlePolicy, Input};
 use super::core_tests::{call, cancel, close, core, ended, open, sandbox_id, sid};
 use crate::work::*;
 
@@ -25,6 +26,7 @@ enum Step {
     Suspend(bool),
     Drain(DrainMode),
     Deadline(u8),
+    Idle(usize),
     /// Answers one of the open actions: which one, and whether well.
     Answer(usize, bool),
     End(u8),
@@ -43,6 +45,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => any::<bool>().prop_map(Step::Suspend),
         1 => drain.prop_map(Step::Drain),
         1 => (0..12_u8).prop_map(Step::Deadline),
+        4 => (0..3_usize).prop_map(Step::Idle),
         30 => (0..64_usize, prop::bool::weighted(0.97)).prop_map(|(n, ok)| Step::Answer(n, ok)),
         6 => (0..12_u8).prop_map(Step::End),
     ]
@@ -60,6 +63,8 @@ struct Model {
     gone: BTreeSet<CallId>,
     finished: BTreeMap<CallId, Outcome>,
     acknowledged: BTreeSet<CallId>,
+    /// Sessions whose processes stand still, or are about to.
+    frozen: BTreeSet<SessionId>,
     arrival: BTreeMap<SessionId, Vec<CallId>>,
 }
 
@@ -71,7 +76,18 @@ impl Model {
                     prop_assert!(!self.acknowledged.contains(&call.call_id), "an acknowledged call was accepted again");
                     self.arrival.entry(call.session_id.clone()).or_default().push(call.call_id.clone());
                 }
+                Action::Freeze { session_id } => {
+                    prop_assert!(self.frozen.insert(session_id.clone()), "{session_id} stopped twice");
+                }
+                Action::Tell(Update::SessionEnded { session_id, .. }) => {
+                    self.frozen.remove(session_id);
+                }
                 Action::Prepare { session_id, call } => {
+                    prop_assert!(
+                        !self.frozen.contains(session_id),
+                        "{} given to a sandbox that stands still",
+                        call.call_id
+                    );
                     prop_assert!(self.prepared.insert(call.call_id.clone()), "{} prepared twice", call.call_id);
                     prop_assert!(gated || self.accepted.contains(&call.call_id), "ungated start before acceptance");
                     let order = self.arrival.get(session_id).cloned().unwrap_or_default();
@@ -79,7 +95,8 @@ impl Model {
                     let later: Vec<_> = order.iter().skip(position.unwrap_or(0) + 1).collect();
                     prop_assert!(!later.iter().any(|id| self.prepared.contains(id)), "order of {session_id} is broken");
                 }
-                Action::Go { call_id, .. } => {
+                Action::Go { session_id, call_id } => {
+                    prop_assert!(!self.frozen.contains(session_id), "{call_id} let go where everything stands still");
                     prop_assert!(self.gone.insert(call_id.clone()), "gate of {call_id} opened twice");
                     prop_assert!(self.accepted.contains(call_id) && self.start_written.contains(call_id));
                     prop_assert!(gated);
@@ -143,9 +160,20 @@ impl Model {
                 Input::PrepareFailed { call_id: call.call_id, failure }
             }
             Action::Abort { call_id, .. } => Input::Aborted { call_id },
+            Action::Freeze { session_id } => Input::Frozen { session_id, result: answered(well) },
+            Action::Thaw { session_id } => {
+                if well {
+                    self.frozen.remove(&session_id);
+                }
+                Input::Thawed { session_id, result: answered(well) }
+            }
             _ => return None,
         })
     }
+}
+
+fn answered(well: bool) -> Result<(), ToolFailure> {
+    if well { Ok(()) } else { Err(ToolFailure::new(Code::SandboxCreateFailed, "no", "none")) }
 }
 
 fn answerable(action: &Action) -> bool {
@@ -161,6 +189,8 @@ fn answerable(action: &Action) -> bool {
             | Action::WriteFinished { .. }
             | Action::Prepare { .. }
             | Action::Abort { .. }
+            | Action::Freeze { .. }
+            | Action::Thaw { .. }
     )
 }
 
@@ -210,6 +240,7 @@ fn input_of(step: &Step, model: &mut Model, gated: bool) -> Option<Input> {
             let known = model.arrival.values().flatten().cloned().collect();
             Input::StartDeadline { call_id: pick(known, number)? }
         }
+        Step::Idle(session) => Input::IdlePassed { session_id: sid(SESSIONS[*session]) },
         Step::Answer(number, well) => {
             if model.open.is_empty() {
                 return None;
@@ -229,8 +260,9 @@ fn check_bounds(core: &Core, config: &Config) -> Result<(), TestCaseError> {
 }
 
 fn check(steps: &[Step], gated: bool) -> Result<(), TestCaseError> {
+    let idle = IdlePolicy { freeze_after: Some(Duration::from_secs(1)), end_after: Some(Duration::from_secs(2)) };
     let config =
-        Config { gated, queued_per_session: 3, queued_per_runner: 5, running_per_runner: 2, ..Config::default() };
+        Config { gated, queued_per_session: 3, queued_per_runner: 5, running_per_runner: 2, idle, ..Config::default() };
     let mut core = core(config);
     let mut model = Model::default();
     for step in steps {

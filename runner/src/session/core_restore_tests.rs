@@ -38,7 +38,7 @@ pub(super) fn attached(recovered: Recovered, found: &[(&str, FoundCall)]) -> (Co
     let mut core = core(Config::default());
     let mut actions = core.handle(Input::Recovered(Box::new(recovered)));
     let found: BTreeMap<_, _> = found.iter().map(|(id, found)| (cid(id), *found)).collect();
-    actions.extend(core.handle(Input::SandboxAttached { session_id: sid("s"), found }));
+    actions.extend(core.handle(Input::SandboxAttached { session_id: sid("s"), found, frozen: false }));
     actions.extend(core.handle(Input::Work(WorkItem::Resume { session_id: None })));
     written(&mut core, &mut actions);
     (core, actions)
@@ -93,7 +93,7 @@ fn accepted_call_is_handed_over_in_its_turn_once_it_may_be() {
     let mut core = core(Config::default());
     core.handle(Input::Recovered(Box::new(left(calls))));
 
-    let before = core.handle(Input::SandboxAttached { session_id: sid("s"), found: BTreeMap::new() });
+    let before = core.handle(Input::SandboxAttached { session_id: sid("s"), found: BTreeMap::new(), frozen: false });
     let mut after = core.handle(Input::Work(WorkItem::Resume { session_id: None }));
     assert!(!is_handed_over(&after, "a"), "an earlier runner may have died of it, so this one is counted first");
     written(&mut core, &mut after);
@@ -170,7 +170,7 @@ fn call_that_never_arrived_is_answered_when_its_session_is_closed_meanwhile() {
     core.handle(Input::Recovered(Box::new(left(vec![held("a", None, RecoveredPhase::Started)]))));
     core.handle(super::core_tests::close("s", 3));
 
-    let actions = core.handle(Input::SandboxAttached { session_id: sid("s"), found: BTreeMap::new() });
+    let actions = core.handle(Input::SandboxAttached { session_id: sid("s"), found: BTreeMap::new(), frozen: false });
 
     assert!(matches!(outcome_of(&actions, "a"), Some(Outcome::Cancelled { before_start: true, .. })), "{actions:?}");
     assert!(actions.iter().any(|action| matches!(action, Action::CloseSandbox { .. })));
@@ -406,7 +406,7 @@ fn session_that_is_closed_while_its_sandbox_is_taken_over_begins_nothing_and_end
     let mut actions = core.handle(super::core_tests::close("s", 3));
 
     let found = BTreeMap::from([(cid("gated"), FoundCall::Prepared)]);
-    actions.extend(core.handle(Input::SandboxAttached { session_id: sid("s"), found }));
+    actions.extend(core.handle(Input::SandboxAttached { session_id: sid("s"), found, frozen: false }));
     actions.extend(core.handle(Input::Aborted { call_id: cid("gated") }));
 
     for id in ["gated", "absent", "queued"] {
@@ -424,7 +424,7 @@ fn gate_of_an_earlier_runner_is_opened_only_when_an_orchestrator_has_confirmed_t
     core.handle(Input::Recovered(Box::new(left(vec![held("a", None, RecoveredPhase::Started)]))));
     let found = BTreeMap::from([(cid("a"), FoundCall::Prepared)]);
 
-    let attached = core.handle(Input::SandboxAttached { session_id: sid("s"), found });
+    let attached = core.handle(Input::SandboxAttached { session_id: sid("s"), found, frozen: false });
     let alone = core.handle(Input::Work(WorkItem::Suspend { session_id: Some(sid("s")) }));
     let lease = core.handle(Input::Work(WorkItem::Resume { session_id: None }));
     let decided = core.handle(Input::Work(WorkItem::Resume { session_id: Some(sid("s")) }));

@@ -37,6 +37,7 @@ pub(super) fn open(session: &str, epoch: u64) -> Input {
         variables: Vec::new(),
         min_tier: String::new(),
         orphan_timeout: None,
+        idle_timeout: None,
         max_concurrent_calls: 0,
         tenant: String::new(),
     }))
@@ -75,7 +76,7 @@ pub(super) fn sandbox_id() -> SandboxId {
 }
 
 /// A ready session.
-fn ready(core: &mut Core, session: &str, epoch: u64) {
+pub(super) fn ready(core: &mut Core, session: &str, epoch: u64) {
     core.handle(open(session, epoch));
     core.handle(Input::SandboxReady {
         session_id: sid(session),
@@ -86,19 +87,19 @@ fn ready(core: &mut Core, session: &str, epoch: u64) {
 }
 
 /// Brings a call to the point where it runs.
-fn run(core: &mut Core, id: &str) {
+pub(super) fn run(core: &mut Core, id: &str) {
     core.handle(Input::Accepted { call_id: cid(id), durable: true });
     core.handle(Input::Prepared { call_id: cid(id) });
     core.handle(Input::StartWritten { call_id: cid(id), durable: true });
 }
 
-fn finish(core: &mut Core, id: &str) -> Vec<Action> {
+pub(super) fn finish(core: &mut Core, id: &str) -> Vec<Action> {
     let mut actions = core.handle(ended(id));
     actions.extend(core.handle(Input::EndWritten { call_id: cid(id), durable: true }));
     actions
 }
 
-fn refusal(actions: &[Action]) -> Code {
+pub(super) fn refusal(actions: &[Action]) -> Code {
     let codes: Vec<_> = actions
         .iter()
         .filter_map(|action| match action {
@@ -110,14 +111,14 @@ fn refusal(actions: &[Action]) -> Code {
     codes[0]
 }
 
-fn outcome(actions: &[Action], id: &str) -> Option<Outcome> {
+pub(super) fn outcome(actions: &[Action], id: &str) -> Option<Outcome> {
     actions.iter().find_map(|action| match action {
         Action::WriteFinished { call_id, result } if *call_id == cid(id) => Some(result.end.outcome.clone()),
         _ => None,
     })
 }
 
-fn prepared(actions: &[Action]) -> Vec<String> {
+pub(super) fn prepared(actions: &[Action]) -> Vec<String> {
     actions
         .iter()
         .filter_map(|action| match action {

@@ -14,6 +14,8 @@ mod outputs;
 #[cfg(test)]
 mod core_crash_tests;
 #[cfg(test)]
+mod core_idle_tests;
+#[cfg(test)]
 mod core_model_tests;
 #[cfg(test)]
 mod core_placement_tests;

@@ -100,6 +100,7 @@ impl Sessions {
             creates: Arc::new(Semaphore::new(PARALLEL_CREATES)),
             inputs: VecDeque::from([Input::Recovered(Box::new(self.recovered))]),
             deadlines: HashMap::new(),
+            idle: HashMap::new(),
             attaching: HashSet::new(),
             watches: HashMap::new(),
             presenting: HashMap::new(),
@@ -151,6 +152,8 @@ struct Loop {
     inputs: VecDeque<Input>,
     /// Start deadlines of waiting calls.
     deadlines: HashMap<CallId, Instant>,
+    /// When sessions will have had nothing to do for long enough.
+    idle: HashMap<SessionId, Instant>,
     /// Sessions whose sandbox is being taken over: what it reports meanwhile waits on the board.
     attaching: HashSet<SessionId>,
     /// Tasks that wait for a sandbox to end by itself.
@@ -174,7 +177,7 @@ impl Loop {
         let board = Arc::clone(&self.board);
         self.settle().await;
         loop {
-            let deadline = self.deadlines.values().min().copied();
+            let deadline = self.deadlines.values().chain(self.idle.values()).min().copied();
             let event = tokio::select! {
                 item = work.recv(), if work_open => Event::Work(item),
                 Some(result) = done.recv() => Event::Done(result),
@@ -224,14 +227,14 @@ impl Loop {
                 warn!(%session_id, error = %failure, "sandbox could not be created");
                 self.inputs.push_back(Input::SandboxFailed { session_id, failure });
             }
-            Done::Attached(session_id, Ok(Attached { sandbox, found })) => {
-                info!(%session_id, sandbox_id = %sandbox.sandbox_id(), calls = found.len(), "sandbox taken over");
+            Done::Attached(session_id, Ok(Attached { sandbox, found, frozen })) => {
+                info!(%session_id, sandbox_id = %sandbox.sandbox_id(), calls = found.len(), frozen, "sandbox taken over");
                 for call_id in found.keys() {
                     self.outputs.insert_call(call_id.clone(), Arc::clone(&sandbox));
                 }
                 self.keep(session_id.clone(), sandbox);
                 self.attaching.remove(&session_id);
-                self.inputs.push_back(Input::SandboxAttached { session_id, found });
+                self.inputs.push_back(Input::SandboxAttached { session_id, found, frozen });
                 self.settle().await;
                 self.take_board().await;
             }
@@ -355,6 +358,8 @@ impl Loop {
             self.deadlines.remove(&call_id);
             self.inputs.push_back(Input::StartDeadline { call_id });
         }
+        let idle: Vec<_> = self.idle.extract_if(|_, at| *at <= now).collect();
+        self.inputs.extend(idle.into_iter().map(|(session_id, _)| Input::IdlePassed { session_id }));
     }
 }
 

@@ -79,7 +79,7 @@ codes! {
     TierUnavailable = "TIER_UNAVAILABLE",
     /// Known to the schema, not built yet.
     Unimplemented = "UNIMPLEMENTED",
-    /// The sandbox could not be created.
+    /// The sandbox could not be created, or not be woken.
     SandboxCreateFailed = "SANDBOX_CREATE_FAILED",
     /// The sandbox ended while it was needed.
     SandboxLost = "SANDBOX_LOST",

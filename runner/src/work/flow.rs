@@ -135,6 +135,10 @@ pub struct SessionOpen {
     pub min_tier: String,
     /// How long the sandbox may live without a runner; `None` means the operator's default.
     pub orphan_timeout: Option<Duration>,
+    /// How long it may be without a call until its processes are stopped; zero means for ever, `None` means what the operator
+    /// says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idle_timeout: Option<Duration>,
     /// Calls that may run at once; 0 means one.
     pub max_concurrent_calls: u32,
     /// Label for sharing, limits and usage.
@@ -240,6 +244,8 @@ pub enum SessionEnd {
     Fenced,
     /// The runner was emptied.
     Drained,
+    /// Nobody asked anything of it for as long as the operator keeps a session.
+    Idle,
 }
 
 /// From the sessions to the connector that brought the session.

@@ -209,6 +209,8 @@ pub struct Attached {
     pub sandbox: Arc<dyn Sandbox>,
     /// Every expected call that it knows. One that is absent never reached it, or was acknowledged.
     pub found: BTreeMap<CallId, FoundCall>,
+    /// Its processes are stopped, as `Sandbox::freeze` does it.
+    pub frozen: bool,
 }
 
 impl fmt::Debug for Attached {
@@ -301,6 +303,11 @@ pub trait Sandbox: Send + Sync {
 
     /// Moves the moment, by CLOCK_BOOTTIME, at which the sandbox ends by itself.
     fn deadline(&self, boottime_ns: u64) -> BoxFuture<'static, Result<(), ToolFailure>>;
+
+    /// Stops every process of the workload, or lets all of them go on. What keeps the sandbox goes on in any case: its calls
+    /// can be asked about, and it ends at its deadline. Repeating it changes nothing. An error leaves open which of the two
+    /// is the case.
+    fn freeze(&self, frozen: bool) -> BoxFuture<'static, Result<(), ToolFailure>>;
 
     /// Ends the sandbox: politely first when `grace` is not zero. Returns when nothing of it is left but spools of
     /// unacknowledged calls. Running calls report their end through their observers before this returns.

@@ -339,6 +339,7 @@ async fn nothing_that_was_left_begins_before_it_is_decided_about() {
         variables: Vec::new(),
         min_tier: String::new(),
         orphan_timeout: None,
+        idle_timeout: None,
         max_concurrent_calls: 0,
         tenant: String::new(),
     };

@@ -28,7 +28,6 @@ pub(super) fn open(message: &pb::OpenSession) -> Checked<SessionOpen> {
     let environment = message.environment.clone().unwrap_or_default();
     for (field, present) in [
         ("environment.inline_template", !environment.inline_template.is_empty()),
-        ("idle_timeout", message.idle_timeout.is_some()),
         ("max_lifetime", message.max_lifetime.is_some()),
         ("secrets", !message.secrets.is_empty()),
         ("mounts", !message.mounts.is_empty()),
@@ -76,6 +75,7 @@ pub(super) fn open(message: &pb::OpenSession) -> Checked<SessionOpen> {
         variables,
         min_tier: message.min_tier.clone(),
         orphan_timeout: duration("orphan_ttl", message.orphan_ttl.as_ref())?,
+        idle_timeout: duration("idle_timeout", message.idle_timeout.as_ref())?,
         max_concurrent_calls: asked.max_concurrent_calls,
         tenant: message.tenant.clone(),
     })

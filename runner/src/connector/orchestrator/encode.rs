@@ -83,6 +83,7 @@ pub(super) fn session_end(event_seq: u64, session_id: String, epoch: u64, end: &
         SessionEnd::HostRebooted => (pb::SessionEndReason::HostRebooted, None),
         SessionEnd::Fenced => (pb::SessionEndReason::Fenced, None),
         SessionEnd::Drained => (pb::SessionEndReason::Drained, None),
+        SessionEnd::Idle => (pb::SessionEndReason::Idle, None),
     };
     let failure = failure.map(failure_to_wire);
     Body::SessionEnded(pb::SessionEnded { event_seq, session_id, epoch, reason: reason.into(), failure })

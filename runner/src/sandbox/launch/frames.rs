@@ -87,6 +87,7 @@ pub(super) fn listed(entry: wire::SandboxEntry) -> ListedSandbox {
         id_base: entry.id_base,
         id_count: entry.id_count,
         output_directory: entry.output_directory,
+        frozen: entry.frozen,
     }
 }
 

@@ -208,13 +208,19 @@ impl Launcher {
         killed
     }
 
-    /// Stops (`true`) or continues the work of a sandbox.
+    /// Stops (`true`) or continues the work of a sandbox. Repeating it changes nothing.
     ///
     /// # Errors
     /// [`LaunchError`].
     pub async fn freeze(&self, sandbox_id: &str, frozen: bool) -> Result<(), LaunchError> {
-        let request = wire::FreezeSandbox { sandbox_id: sandbox_id.to_owned(), frozen };
-        self.request_done("FreezeSandbox", wire::request::Body::FreezeSandbox(request)).await
+        loop {
+            let request = wire::FreezeSandbox { sandbox_id: sandbox_id.to_owned(), frozen };
+            match self.request_done("FreezeSandbox", wire::request::Body::FreezeSandbox(request)).await {
+                // It went before it answered; its successor is asked again.
+                Err(LaunchError::Interrupted) => tokio::task::yield_now().await,
+                other => return other,
+            }
+        }
     }
 
     /// Everything the launcher holds.

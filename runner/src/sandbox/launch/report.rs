@@ -145,4 +145,6 @@ pub struct ListedSandbox {
     pub id_count: u32,
     /// Where the workload sees the output of its calls; empty is the usual place.
     pub output_directory: String,
+    /// Its processes stand still.
+    pub frozen: bool,
 }

@@ -1,9 +1,9 @@
 //! A call begins: prepared in its turn, its start written down, and then, while something may begin, its gate opened.
 
 use super::failures::read_only;
-use super::state::{cancelled_before_start, never_started};
+use super::state::{Rest, cancelled_before_start, never_started};
 use super::{
-    Action, Call, CallId, CancelMode, Code, Core, Phase, Replay, SessionId, SessionPhase, ToolFailure, Update,
+    Action, Call, CallId, CancelMode, Code, Core, Phase, Replay, Session, SessionId, SessionPhase, ToolFailure, Update,
 };
 use crate::work::{Gate, PreparedCall, ToolCall};
 
@@ -14,6 +14,9 @@ impl Core {
         let may_write = !self.config.gated || !self.read_only;
         while !self.suspended && !self.lapsed && may_write {
             let Some(session) = self.sessions.get_mut(session_id) else { return };
+            if session.must_wake() {
+                return self.wake(session_id);
+            }
             if !session.may_start() {
                 return;
             }
@@ -132,7 +135,8 @@ impl Core {
     pub(super) fn go_if_written(&mut self, call_id: &CallId) {
         let Some(call) = self.calls.get_mut(call_id) else { return };
         let session = self.sessions.get(&call.request.session_id);
-        if self.suspended || self.lapsed || session.is_some_and(|session| session.suspended) {
+        let rests = |session: &Session| session.suspended || session.rest != Rest::Awake;
+        if self.suspended || self.lapsed || session.is_some_and(rests) {
             return;
         }
         if !matches!(call.phase, Phase::Prepared) {

@@ -105,6 +105,7 @@ impl Core {
         }
         self.tell(Update::CallFinished { call_id: call_id.clone(), session_id: session_id.clone(), epoch, result });
         self.forget_session_if_done(&session_id);
+        self.arm_idle(&session_id);
     }
 
     pub(super) fn acknowledge(&mut self, call_id: &CallId) {

@@ -9,6 +9,7 @@ mod begin;
 mod calls;
 mod end;
 mod failures;
+mod idle;
 mod restore;
 mod sessions;
 mod state;
@@ -20,7 +21,7 @@ use std::time::Duration;
 use failures::busy;
 use state::{Call, Phase, Session, SessionPhase};
 pub use state::{CallStage, SessionStage};
-pub use types::{Action, Config, Input};
+pub use types::{Action, Config, IdlePolicy, Input};
 
 use crate::work::{
     CallId, CallPhase, CancelMode, Code, DrainMode, DrainedBy, Receipt, Replay, RequestKind, SandboxId, SessionClose,
@@ -92,7 +93,7 @@ impl Core {
         match input {
             Input::Work(item) => self.work(item),
             Input::Recovered(recovered) => self.restore(*recovered),
-            Input::SandboxAttached { session_id, found } => self.sandbox_attached(&session_id, &found),
+            Input::SandboxAttached { session_id, found, frozen } => self.sandbox_attached(&session_id, &found, frozen),
             Input::SandboxReady { session_id, sandbox_id, receipt } => {
                 self.sandbox_ready(&session_id, sandbox_id, receipt);
             }
@@ -122,6 +123,9 @@ impl Core {
             Input::Ended { call_id, result } => self.ended(&call_id, result),
             Input::EndWritten { call_id, durable } => self.journalled_end(&call_id, durable),
             Input::StartDeadline { call_id } => self.start_deadline(&call_id),
+            Input::IdlePassed { session_id } => self.idle_passed(&session_id),
+            Input::Frozen { session_id, result } => self.frozen(&session_id, &result),
+            Input::Thawed { session_id, result } => self.thawed(&session_id, result),
         }
         self.drain_idle_sessions();
         if self.is_draining() && counts != (self.sessions.len(), self.open_calls()) {

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::failures::{poison, rebooted};
-use super::state::{cancelled_before_start, indeterminate, never_started};
+use super::state::{Rest, cancelled_before_start, indeterminate, never_started};
 use super::{
     Action, Call, CallId, CallPhase, Code, Core, Phase, Replay, Session, SessionEnd, SessionId, SessionPhase, Update,
 };
@@ -139,8 +139,14 @@ impl Core {
         expected
     }
 
-    pub(super) fn sandbox_attached(&mut self, session_id: &SessionId, found: &BTreeMap<CallId, FoundCall>) {
+    pub(super) fn sandbox_attached(
+        &mut self,
+        session_id: &SessionId,
+        found: &BTreeMap<CallId, FoundCall>,
+        frozen: bool,
+    ) {
         let Some(session) = self.sessions.get_mut(session_id) else { return };
+        session.rest = if frozen { Rest::Frozen } else { Rest::Awake };
         let closing = match &session.phase {
             SessionPhase::Closing(ending) => Some(ending.grace),
             SessionPhase::Opening | SessionPhase::Recording | SessionPhase::Ready => None,
@@ -166,6 +172,7 @@ impl Core {
         self.attached_or_lost(session_id);
         self.set_deadline(session_id);
         self.start_next(session_id);
+        self.arm_idle(session_id);
     }
 
     fn settle_found(&mut self, session_id: &SessionId, is_closing: bool, found: &BTreeMap<CallId, FoundCall>) {

@@ -170,6 +170,7 @@ impl Core {
         self.tell(Update::SessionOpened { session_id: session_id.clone(), epoch, receipt, replay });
         self.set_deadline(session_id);
         self.start_next(session_id);
+        self.arm_idle(session_id);
     }
 
     pub(super) fn close(&mut self, request: SessionClose) {

@@ -28,6 +28,10 @@ pub(super) struct Session {
     pub(super) takeovers: u32,
     /// Nobody has decided about it after a reconnect: it starts nothing.
     pub(super) suspended: bool,
+    /// Whether its processes run.
+    pub(super) rest: Rest,
+    /// They could not be stopped, so that is not tried again before the next call.
+    pub(super) stays_awake: bool,
     /// Waiting calls, in order.
     pub(super) queue: VecDeque<CallId>,
     /// Calls between preparation and end.
@@ -38,6 +42,19 @@ pub(super) struct Session {
     pub(super) unacknowledged: usize,
     /// Acknowledged calls: a late duplicate must not run again.
     pub(super) forgotten: HashSet<CallId>,
+}
+
+/// Whether the processes of a session run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Rest {
+    /// They do.
+    Awake,
+    /// They are being stopped.
+    Freezing,
+    /// They stand still, and nothing can begin.
+    Frozen,
+    /// They are about to go on, because something wants to begin.
+    Waking,
 }
 
 /// Where a session is.
@@ -76,6 +93,8 @@ pub enum SessionStage {
     Opening,
     /// It takes calls.
     Ready,
+    /// It takes calls, and its processes stand still until one comes.
+    Frozen,
     /// It takes nothing more.
     Closing,
 }
@@ -93,6 +112,8 @@ impl Session {
             ready_writes: 0,
             takeovers: 0,
             suspended: false,
+            rest: Rest::Awake,
+            stays_awake: false,
             queue: VecDeque::new(),
             active: HashSet::new(),
             open: 0,
@@ -105,13 +126,28 @@ impl Session {
         let most = self.open_request.max_concurrent_calls.max(1) as usize;
         matches!(self.phase, SessionPhase::Ready)
             && !self.suspended
+            && self.rest == Rest::Awake
             && self.active.len() < most
             && !self.queue.is_empty()
+    }
+
+    /// Something wants to begin or to go on, and nothing can.
+    pub(super) fn must_wake(&self) -> bool {
+        matches!(self.phase, SessionPhase::Ready)
+            && !self.suspended
+            && self.rest == Rest::Frozen
+            && !(self.queue.is_empty() && self.active.is_empty())
+    }
+
+    /// Nothing is asked of it.
+    pub(super) fn is_idle(&self) -> bool {
+        matches!(self.phase, SessionPhase::Ready) && self.open == 0 && !self.attaching
     }
 
     pub(super) fn stage(&self) -> SessionStage {
         match self.phase {
             SessionPhase::Opening | SessionPhase::Recording => SessionStage::Opening,
+            SessionPhase::Ready if self.rest == Rest::Frozen && !self.stays_awake => SessionStage::Frozen,
             SessionPhase::Ready => SessionStage::Ready,
             SessionPhase::Closing(_) => SessionStage::Closing,
         }

@@ -27,8 +27,19 @@ pub struct Config {
     pub forgotten_per_session: usize,
     /// Whether starts are written down before a gate is opened.
     pub gated: bool,
-    /// Time for processes to end by themselves when the runner is emptied.
+    /// Time for processes to end by themselves when the runner ends a session.
     pub drain_grace: Duration,
+    /// What becomes of sessions without calls.
+    pub idle: IdlePolicy,
+}
+
+/// What becomes of a session without calls, counted from the end of the last one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct IdlePolicy {
+    /// When its processes are stopped, unless the session says otherwise; `None`: never.
+    pub freeze_after: Option<Duration>,
+    /// When it is ended; `None`: never.
+    pub end_after: Option<Duration>,
 }
 
 impl Default for Config {
@@ -42,6 +53,7 @@ impl Default for Config {
             forgotten_per_session: 65_536,
             gated: true,
             drain_grace: Duration::from_secs(2),
+            idle: IdlePolicy::default(),
         }
     }
 }
@@ -57,6 +69,8 @@ pub enum Input {
         session_id: SessionId,
         /// The calls that it knows.
         found: BTreeMap<CallId, FoundCall>,
+        /// Its processes are stopped.
+        frozen: bool,
     },
     /// A connector brought something.
     Work(WorkItem),
@@ -194,6 +208,25 @@ pub enum Input {
     StartDeadline {
         /// The call.
         call_id: CallId,
+    },
+    /// The time of `Action::ArmIdle` is over.
+    IdlePassed {
+        /// The session.
+        session_id: SessionId,
+    },
+    /// `Action::Freeze` is done, or failed.
+    Frozen {
+        /// The session.
+        session_id: SessionId,
+        /// Whether its processes stand still.
+        result: Result<(), ToolFailure>,
+    },
+    /// `Action::Thaw` is done, or failed.
+    Thawed {
+        /// The session.
+        session_id: SessionId,
+        /// Whether its processes go on.
+        result: Result<(), ToolFailure>,
     },
 }
 
@@ -347,5 +380,22 @@ pub enum Action {
         call_id: CallId,
         /// Time in the queue.
         within: Duration,
+    },
+    /// Feed `IdlePassed` after this time, and not at an earlier moment that was named for this session.
+    ArmIdle {
+        /// The session.
+        session_id: SessionId,
+        /// From now.
+        within: Duration,
+    },
+    /// Stop the processes of a sandbox: `Frozen`.
+    Freeze {
+        /// Its session.
+        session_id: SessionId,
+    },
+    /// Let the processes of a sandbox go on: `Thawed`.
+    Thaw {
+        /// Its session.
+        session_id: SessionId,
     },
 }

@@ -52,7 +52,16 @@ impl Loop {
                     let _ = done.send(Done::Gone(session_id, sandbox_id, None)).await;
                 });
             }
-            Action::ReleaseSandbox { session_id } => self.outputs.remove_session(&session_id),
+            Action::ReleaseSandbox { session_id } => {
+                self.idle.remove(&session_id);
+                self.outputs.remove_session(&session_id);
+            }
+            Action::ArmIdle { session_id, within } => {
+                // A moment beyond what a clock can hold never comes.
+                if let Some(at) = Instant::now().checked_add(within) {
+                    self.idle.insert(session_id, at);
+                }
+            }
             Action::Note(record) => drop(self.journal.append(record)),
             Action::WriteReady { session_id, sandbox_id, receipt } => {
                 let ready = Record::SessionReady { session_id: session_id.clone(), sandbox_id, receipt };
@@ -163,6 +172,30 @@ impl Loop {
                         tracing::debug!(%session_id, error = %failure, "deadline was not taken");
                     }
                     Done::Nothing
+                });
+            }
+            Action::Freeze { session_id } => {
+                let Some(sandbox) = self.outputs.session(&session_id) else { return };
+                self.beside(sandbox.freeze(true), move |result| {
+                    match &result {
+                        Ok(()) => tracing::info!(%session_id, "session has nothing to do, its processes are stopped"),
+                        Err(failure) => {
+                            tracing::warn!(%session_id, error = %failure, "processes of an idle session go on");
+                        }
+                    }
+                    Done::Input(Input::Frozen { session_id, result })
+                });
+            }
+            Action::Thaw { session_id } => {
+                let Some(sandbox) = self.outputs.session(&session_id) else { return };
+                let since = Instant::now();
+                self.beside(sandbox.freeze(false), move |result| {
+                    let took_us = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
+                    match &result {
+                        Ok(()) => tracing::info!(%session_id, took_us, "session is woken"),
+                        Err(failure) => tracing::warn!(%session_id, error = %failure, "session could not be woken"),
+                    }
+                    Done::Input(Input::Thawed { session_id, result })
                 });
             }
             Action::Cancel { session_id, call_id, mode } => {

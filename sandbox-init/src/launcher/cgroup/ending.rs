@@ -8,7 +8,7 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use super::files::write;
+use super::files::{number, write};
 use super::{CgroupError, Tree};
 
 impl Tree {
@@ -18,6 +18,12 @@ impl Tree {
     /// [`CgroupError::File`].
     pub fn freeze(&self, name: &str, frozen: bool) -> Result<(), CgroupError> {
         write(&self.work(name).join("cgroup.freeze"), if frozen { "1" } else { "0" })
+    }
+
+    /// Whether the workload is frozen. The kernel remembers it, so it needs no place in the state file.
+    #[must_use]
+    pub fn is_frozen(&self, name: &str) -> bool {
+        self.unified.is_some() && number(&self.work(name).join("cgroup.freeze")) == 1
     }
 
     /// Kills everything in the sandbox. A frozen v2 group dies too.

@@ -27,6 +27,7 @@ impl Launcher<'_> {
             id_base: process.slot.base,
             id_count: process.slot.count,
             output_directory: self.output_directory(&process.name),
+            frozen: self.parts.tree.is_frozen(&process.name),
         })
     }
 

@@ -1,0 +1,97 @@
+//! A session without calls: after a while its processes are stopped, the next call lets them go on, and one that nobody wants
+//! any more is ended.
+//!
+//! Nothing is handed to a sandbox that stands still: a call waits in its queue until the processes go on, which is asked for
+//! when it arrives. What is stopped is the workload only, so a sandbox whose runner is lost ends at its deadline all the same.
+
+use std::time::Duration;
+
+use super::state::{Rest, Session};
+use super::{Action, Core, SessionEnd, SessionId, ToolFailure};
+
+impl Core {
+    /// Begins to count, or counts on, where a session has nothing to do.
+    pub(super) fn arm_idle(&mut self, session_id: &SessionId) {
+        let Some(session) = self.sessions.get(session_id).filter(|session| session.is_idle()) else { return };
+        let (freeze_after, end_after) = (self.freeze_after(session), self.config.idle.end_after);
+        let within = match session.rest {
+            Rest::Awake => freeze_after.or(end_after),
+            Rest::Frozen => end_after.map(|end| end.saturating_sub(freeze_after.unwrap_or_default())),
+            // Whatever comes of it counts on.
+            Rest::Freezing | Rest::Waking => None,
+        };
+        if let Some(within) = within {
+            self.actions.push(Action::ArmIdle { session_id: session_id.clone(), within });
+        }
+    }
+
+    /// When it is to be stopped; `None` when it is not, or is ended before.
+    fn freeze_after(&self, session: &Session) -> Option<Duration> {
+        let asked = session.open_request.idle_timeout.or(self.config.idle.freeze_after);
+        asked
+            .filter(|after| !after.is_zero() && !session.stays_awake)
+            .filter(|after| self.config.idle.end_after.is_none_or(|end| *after < end))
+    }
+
+    pub(super) fn idle_passed(&mut self, session_id: &SessionId) {
+        let Some(session) = self.sessions.get(session_id).filter(|session| session.is_idle()) else { return };
+        let freezes = self.freeze_after(session).is_some();
+        match session.rest {
+            Rest::Awake if freezes => {
+                self.set_rest(session_id, Rest::Freezing);
+                self.actions.push(Action::Freeze { session_id: session_id.clone() });
+            }
+            Rest::Awake | Rest::Frozen => self.end_idle(session_id),
+            Rest::Freezing | Rest::Waking => {}
+        }
+    }
+
+    /// Ends a session that nobody wants any more. One that holds results which are stored nowhere else is still wanted.
+    fn end_idle(&mut self, session_id: &SessionId) {
+        let Some(within) = self.config.idle.end_after else { return };
+        if self.sessions.get(session_id).is_some_and(|session| session.unacknowledged > 0) {
+            return self.actions.push(Action::ArmIdle { session_id: session_id.clone(), within });
+        }
+        self.begin_close(session_id, SessionEnd::Idle, self.config.drain_grace);
+    }
+
+    pub(super) fn frozen(&mut self, session_id: &SessionId, result: &Result<(), ToolFailure>) {
+        let Some(session) = self.sessions.get_mut(session_id).filter(|session| session.rest == Rest::Freezing) else {
+            return;
+        };
+        // After an error some of it may stand still, so it is woken like the others when a call comes.
+        (session.rest, session.stays_awake) = (Rest::Frozen, result.is_err());
+        self.start_in(session_id);
+        self.arm_idle(session_id);
+    }
+
+    /// A call came, or was there when the sandbox was taken over.
+    pub(super) fn wake(&mut self, session_id: &SessionId) {
+        self.set_rest(session_id, Rest::Waking);
+        self.actions.push(Action::Thaw { session_id: session_id.clone() });
+    }
+
+    pub(super) fn thawed(&mut self, session_id: &SessionId, result: Result<(), ToolFailure>) {
+        let Some(session) = self.sessions.get_mut(session_id).filter(|session| session.rest == Rest::Waking) else {
+            return;
+        };
+        match result {
+            Ok(()) => {
+                (session.rest, session.stays_awake) = (Rest::Awake, false);
+                self.start_in(session_id);
+            }
+            // What waits has provably not begun; the next call tries again.
+            Err(failure) => {
+                session.rest = Rest::Frozen;
+                self.fail_queue(session_id, &failure);
+            }
+        }
+        self.arm_idle(session_id);
+    }
+
+    fn set_rest(&mut self, session_id: &SessionId, rest: Rest) {
+        if let Some(session) = self.sessions.get_mut(session_id) {
+            session.rest = rest;
+        }
+    }
+}
