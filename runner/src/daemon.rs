@@ -18,12 +18,15 @@ use crate::connector::Ports;
 use crate::connector::orchestrator::{self, Handle, LinkStatus, Settings, Stop};
 use crate::connector::tls::TlsError;
 use crate::journal::{Journal, JournalMemory, Recovered};
+use crate::pressure::{self, watch::Watch};
 use crate::session::core::{Config as CoreConfig, IdlePolicy};
 use crate::session::registry::{Registry, Reserve};
 use crate::session::{SessionHandle, Sessions};
 use crate::shutdown::{Signal, Signals};
 use crate::systemd::{Notifier, Watchdog};
-use crate::work::{DrainMode, DrainedBy, Memory, Receipt, ResourceLimits, Sandboxes, Trouble, Update, WorkItem};
+use crate::work::{
+    DrainMode, DrainedBy, Memory, Pressure, Receipt, ResourceLimits, Sandboxes, Trouble, Update, WorkItem,
+};
 
 /// Time to end sandboxes after patience with calls has ended.
 const CLOSE_TIME: Duration = Duration::from_secs(10);
@@ -47,6 +50,8 @@ pub struct Parts {
     pub defaults: ResourceLimits,
     /// What becomes of sessions without calls.
     pub idle: IdlePolicy,
+    /// What of the host is looked at, and when it is short of it.
+    pub pressure: pressure::watch::Settings,
     /// The link; a runner without one serves its administration socket only.
     pub link: Option<Settings>,
     /// Where the administration socket is put.
@@ -111,6 +116,7 @@ pub struct Daemon {
     drain_time: Duration,
     sandboxes: Arc<dyn Sandboxes>,
     memory: Arc<dyn Memory>,
+    _pressure: Watch,
 }
 
 impl std::fmt::Debug for Daemon {
@@ -136,9 +142,13 @@ impl Daemon {
             clock: settings::boottime_ns,
         };
         let (handle, updates) = sessions.start();
+        let pressure = pressure::watch::start(parts.pressure, handle.work.clone());
         let (stop, stopped) = watch::channel(Stop::Run);
         let link = match parts.link {
-            Some(settings) => Some(start_link(settings, &handle, updates, Arc::clone(&memory), stopped)?),
+            Some(settings) => {
+                let seen = pressure.pressure.clone();
+                Some(start_link(settings, &handle, updates, Arc::clone(&memory), seen, stopped)?)
+            }
             None => {
                 tokio::spawn(forget(updates));
                 // Nobody else will say so.
@@ -148,8 +158,12 @@ impl Daemon {
             }
         };
         let status = link.as_ref().map(|link| link.status.clone());
-        let admin = parts.admin.map(|socket| start_admin(socket, &handle, status, receipt)).transpose()?;
-        Ok(Self { sessions: handle, link, stop, admin, drain_time: parts.drain_time, sandboxes, memory })
+        let admin = parts
+            .admin
+            .map(|socket| start_admin(socket, &handle, status, receipt, pressure.pressure.clone()))
+            .transpose()?;
+        let drain_time = parts.drain_time;
+        Ok(Self { sessions: handle, link, stop, admin, drain_time, sandboxes, memory, _pressure: pressure })
     }
 
     /// The sessions, for those who run a daemon inside another program.
@@ -314,6 +328,7 @@ fn start_link(
     sessions: &SessionHandle,
     updates: mpsc::Receiver<Update>,
     memory: Arc<dyn Memory>,
+    pressure: watch::Receiver<Arc<Pressure>>,
     stopped: watch::Receiver<Stop>,
 ) -> Result<Handle, TlsError> {
     let ports = Ports {
@@ -322,6 +337,7 @@ fn start_link(
         outputs: Arc::new(sessions.outputs.clone()),
         progress: sessions.progress.clone(),
         memory,
+        pressure,
     };
     orchestrator::start(settings, ports, stopped)
 }
@@ -331,9 +347,11 @@ fn start_admin(
     sessions: &SessionHandle,
     link: Option<watch::Receiver<LinkStatus>>,
     receipt: Receipt,
+    pressure: watch::Receiver<Arc<Pressure>>,
 ) -> Result<(tokio::task::JoinHandle<()>, PathBuf), admin::SocketError> {
     let path = socket.path.clone();
-    let parts = admin::Parts { path: socket.path, own_uid: socket.own_uid, sessions: sessions.clone(), link, receipt };
+    let AdminSocket { path: own, own_uid } = socket;
+    let parts = admin::Parts { path: own, own_uid, sessions: sessions.clone(), link, receipt, pressure };
     Ok((admin::serve(parts)?, path))
 }
 

@@ -15,6 +15,7 @@ pub mod connector;
 pub mod daemon;
 pub mod dev;
 pub mod journal;
+pub mod pressure;
 pub mod sandbox;
 pub mod session;
 pub mod shutdown;

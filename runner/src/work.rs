@@ -12,6 +12,7 @@ mod flow;
 mod id;
 mod outcome;
 mod output;
+mod pressure;
 mod progress;
 mod sandbox;
 
@@ -27,6 +28,7 @@ pub use flow::{
 pub use id::{CallId, IdError, RunnerId, SandboxId, SessionId};
 pub use outcome::{CallEnd, CallResult, Content, Note, NoteKind, Outcome, ToolResult, Usage};
 pub use output::{OutputChunk, OutputSource, Stream, StreamLengths, StreamSummary};
+pub use pressure::{Closed, Gauge, Pressure, Resource, Shortage};
 pub use progress::Progress;
 pub use sandbox::{
     Attached, CallEvent, CallObserver, EnvironmentRef, ExpectedCall, FoundCall, Gate, Layer, Network, PreparedCall,

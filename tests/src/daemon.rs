@@ -32,11 +32,13 @@ pub struct Options {
     pub link: LinkSettings,
     /// Lines of `[limits]` in the configuration.
     pub limits: String,
+    /// Lines of `[pressure]`.
+    pub pressure: String,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { slots: 4, link: LinkSettings::default(), limits: small_sandboxes() }
+        Self { slots: 4, link: LinkSettings::default(), limits: small_sandboxes(), pressure: unwatched() }
     }
 }
 
@@ -46,6 +48,11 @@ pub fn small_sandboxes() -> String {
     "sandbox_memory_bytes = 134217728\nsandbox_pids = 64\nsandbox_disk_bytes = 67108864\nsandbox_cpu_millis = 1000\n\
      host_reserve_memory_bytes = 0\nhost_reserve_disk_bytes = 0\nhost_reserve_pids = 0\n"
         .to_owned()
+}
+
+/// What suites run beside each other, and on what disk, is not what they are about.
+fn unwatched() -> String {
+    "disk_low_bytes = 0\ndisk_critical_bytes = 0\nmemory_stall_percent = 0\nio_stall_percent = 0\n".to_owned()
 }
 
 /// An installation that runs. Dropping it ends everything in it.
@@ -100,11 +107,11 @@ impl Daemon {
         }
         let wire = FaultProxy::to(orchestrator.address()).await;
         let daemon = Self { orchestrator, wire, setup, _rootfs: rootfs, launcher: None, runner: None, restarts: 0 };
-        fs::write(daemon.config(), daemon.config_text(&options.limits)).expect("the configuration");
+        fs::write(daemon.config(), daemon.config_text(&options.limits, &options.pressure)).expect("the configuration");
         daemon
     }
 
-    fn config_text(&self, limits: &str) -> String {
+    fn config_text(&self, limits: &str, pressure: &str) -> String {
         let [state, run] = self.setup.directories();
         format!(
             r#"[orchestrator]
@@ -123,6 +130,8 @@ run_directory = "{run}"
 launcher_socket = "{socket}"
 min_tier = "none"
 
+[pressure]
+{pressure}
 [limits]
 {limits}
 [log]

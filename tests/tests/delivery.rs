@@ -101,7 +101,7 @@ async fn storm(plan: Plan) {
     let link =
         LinkSettings { window: 64 * 1024, heartbeat_every: Duration::from_millis(500), ..LinkSettings::default() };
     let slots = u32::try_from(plan.sessions + 2).expect("few sessions");
-    let daemon = Daemon::start(Options { slots, link, limits: small_sandboxes() }).await;
+    let daemon = Daemon::start(Options { slots, link, limits: small_sandboxes(), ..Options::default() }).await;
     let world = Arc::new(World { daemon, plan, hits: watch::channel(Hits::new()).0, halves: Mutex::default() });
 
     let cutter = tokio::spawn(cut_for_ever(Arc::clone(&world), seed));

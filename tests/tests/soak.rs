@@ -127,7 +127,7 @@ async fn soak(time: Duration) {
     println!("seed {seed}, {} s", time.as_secs());
     let link = LinkSettings { heartbeat_every: Duration::from_millis(500), ..LinkSettings::default() };
     let slots = u32::try_from(2 * DRIVERS + 2).expect("few sessions");
-    let daemon = Daemon::start(Options { slots, link, limits: small_sandboxes() }).await;
+    let daemon = Daemon::start(Options { slots, link, limits: small_sandboxes(), ..Options::default() }).await;
     // Before the load: what a launcher and one sandbox have, and nothing else.
     let keeper_session = daemon.session("keeper").await;
     let marked = keeper_session.run("keeper-mark", bash(format!("echo keeper > {MARKER}")));

@@ -1,6 +1,7 @@
 //! The service behind the socket.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use proto::admin::v1 as pb;
@@ -15,7 +16,8 @@ use crate::connector::orchestrator::LinkStatus;
 use crate::session::core::CallStage;
 use crate::session::{SessionHandle, View, ViewCall, ViewSession};
 use crate::work::{
-    CallId, CancelMode, Code, OutputSource, Receipt, SessionClose, SessionId, Stream, ToolFailure, WorkItem, limits,
+    CallId, CancelMode, Code, OutputSource, Pressure, Receipt, SessionClose, SessionId, Stream, ToolFailure, WorkItem,
+    limits,
 };
 
 /// How often new output is looked for while somebody follows a call.
@@ -34,6 +36,8 @@ pub struct Parts {
     pub link: Option<watch::Receiver<LinkStatus>>,
     /// What protects a new sandbox.
     pub receipt: Receipt,
+    /// How the host stands.
+    pub pressure: watch::Receiver<Arc<Pressure>>,
 }
 
 /// Binds the socket and serves beside the caller until the returned task is aborted.
@@ -158,6 +162,10 @@ impl AdminService for Admin {
                 (if status.connected { "connected" } else { "connecting" }, status.problem.clone())
             }
         };
+        let pressure = Arc::clone(&self.0.pressure.borrow());
+        let number = |(name, value): (String, u64)| pb::Number { name, value };
+        let counters = self.0.sessions.counters.all().into_iter().map(number);
+        let gauges = pressure.gauges.iter().map(|gauge| number((gauge.name.clone(), gauge.value)));
         let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
         Ok(Response::new(pb::StatusResponse {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -169,6 +177,8 @@ impl AdminService for Admin {
             queued_calls: count(view.queued_calls),
             draining: view.draining,
             receipt: Some(present::receipt(&self.0.receipt)),
+            short_of: pressure.shortages.iter().map(|shortage| shortage.measured.clone()).collect(),
+            numbers: gauges.chain(counters).collect(),
         }))
     }
 }

@@ -1,4 +1,4 @@
-//! How `ps`, `inspect`, `kill` and `logs` reach the running daemon: its admin socket on this host, and nothing else.
+//! How `status`, `ps`, `inspect`, `kill` and `logs` reach the running daemon: its admin socket on this host, and nothing else.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;

@@ -1,4 +1,4 @@
-//! `sandbox-runner ps`, `inspect`, `kill` and `logs`: what a running daemon is doing, and ending parts of it.
+//! `sandbox-runner status`, `ps`, `inspect`, `kill` and `logs`: what a running daemon is doing, and ending parts of it.
 
 use std::process::ExitCode;
 
@@ -13,6 +13,12 @@ use crate::config::units::display_size;
 
 #[derive(Debug, Args)]
 pub(super) struct PsArguments {
+    #[command(flatten)]
+    daemon: AdminArguments,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct StatusArguments {
     #[command(flatten)]
     daemon: AdminArguments,
 }
@@ -73,6 +79,20 @@ enum StreamChoice {
     Terminal,
     /// The encoded result of a file tool
     Result,
+}
+
+/// Shows how the daemon stands.
+pub(super) fn status(arguments: &StatusArguments) -> ExitCode {
+    let json = arguments.daemon.json;
+    with_daemon(&arguments.daemon, |mut daemon| async move {
+        let status = daemon.status(wire::StatusRequest {}).await?.into_inner();
+        if json {
+            print(&status_json(&status).to_string());
+        } else {
+            print(standing(&status).trim_end());
+        }
+        Ok(())
+    })
 }
 
 /// Lists sessions and calls.
@@ -182,6 +202,42 @@ fn table(sessions: &[wire::Session]) -> String {
     text
 }
 
+fn standing(status: &wire::StatusResponse) -> String {
+    let mut text = format!(
+        "version      {}\npid          {}\nlink         {}\nsessions     {}\ncalls        {} running, {} waiting\n",
+        status.version, status.pid, status.link, status.sessions, status.running_calls, status.queued_calls,
+    );
+    if !status.link_problem.is_empty() {
+        text += &format!("problem      {}\n", outcome::printable(&status.link_problem));
+    }
+    if status.draining {
+        text += "draining     takes no new work\n";
+    }
+    for shortage in &status.short_of {
+        text += &format!("short        {shortage}\n");
+    }
+    for number in &status.numbers {
+        text += &format!("{} {}\n", number.name, number.value);
+    }
+    text
+}
+
+fn status_json(status: &wire::StatusResponse) -> Value {
+    let numbers = status.numbers.iter().map(|number| (number.name.clone(), json!(number.value)));
+    json!({
+        "version": status.version,
+        "pid": status.pid,
+        "link": status.link,
+        "link_problem": status.link_problem,
+        "sessions": status.sessions,
+        "running_calls": status.running_calls,
+        "queued_calls": status.queued_calls,
+        "draining": status.draining,
+        "short_of": status.short_of,
+        "numbers": numbers.collect::<serde_json::Map<_, _>>(),
+    })
+}
+
 fn full(session: &wire::Session, receipt: &wire::Receipt) -> String {
     let limits = session.limits.unwrap_or_default();
     let mut text = format!(
@@ -268,6 +324,24 @@ mod tests {
 
         assert!(text.contains("2 KiB") && text.contains("running") && text.contains("idle"), "{text}");
         assert!(!text.contains('\u{1b}'));
+    }
+
+    #[test]
+    fn status_shows_what_the_host_is_short_of_and_every_number() {
+        let number = wire::Number { name: "descriptors_open".into(), value: 7 };
+        let status = wire::StatusResponse {
+            link: "connected".into(),
+            short_of: vec!["1 MiB of the state disk are free, 2 MiB are kept free".into()],
+            numbers: vec![number],
+            ..Default::default()
+        };
+
+        let text = standing(&status);
+        assert!(
+            text.contains("short        1 MiB of the state disk") && text.contains("descriptors_open 7\n"),
+            "{text}"
+        );
+        assert_eq!(status_json(&status)["numbers"]["descriptors_open"], 7);
     }
 
     #[test]

@@ -52,6 +52,8 @@ enum Command {
     Demo(demo::DemoArguments),
     /// Run one command in a new sandbox
     Exec(exec::ExecArguments),
+    /// Show how the running daemon stands: its link, what the host is short of, what was measured and counted
+    Status(daemon_view::StatusArguments),
     /// List the sessions and calls of the running daemon
     Ps(daemon_view::PsArguments),
     /// Show one session or call in full
@@ -92,6 +94,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Launcher(arguments) => launcher::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Exec(arguments) => exec::run(&arguments),
+        Command::Status(arguments) => daemon_view::status(&arguments),
         Command::Ps(arguments) => daemon_view::ps(&arguments),
         Command::Inspect(arguments) => daemon_view::inspect(&arguments),
         Command::Kill(arguments) => daemon_view::kill(&arguments),

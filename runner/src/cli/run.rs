@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use rustix::fs::{FsWord, statfs};
 use tracing::{info, warn};
 
@@ -284,7 +284,7 @@ async fn serve_with(config: &Config, sandboxes: HostSandboxes, ephemeral: bool) 
     info!(tier = measured.receipt.tier, attacks = measured.attempts.len(), "isolation measured");
     check_floor(config, &measured.receipt, sandboxes.host())?;
     let notifier = Notifier::new(&Environment::read(), std::process::id()).map_err(RunError::Notifier)?;
-    let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(now, _)| now);
+    let descriptors = all_descriptors();
     let link = settings::link(config, identity, measured.receipt, ephemeral)?;
     if link.is_none() {
         warn!("no [orchestrator] is configured, so no work will come");
@@ -296,6 +296,7 @@ async fn serve_with(config: &Config, sandboxes: HostSandboxes, ephemeral: bool) 
         reserve: settings::reserve(config, descriptors),
         defaults: settings::defaults(config),
         idle: settings::idle(config),
+        pressure: settings::pressure(config),
         link,
         admin: Some(AdminSocket {
             path: config.run_directory.join("admin.sock"),
@@ -304,6 +305,15 @@ async fn serve_with(config: &Config, sandboxes: HostSandboxes, ephemeral: bool) 
         drain_time: DRAIN_TIME,
     })?;
     Ok(daemon.run(signals, &notifier).await?)
+}
+
+/// Takes as many descriptors as this process may have, and says how many that are.
+fn all_descriptors() -> u64 {
+    let Ok((now, most)) = getrlimit(Resource::RLIMIT_NOFILE) else { return 1024 };
+    match setrlimit(Resource::RLIMIT_NOFILE, most, most) {
+        Ok(()) => most,
+        Err(_) => now,
+    }
 }
 
 /// The journal of this runner, and what an earlier one left in it.

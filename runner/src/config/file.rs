@@ -48,6 +48,8 @@ pub struct ConfigFile {
     pub limits: LimitsSection,
     /// Sessions without calls.
     pub idle: IdleSection,
+    /// When the host is short of something.
+    pub pressure: PressureSection,
     /// Logs.
     pub log: LogSection,
 }
@@ -120,6 +122,21 @@ pub struct IdleSection {
     pub end_after_seconds: Option<u64>,
 }
 
+/// `[pressure]`
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PressureSection {
+    /// Free bytes of a disk of the runner below which no session is opened; 0: never.
+    pub disk_low_bytes: Option<u64>,
+    /// Free bytes of a disk of the runner below which no call is taken that may write; 0: never.
+    pub disk_critical_bytes: Option<u64>,
+    /// Percent of the time in which some process waits for memory, from which on no session is opened; 0: never.
+    pub memory_stall_percent: Option<u64>,
+    /// Percent of the time in which all processes wait for block devices, from which on no session is opened; 0: never.
+    pub io_stall_percent: Option<u64>,
+    /// Percent of the time in which some process waits for a processor, from which on no session is opened; 0: never.
+    pub cpu_stall_percent: Option<u64>,
+}
+
 /// `[log]`
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LogSection {
@@ -163,6 +180,7 @@ impl ConfigFile {
             runner: root.read_section("runner", RunnerSection::read),
             limits: root.read_section("limits", LimitsSection::read),
             idle: root.read_section("idle", IdleSection::read),
+            pressure: root.read_section("pressure", PressureSection::read),
             log: root.read_section("log", LogSection::read),
         };
         (read, root.finish())
@@ -217,6 +235,18 @@ impl IdleSection {
         Self {
             freeze_after_seconds: section.take("freeze_after_seconds", NUMBER),
             end_after_seconds: section.take("end_after_seconds", NUMBER),
+        }
+    }
+}
+
+impl PressureSection {
+    fn read(section: &mut Reader<'_>) -> Self {
+        Self {
+            disk_low_bytes: section.take("disk_low_bytes", NUMBER),
+            disk_critical_bytes: section.take("disk_critical_bytes", NUMBER),
+            memory_stall_percent: section.take("memory_stall_percent", NUMBER),
+            io_stall_percent: section.take("io_stall_percent", NUMBER),
+            cpu_stall_percent: section.take("cpu_stall_percent", NUMBER),
         }
     }
 }
@@ -397,6 +427,12 @@ mod tests {
             [idle]
             freeze_after_seconds = 9
             end_after_seconds = 10
+            [pressure]
+            disk_low_bytes = 11
+            disk_critical_bytes = 12
+            memory_stall_percent = 13
+            io_stall_percent = 14
+            cpu_stall_percent = 15
             [log]
             format = "json"
             level = "debug"
@@ -411,6 +447,10 @@ mod tests {
         assert_eq!(read.runner.launcher_socket.as_deref(), Some(Path::new("/r/l")));
         assert_eq!(read.limits.host_reserve_pids, Some(8));
         assert_eq!((read.idle.freeze_after_seconds, read.idle.end_after_seconds), (Some(9), Some(10)));
+        let pressure = read.pressure;
+        assert_eq!((pressure.disk_low_bytes, pressure.disk_critical_bytes), (Some(11), Some(12)));
+        let stalls = [pressure.memory_stall_percent, pressure.io_stall_percent, pressure.cpu_stall_percent];
+        assert_eq!(stalls, [13, 14, 15].map(Some));
         assert_eq!(read.log.format, Some(LogFormat::Json));
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::file::{ConfigFile, IdleSection, LimitsSection, OrchestratorSection, Problem};
+use super::file::{ConfigFile, IdleSection, LimitsSection, OrchestratorSection, PressureSection, Problem};
 use super::launcher_policy::HostSize;
 use crate::sandbox::receipt::Tier;
 use crate::telemetry::{LogFormat, LogLevel};
@@ -34,6 +34,8 @@ pub struct Config {
     pub capacity: Capacity,
     /// What becomes of sessions without calls.
     pub idle: Idle,
+    /// When the host is short of something.
+    pub pressure: Pressure,
     /// Form of log lines.
     pub log_format: LogFormat,
     /// Least important log line.
@@ -96,6 +98,21 @@ pub struct Idle {
     pub end_after_seconds: Option<u64>,
 }
 
+/// When the host is short of something; 0 is never.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Pressure {
+    /// Free bytes of a disk below which no session is opened; absent: a tenth of it and at least 5 GiB, a quarter at most.
+    pub disk_low_bytes: Option<u64>,
+    /// Free bytes of a disk below which no call is taken that may write; absent: 3 % of it and at least 1 GiB, 5 % at most.
+    pub disk_critical_bytes: Option<u64>,
+    /// Percent of the time in which some process waits for memory.
+    pub memory_stall_percent: u64,
+    /// Percent of the time in which all processes wait for block devices.
+    pub io_stall_percent: u64,
+    /// Percent of the time in which some process waits for a processor.
+    pub cpu_stall_percent: u64,
+}
+
 /// What the machine has.
 #[derive(Debug, Clone)]
 pub struct Host {
@@ -132,6 +149,7 @@ pub fn resolve(path: &Path, file: &ConfigFile, host: &Host) -> Result<Config, Ve
     let sandbox = check.sandbox_defaults(&file.limits, host);
     let capacity = check.capacity(&file.limits, host, sandbox);
     let idle = check.idle(&file.idle);
+    let pressure = check.pressure(&file.pressure);
     let config = Config {
         orchestrator,
         runner_id,
@@ -143,6 +161,7 @@ pub fn resolve(path: &Path, file: &ConfigFile, host: &Host) -> Result<Config, Ve
         sandbox,
         capacity,
         idle,
+        pressure,
         log_format: file.log.format.unwrap_or_default(),
         log_level: file.log.level.unwrap_or_default(),
     };
@@ -282,6 +301,32 @@ impl Check<'_> {
         Idle { freeze_after_seconds, end_after_seconds }
     }
 
+    fn pressure(&mut self, section: &PressureSection) -> Pressure {
+        let PressureSection { disk_low_bytes, disk_critical_bytes, .. } = *section;
+        if let (Some(low), Some(critical)) = (disk_low_bytes, disk_critical_bytes)
+            && critical > low
+        {
+            let what = format!("{critical} is more than pressure.disk_low_bytes, which is {low}");
+            self.report("pressure.disk_critical_bytes", what, "write the smaller of the two here");
+        }
+        Pressure {
+            disk_low_bytes,
+            disk_critical_bytes,
+            memory_stall_percent: self.percent("pressure.memory_stall_percent", section.memory_stall_percent, 20),
+            io_stall_percent: self.percent("pressure.io_stall_percent", section.io_stall_percent, 80),
+            // A host whose processors are all in use may be just that: in use.
+            cpu_stall_percent: self.percent("pressure.cpu_stall_percent", section.cpu_stall_percent, 0),
+        }
+    }
+
+    fn percent(&mut self, key: &str, given: Option<u64>, default: u64) -> u64 {
+        let value = given.unwrap_or(default);
+        if value > 100 {
+            self.report(key, format!("{value} is more than all of the time"), "write 1 to 100, or 0 for never");
+        }
+        value
+    }
+
     fn at_least(&mut self, key: &str, given: Option<u64>, default: u64, least: u64) -> u64 {
         let value = given.unwrap_or(default);
         if value < least {
@@ -412,6 +457,19 @@ mod tests {
         assert!(problems[1].contains("idle.end_after_seconds: is no useful time"), "{problems:?}");
         let problems = resolved("[idle]\nfreeze_after_seconds = 60\nend_after_seconds = 60\n").expect_err("problems");
         assert!(problems[0].contains("60 is not more than idle.freeze_after_seconds"), "{problems:?}");
+    }
+
+    #[test]
+    fn marks_of_pressure_are_checked_and_have_defaults() {
+        let pressure = resolved("").expect("good").pressure;
+        assert_eq!((pressure.memory_stall_percent, pressure.io_stall_percent, pressure.cpu_stall_percent), (20, 80, 0));
+        assert_eq!((pressure.disk_low_bytes, pressure.disk_critical_bytes), (None, None));
+
+        let problems =
+            resolved("[pressure]\ndisk_low_bytes = 1\ndisk_critical_bytes = 2\nmemory_stall_percent = 101\n")
+                .expect_err("problems");
+        assert!(problems[0].contains("pressure.disk_critical_bytes: 2 is more than"), "{problems:?}");
+        assert!(problems[1].contains("pressure.memory_stall_percent: 101 is more than all"), "{problems:?}");
     }
 
     #[test]

@@ -10,9 +10,9 @@ pub mod tls;
 
 use std::sync::Arc;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
-use crate::work::{Memory, OutputSource, Progress, Update, WorkItem};
+use crate::work::{Memory, OutputSource, Pressure, Progress, Update, WorkItem};
 
 /// The joints between a connector and the rest of the runner.
 pub struct Ports {
@@ -26,6 +26,8 @@ pub struct Ports {
     pub progress: Progress,
     /// What outlives the process.
     pub memory: Arc<dyn Memory>,
+    /// How the host stands.
+    pub pressure: watch::Receiver<Arc<Pressure>>,
 }
 
 impl std::fmt::Debug for Ports {

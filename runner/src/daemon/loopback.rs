@@ -16,6 +16,7 @@ use crate::config::launcher_policy::HostSize;
 use crate::config::resolve::{Host, resolve};
 use crate::connector::tls::TlsFiles;
 use crate::journal::{FileJournal, Journal, OpenError, Recovered, Volatile};
+use crate::pressure;
 use crate::work::{Receipt, Sandboxes};
 
 /// What such a daemon is told.
@@ -101,6 +102,8 @@ impl Loopback<'_> {
             reserve: settings::reserve(&config, descriptors),
             defaults: settings::defaults(&config),
             idle: settings::idle(&config),
+            // What is shown and compared is of this moment, and nobody places work elsewhere.
+            pressure: pressure::watch::Settings::default(),
             link: settings::link(&config, identity, self.receipt, !self.durable)?,
             admin: None,
             drain_time: Duration::from_secs(5),

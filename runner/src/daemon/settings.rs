@@ -10,6 +10,7 @@ use crate::connector::backoff::Backoff;
 use crate::connector::dial::{Proxy, Target};
 use crate::connector::orchestrator::{Capacity, Identity, Settings};
 use crate::connector::tls::TlsFiles;
+use crate::pressure::{self, judge::Marks};
 use crate::session::core::IdlePolicy;
 use crate::session::registry::{DESCRIPTORS_PER_SESSION, Reserve};
 use crate::work::{Receipt, ResourceLimits, RunnerId};
@@ -71,6 +72,23 @@ pub fn idle(config: &Config) -> IdlePolicy {
     IdlePolicy {
         freeze_after: config.idle.freeze_after_seconds.map(Duration::from_secs),
         end_after: config.idle.end_after_seconds.map(Duration::from_secs),
+    }
+}
+
+/// What of the host is looked at, and when it is short of it.
+#[must_use]
+pub fn pressure(config: &Config) -> pressure::watch::Settings {
+    let configured = config.pressure;
+    pressure::watch::Settings {
+        marks: Marks {
+            disk_low_bytes: configured.disk_low_bytes,
+            disk_critical_bytes: configured.disk_critical_bytes,
+            memory_stall_percent: configured.memory_stall_percent,
+            io_stall_percent: configured.io_stall_percent,
+            cpu_stall_percent: configured.cpu_stall_percent,
+        },
+        // The journal is in the first; spools and files of sandboxes are below one of them.
+        places: vec![("state", config.state_directory.clone()), ("run", config.run_directory.clone())],
     }
 }
 

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::core::{Action, Config, Core, IdlePolicy, Input, SessionStage};
-use super::core_tests::{call, cid, close, core, finish, open, outcome, prepared, ready, run, sandbox_id, sid};
+use super::core_tests::{
+    call, cid, close, core, finish, open, outcome, prepared, ready, refusal, run, sandbox_id, sid,
+};
 use crate::journal::{Recovered, RecoveredSession};
 use crate::work::*;
 
@@ -201,4 +203,40 @@ fn a_session_that_is_taken_over_at_rest_stays_so_until_its_next_call() {
     assert!(!thaws(&core.handle(call("s", 1, "c", 0))), "no orchestrator has renewed the lease");
     assert!(thaws(&core.handle(Input::Work(WorkItem::Resume { session_id: None }))));
     assert_eq!(prepared(&core.handle(thawed(Ok(())))), ["c"]);
+}
+
+fn short_of(resource: Resource, closed: Closed) -> Input {
+    let shortages = vec![Shortage { resource, closed, measured: "3 are free, 5 are needed".into() }];
+    Input::Work(WorkItem::Pressure(std::sync::Arc::new(Pressure { shortages, gauges: Vec::new() })))
+}
+
+/// F-53: memory first closes, then stops what is idle; nothing that runs is touched.
+#[test]
+fn sessions_that_may_be_stopped_are_stopped_at_once_when_others_wait_for_memory() {
+    let mut core = with(Some(FREEZE), None);
+    ready(&mut core, "s", 1);
+    ready(&mut core, "busy", 2);
+    core.handle(call("busy", 2, "c", 0));
+    let actions = core.handle(short_of(Resource::Memory, Closed::Sessions));
+    assert_eq!(actions, [Action::Freeze { session_id: sid("s") }]);
+    assert_eq!(refusal(&core.handle(open("new", 3))), Code::MemoryPressure);
+
+    let mut never = with(None, Some(END));
+    ready(&mut never, "s", 1);
+    assert!(never.handle(short_of(Resource::Memory, Closed::Sessions)).is_empty(), "it must not be stopped, nor ended");
+}
+
+#[test]
+fn shortage_keeps_new_work_out_and_nothing_else_and_ends_with_its_cause() {
+    let mut core = with(None, None);
+    ready(&mut core, "s", 1);
+    core.handle(call("s", 1, "before", 0));
+    run(&mut core, "before");
+    core.handle(short_of(Resource::Disk, Closed::Writing));
+    assert_eq!(refusal(&core.handle(open("new", 2))), Code::DiskLow);
+    assert_eq!(refusal(&core.handle(call("s", 1, "c", 0))), Code::DiskLow);
+    assert!(outcome(&finish(&mut core, "before"), "before").is_some());
+
+    core.handle(Input::Work(WorkItem::Pressure(std::sync::Arc::default())));
+    assert_eq!(prepared(&core.handle(call("s", 1, "d", 0))), ["d"]);
 }

@@ -143,7 +143,7 @@ fn restart_without_a_lease_is_not_counted_against_a_call_that_waits_at_its_gate(
     core.handle(Input::Recovered(Box::new(left(vec![held("a", None, RecoveredPhase::Started)]))));
     let found = BTreeMap::from([(cid("a"), FoundCall::Prepared)]);
 
-    let attached = core.handle(Input::SandboxAttached { session_id: sid("s"), found });
+    let attached = core.handle(Input::SandboxAttached { session_id: sid("s"), found, frozen: false });
     let resumed = core.handle(Input::Work(WorkItem::Resume { session_id: None }));
 
     assert!(!attached.contains(&Action::WriteStarted { call_id: cid("a") }), "{attached:?}");
@@ -154,7 +154,7 @@ fn restart_without_a_lease_is_not_counted_against_a_call_that_waits_at_its_gate(
 fn cancel_ends_a_restored_call_whose_start_is_being_written_down() {
     let mut core = core(Config::default());
     core.handle(Input::Recovered(Box::new(left(vec![held("a", None, RecoveredPhase::Accepted)]))));
-    core.handle(Input::SandboxAttached { session_id: sid("s"), found: BTreeMap::new() });
+    core.handle(Input::SandboxAttached { session_id: sid("s"), found: BTreeMap::new(), frozen: false });
     core.handle(Input::Work(WorkItem::Resume { session_id: None }));
 
     let cancelled = core.handle(super::core_tests::cancel("s", 3, "a", CancelMode::Kill));

@@ -23,6 +23,7 @@ use super::core::{Config, Core, Input};
 use super::present;
 use super::registry::Registry;
 use crate::journal::{Journal, Recovered};
+use crate::telemetry::Counters;
 use crate::work::{
     Attached, BoxFuture, CallEnd, CallId, CallResult, Outcome, Progress, Sandbox, SandboxId, Sandboxes, SessionId,
     ToolFailure, Update, WorkItem,
@@ -65,6 +66,8 @@ pub struct SessionHandle {
     pub outputs: Outputs,
     /// Ticks while the loop goes round.
     pub progress: Progress,
+    /// What has happened how often.
+    pub counters: Counters,
     views: mpsc::Sender<oneshot::Sender<View>>,
 }
 
@@ -106,11 +109,13 @@ impl Sessions {
             presenting: HashMap::new(),
             held_back: HashMap::new(),
             progress: Progress::default(),
+            counters: Counters::default(),
         };
         let handle = SessionHandle {
             work: work_sender,
             outputs: state.outputs.clone(),
             progress: state.progress.clone(),
+            counters: state.counters.clone(),
             views: view_sender,
         };
         tokio::spawn(state.run(work, views, done));
@@ -162,6 +167,7 @@ struct Loop {
     presenting: HashMap<SessionId, usize>,
     held_back: HashMap<SessionId, Input>,
     progress: Progress,
+    counters: Counters,
 }
 
 impl Loop {
@@ -296,6 +302,10 @@ impl Loop {
     }
 
     async fn tell(&mut self, update: Update) {
+        if let Update::Refused { request, failure, .. } = &update {
+            let labels = [("request", request.as_str()), ("code", failure.code.as_str())];
+            self.counters.add("refused_total", &labels);
+        }
         if self.updates.send(update).await.is_err() {
             // Without a connector results are kept until somebody asks again; that is what the journal is for.
             tracing::debug!("no connector takes updates");

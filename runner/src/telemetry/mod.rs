@@ -3,11 +3,15 @@
 //! Standard output belongs to data. Tool input, file contents, environment values and credentials never reach a log line;
 //! the types that carry them refuse to be shown.
 
+mod counters;
+
 use std::fmt;
 use std::io::IsTerminal;
 use std::str::FromStr;
 
 use tracing_subscriber::EnvFilter;
+
+pub use counters::Counters;
 
 /// Form of the log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]

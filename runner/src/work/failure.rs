@@ -93,6 +93,12 @@ codes! {
     Poison = "POISON",
     /// The machine was started again while the session was open, and its sandbox is gone.
     HostRebooted = "HOST_REBOOTED",
+    /// A disk of the runner is nearly full; the message says how full.
+    DiskLow = "DISK_LOW",
+    /// Processes of the host wait for memory.
+    MemoryPressure = "MEMORY_PRESSURE",
+    /// The runner has few descriptors left.
+    FdLow = "FD_LOW",
 }
 
 impl fmt::Display for Code {
@@ -174,10 +180,15 @@ fn classify(code: Code) -> (Blame, bool) {
         | Code::EnvironmentInvalid
         | Code::Unimplemented => (Blame::Caller, false),
         Code::SessionLost | Code::SandboxLost | Code::OutcomeUnknown | Code::OutputGone => (Blame::Sandbox, false),
-        Code::QueueFull | Code::Capacity | Code::Draining | Code::LeaseExpired | Code::JournalReadOnly => {
-            (Blame::Host, true)
-        }
-        Code::SandboxCreateFailed => (Blame::Host, true),
+        Code::QueueFull
+        | Code::Capacity
+        | Code::Draining
+        | Code::LeaseExpired
+        | Code::JournalReadOnly
+        | Code::DiskLow
+        | Code::MemoryPressure
+        | Code::FdLow
+        | Code::SandboxCreateFailed => (Blame::Host, true),
         Code::TierUnavailable | Code::Internal | Code::Poison | Code::HostRebooted => (Blame::Host, false),
     }
 }

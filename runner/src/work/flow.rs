@@ -5,8 +5,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    CallId, CallResult, CancelMode, EnvironmentRef, Network, Receipt, RequestDigest, ResourceLimits, SessionId,
-    StreamLengths, ToolCall, ToolFailure,
+    CallId, CallResult, CancelMode, EnvironmentRef, Network, Pressure, Receipt, RequestDigest, ResourceLimits,
+    SessionId, StreamLengths, ToolCall, ToolFailure,
 };
 
 /// From a connector to the sessions.
@@ -79,6 +79,8 @@ pub enum WorkItem {
         /// Who; each can undo only what it has asked for itself.
         by: DrainedBy,
     },
+    /// How the host stands; what it is short of keeps new work out until it is told otherwise.
+    Pressure(std::sync::Arc<Pressure>),
 }
 
 /// What is wrong with the memory of a runner.
@@ -218,6 +220,21 @@ pub enum RequestKind {
     Stdin,
     /// `WorkItem::Resize`.
     Resize,
+}
+
+impl RequestKind {
+    /// Its name, for people and collectors.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Open => "open",
+            Self::Close => "close",
+            Self::Call => "call",
+            Self::Cancel => "cancel",
+            Self::Stdin => "stdin",
+            Self::Resize => "resize",
+        }
+    }
 }
 
 /// Whether an answer is the first of its kind.

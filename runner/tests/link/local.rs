@@ -16,7 +16,7 @@ use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::fake::{FakeSandboxes, Fakes, bytes_of};
-use crate::world::{DEFAULTS, Options, RESERVE, World, settings, within};
+use crate::world::{DEFAULTS, Options, RESERVE, World, calm, settings, within};
 
 async fn client(path: &std::path::Path) -> AdminServiceClient<Channel> {
     let path = path.to_owned();
@@ -31,7 +31,7 @@ async fn client(path: &std::path::Path) -> AdminServiceClient<Channel> {
 fn parts(world: &World, path: std::path::PathBuf) -> Parts {
     let own_uid = nix::unistd::geteuid().as_raw();
     let (sessions, link) = (world.sessions.clone(), Some(world.connector.status.clone()));
-    Parts { path, own_uid, sessions, link, receipt: Default::default() }
+    Parts { path, own_uid, sessions, link, receipt: Default::default(), pressure: calm() }
 }
 
 fn bash(command: &str) -> pb::call::Input {
@@ -120,6 +120,7 @@ async fn daemon_ends_in_order_calls_then_sandboxes_then_delivery_then_goodbye() 
         reserve: RESERVE,
         defaults: DEFAULTS,
         idle: Default::default(),
+        pressure: Default::default(),
         link: Some(settings(orchestrator.address().port(), files)),
         admin: Some(AdminSocket { path: path.clone(), own_uid: nix::unistd::geteuid().as_raw() }),
         drain_time: Duration::from_secs(30),
@@ -151,6 +152,7 @@ async fn daemon_without_usable_certificates_does_not_begin() {
         reserve: RESERVE,
         defaults: DEFAULTS,
         idle: Default::default(),
+        pressure: Default::default(),
         link: Some(settings(1, files)),
         admin: None,
         drain_time: Duration::ZERO,

@@ -14,7 +14,7 @@ use runner::journal::{Journal, JournalMemory, Recovered, Volatile};
 use runner::session::core::Config;
 use runner::session::registry::{Registry, Reserve};
 use runner::session::{SessionHandle, Sessions};
-use runner::work::{ResourceLimits, RunnerId};
+use runner::work::{Pressure, ResourceLimits, RunnerId};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{broadcast, watch};
 
@@ -104,10 +104,16 @@ impl Runner {
             outputs: Arc::new(sessions.outputs.clone()),
             progress: sessions.progress.clone(),
             memory,
+            pressure: calm(),
         };
         let connector = orchestrator::start(settings(port, files), ports, stopped).unwrap();
         Self { fakes, sessions, connector, stop }
     }
+}
+
+/// A host that is short of nothing.
+pub fn calm() -> watch::Receiver<Arc<Pressure>> {
+    watch::channel(Arc::default()).1
 }
 
 pub fn settings(port: u16, tls: TlsFiles) -> Settings {

@@ -253,13 +253,18 @@ impl Task {
         let now_ns = (self.settings.clock)();
         let (sessions, running_calls, queued_calls) = self.book.counts();
         let mut reasons = Vec::new();
+        let short_of: Vec<_> =
+            self.ports.pressure.borrow().shortages.iter().map(|shortage| shortage.measured.clone()).collect();
         let health = if let Some(Trouble::Broken(reason)) = &trouble {
             reasons.push(format!("the journal refuses writes: {reason}"));
             pb::HealthState::ReadOnly
         } else if self.drain_status.is_some() {
             pb::HealthState::Draining
-        } else if self.outbox.is_full() {
-            reasons.push("too many events without acknowledgement".to_owned());
+        } else if self.outbox.is_full() || !short_of.is_empty() {
+            if self.outbox.is_full() {
+                reasons.push("too many events without acknowledgement".to_owned());
+            }
+            reasons.extend(short_of);
             pb::HealthState::Saturated
         } else if trouble.is_some() {
             reasons.push("the disk of the journal is full".to_owned());

@@ -102,6 +102,9 @@ impl Core {
             return Err(read_only());
         }
         request.input.validate()?;
+        if let Some(failure) = self.pressure.call_refusal(&request.input) {
+            return Err(failure);
+        }
         let bounds = [
             ("calls waiting in this session", session.queue.len(), self.config.queued_per_session),
             ("calls waiting on this runner", self.queued, self.config.queued_per_runner),

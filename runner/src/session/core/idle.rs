@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::state::{Rest, Session};
 use super::{Action, Core, SessionEnd, SessionId, ToolFailure};
+use crate::work::Resource;
 
 impl Core {
     /// Begins to count, or counts on, where a session has nothing to do.
@@ -31,6 +32,22 @@ impl Core {
         asked
             .filter(|after| !after.is_zero() && !session.stays_awake)
             .filter(|after| self.config.idle.end_after.is_none_or(|end| *after < end))
+    }
+
+    /// Sessions without calls that may be stopped need not wait for it when others wait for memory: they would ask for more.
+    pub(super) fn freeze_under_pressure(&mut self) {
+        if !self.pressure.is_short_of(Resource::Memory) {
+            return;
+        }
+        let may = |session: &&Session| {
+            session.is_idle() && session.rest == Rest::Awake && self.freeze_after(session).is_some()
+        };
+        let mut ids: Vec<_> =
+            self.sessions.values().filter(may).map(|session| session.open_request.session_id.clone()).collect();
+        ids.sort();
+        for session_id in ids {
+            self.idle_passed(&session_id);
+        }
     }
 
     pub(super) fn idle_passed(&mut self, session_id: &SessionId) {

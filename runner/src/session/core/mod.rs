@@ -16,6 +16,7 @@ mod state;
 mod types;
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 
 use failures::busy;
@@ -24,8 +25,8 @@ pub use state::{CallStage, SessionStage};
 pub use types::{Action, Config, IdlePolicy, Input};
 
 use crate::work::{
-    CallId, CallPhase, CancelMode, Code, DrainMode, DrainedBy, Receipt, Replay, RequestKind, SandboxId, SessionClose,
-    SessionEnd, SessionId, SessionOpen, ToolFailure, Update, WorkItem,
+    CallId, CallPhase, CancelMode, Code, DrainMode, DrainedBy, Pressure, Receipt, Replay, RequestKind, SandboxId,
+    SessionClose, SessionEnd, SessionId, SessionOpen, ToolFailure, Update, WorkItem,
 };
 
 use super::registry::Registry;
@@ -56,6 +57,8 @@ pub struct Core {
     read_only: bool,
     /// Until when an orchestrator may be counted on, and how long sandboxes live beyond it.
     lease: Option<(u64, Duration)>,
+    /// What the host is short of.
+    pressure: Arc<Pressure>,
     /// Sandboxes of an earlier runner that are being taken over.
     attaching: usize,
     actions: Vec<Action>,
@@ -82,6 +85,7 @@ impl Core {
             lapsed: false,
             read_only: false,
             lease: None,
+            pressure: Arc::default(),
             attaching: 0,
             actions: Vec::new(),
         }
@@ -231,6 +235,10 @@ impl Core {
             WorkItem::Resume { session_id: Some(session_id) } => self.set_suspended(&session_id, false),
             WorkItem::Lease { until_ns, orphan_time } => self.renew(until_ns, orphan_time),
             WorkItem::Drain { mode, by } => self.drain(mode, by),
+            WorkItem::Pressure(pressure) => {
+                self.pressure = pressure;
+                self.freeze_under_pressure();
+            }
         }
     }
 

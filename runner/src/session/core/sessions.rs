@@ -110,6 +110,9 @@ impl Core {
         if request.epoch <= self.epoch_floor {
             return Err(stale(&request.session_id, request.epoch, self.epoch_floor));
         }
+        if let Some(failure) = self.pressure.session_refusal() {
+            return Err(failure);
+        }
         let limits = self.registry.admit(&request.session_id, request.limits)?;
         Ok(SessionOpen { limits, ..request.clone() })
     }

@@ -176,7 +176,10 @@ impl Loop {
             }
             Action::Freeze { session_id } => {
                 let Some(sandbox) = self.outputs.session(&session_id) else { return };
+                let counters = self.counters.clone();
                 self.beside(sandbox.freeze(true), move |result| {
+                    counters
+                        .add(if result.is_ok() { "sessions_frozen_total" } else { "sessions_not_frozen_total" }, &[]);
                     match &result {
                         Ok(()) => tracing::info!(%session_id, "session has nothing to do, its processes are stopped"),
                         Err(failure) => {
@@ -189,7 +192,9 @@ impl Loop {
             Action::Thaw { session_id } => {
                 let Some(sandbox) = self.outputs.session(&session_id) else { return };
                 let since = Instant::now();
+                let counters = self.counters.clone();
                 self.beside(sandbox.freeze(false), move |result| {
+                    counters.add(if result.is_ok() { "sessions_woken_total" } else { "sessions_not_woken_total" }, &[]);
                     let took_us = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
                     match &result {
                         Ok(()) => tracing::info!(%session_id, took_us, "session is woken"),
