@@ -125,6 +125,7 @@ fn main() {
         default_environment: vec![format!("PATH={path}").into_bytes()],
         working_directory: b"/tmp".to_vec(),
         shell_path: PathBuf::from("/bin/bash"),
+        own_terminals: false,
         orphan_timeout: None,
         reaps_orphans: false,
     };

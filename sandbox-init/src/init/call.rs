@@ -100,6 +100,9 @@ pub(crate) struct ProcessBody {
     /// Why the program could not be executed.
     pub(crate) failed: Option<StartFailure>,
     pub(crate) stdin: Option<StdinPipe>,
+    /// The program's end of its terminal, kept open until the call is over: a program that closes its descriptors and opens
+    /// `/dev/tty` again would otherwise write into a terminal that nobody reads.
+    pub(crate) terminal: Option<OwnedFd>,
     /// Name for an out-of-memory report.
     pub(crate) program: String,
 }

@@ -71,6 +71,10 @@ impl Engine {
         let Some(call) = self.calls.get_mut(&key) else { return };
         let call_id = call.plan.call_id.clone();
         let Phase::Running(running) = &mut call.phase else { return };
+        if let Some(process) = running.process() {
+            // From here on its end tells whether anybody else still has it.
+            process.terminal = None;
+        }
         for (index, output) in running.outputs.iter_mut().enumerate() {
             let (spool, stream) = (&mut self.spool, &mut output.stream);
             let Some(reader) = output.reader.take() else {

@@ -50,6 +50,7 @@ pub mod spawn;
 pub mod spawner;
 pub(crate) mod spool;
 pub(crate) mod stream;
+pub(crate) mod terminal;
 pub(crate) mod tool_call;
 pub(crate) mod tool_worker;
 
@@ -59,6 +60,8 @@ mod reconnect_tests;
 mod serve_tests;
 #[cfg(test)]
 mod shell_tests;
+#[cfg(test)]
+mod terminal_tests;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -102,6 +105,8 @@ pub struct Context {
     pub working_directory: Vec<u8>,
     /// The shell, normally `/bin/bash`.
     pub shell_path: PathBuf,
+    /// The devpts is the sandbox's own, so a terminal in it may be opened by name: nobody but the workload sees it.
+    pub own_terminals: bool,
     /// The sandbox ends when no runner has been connected for this long.
     pub orphan_timeout: Option<Duration>,
     /// Reap every child, also those we did not start. For pid 1; SIGCHLD must then be blocked by the caller.

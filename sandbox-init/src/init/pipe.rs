@@ -12,6 +12,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::{Mode, fchmod};
 use nix::unistd::{pipe2, read, write};
 
+use super::terminal::end_of_input;
+
 /// Bytes read from one pipe per wake-up.
 pub(crate) const READ_BUDGET: usize = 256 * 1024;
 /// Bytes of input that wait for a call to read them.
@@ -117,6 +119,10 @@ pub(crate) struct StdinPipe {
     accepted: u64,
     buffer: VecDeque<u8>,
     ends: bool,
+    /// A terminal, whose end of input is a character.
+    is_terminal: bool,
+    /// The last byte that was taken.
+    last: Option<u8>,
     /// Registered with epoll, because the buffer is not empty.
     pub(crate) watched: bool,
 }
@@ -124,7 +130,20 @@ pub(crate) struct StdinPipe {
 impl StdinPipe {
     /// Takes over the writing end.
     pub(crate) fn new(pipe: OwnedFd) -> Self {
-        Self { pipe: Some(pipe), accepted: 0, buffer: VecDeque::new(), ends: false, watched: false }
+        Self {
+            pipe: Some(pipe),
+            accepted: 0,
+            buffer: VecDeque::new(),
+            ends: false,
+            is_terminal: false,
+            last: None,
+            watched: false,
+        }
+    }
+
+    /// Types into a terminal instead. Its end is typed as well, and nothing after it.
+    pub(crate) fn terminal(ours: OwnedFd) -> Self {
+        Self { is_terminal: true, ..Self::new(ours) }
     }
 
     /// The descriptor, while it is open.
@@ -145,7 +164,11 @@ impl StdinPipe {
         let room = STDIN_LIMIT.saturating_sub(self.buffer.len()).min(fresh.len());
         self.buffer.extend(fresh.iter().take(room));
         self.accepted = self.accepted.saturating_add(room as u64);
+        self.last = fresh.get(..room).and_then(<[u8]>::last).copied().or(self.last);
         self.ends = ends && room == fresh.len();
+        if let Some(terminal) = self.pipe.as_ref().filter(|_| self.ends && self.is_terminal) {
+            self.buffer.extend(end_of_input(terminal, self.last));
+        }
         self.flush();
         Some(self.accepted)
     }

@@ -4,15 +4,12 @@ use std::fs::File;
 use std::os::fd::{AsFd as _, OwnedFd, RawFd};
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
-use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::epoll::{EpollEvent, EpollFlags};
-use nix::sys::stat::Mode;
 use nix::unistd::pipe2;
 use proto::init::v1::Stream;
 
 use crate::sys::child::{Exit, Which, reap};
-use crate::sys::terminal::set_window_size;
 
 use super::call::{Announced, Body, Call, Output, Phase, ProcessBody, Running, StartFailure, StartState, start_state};
 use super::cause::End;
@@ -23,6 +20,7 @@ use super::prepare::{Exec, Plan, Refusal, Work, merge_environment};
 use super::serve::Engine;
 use super::spawner::{Program, SpawnError, SpawnRequest};
 use super::stream::OutputStream;
+use super::terminal::{self, NewTerminal};
 
 /// A call whose output is short goes to files all the same when it lives longer than this.
 const SPOOL_AFTER: u64 = 250 * MILLISECOND;
@@ -33,7 +31,9 @@ const ENLARGE_AFTER: u64 = 128 * 1024;
 struct Wiring {
     child: Vec<(OwnedFd, RawFd)>,
     outputs: Vec<(Stream, OwnedFd)>,
-    stdin: Option<OwnedFd>,
+    stdin: Option<StdinPipe>,
+    /// The other end of the call's terminal.
+    terminal: Option<OwnedFd>,
 }
 
 impl Engine {
@@ -84,8 +84,10 @@ impl Engine {
         let Some(call) = self.calls.get(&key) else { return Ok(()) };
         let plan = call.plan.clone();
         let failed = |what: &str, error: nix::Error| (format!("{what}: {}", error.desc()), error as i32);
+        let is_terminal = matches!(&plan.work, Work::Exec(Exec { terminal: Some(_), .. }));
+        let missing = if is_terminal { "no terminal for the call" } else { "no pipes for the call" };
         let slot = self.slots.take().map_err(|error| failed("no slot for the call", error))?;
-        let spawned = self.wire(&plan).map_err(|error| failed("no pipes for the call", error)).and_then(|wiring| {
+        let spawned = self.wire(&plan).map_err(|error| failed(missing, error)).and_then(|wiring| {
             let (start_error, child_error) =
                 pipe2(OFlag::O_CLOEXEC).map_err(|error| failed("no pipes for the call", error))?;
             let _ = fcntl(&start_error, FcntlArg::F_SETFL(OFlag::O_NONBLOCK));
@@ -95,15 +97,15 @@ impl Engine {
                 working_directory: directory,
                 descriptors: wiring.child,
                 slot: self.slots.directory(slot),
-                terminal: matches!(&plan.work, Work::Exec(Exec { terminal: Some(_), .. })),
+                terminal: is_terminal,
                 start_error: child_error,
             };
             match self.spawner.spawn(request) {
-                Ok(spawned) => Ok((spawned, start_error, wiring.outputs, wiring.stdin)),
+                Ok(spawned) => Ok((spawned, start_error, wiring.outputs, wiring.stdin, wiring.terminal)),
                 Err(error) => Err(self.spawn_failure(&error)),
             }
         });
-        let (spawned, start_error, outputs, stdin) = match spawned {
+        let (spawned, start_error, outputs, stdin, terminal) = match spawned {
             Ok(spawned) => spawned,
             Err(failure) => {
                 self.slots.give_back(slot, &plan.call_id);
@@ -116,7 +118,8 @@ impl Engine {
             pidfd: spawned.pidfd,
             start_error: Some(start_error),
             failed: None,
-            stdin: stdin.map(StdinPipe::new),
+            stdin,
+            terminal,
             program: program_name(&plan.work),
         };
         // A descriptor that cannot be watched would hang the call; its timeout and the end of the process remain.
@@ -161,7 +164,10 @@ impl Engine {
     fn program(&self, plan: &Plan) -> (Program, Vec<u8>) {
         match &plan.work {
             Work::Exec(exec) => {
-                let environment = merge_environment(&self.environment, &exec.environment);
+                let mut environment = merge_environment(&self.environment, &exec.environment);
+                if exec.terminal.is_some() {
+                    environment = terminal::environment(environment, &exec.environment);
+                }
                 let directory = exec.working_directory.clone().unwrap_or_else(|| self.working_directory.clone());
                 (Program::Execute { argv: exec.argv.clone(), environment }, directory)
             }
@@ -177,17 +183,18 @@ impl Engine {
     fn wire(&self, plan: &Plan) -> Result<Wiring, nix::Error> {
         let null = || File::options().read(true).write(true).open("/dev/null").map(OwnedFd::from);
         match &plan.work {
-            Work::Exec(Exec { terminal: Some((columns, rows)), .. }) => {
-                let (ours, theirs) = open_terminal(*columns, *rows)?;
+            Work::Exec(Exec { terminal: Some(size), .. }) => {
+                let NewTerminal { ours, theirs } = NewTerminal::open(*size, self.own_terminals)?;
                 let again = || theirs.try_clone().map_err(super::serve::errno_of);
                 let child = vec![(again()?, 0), (again()?, 1), (again()?, 2)];
-                let stdin = ours.try_clone().map_err(super::serve::errno_of)?;
-                Ok(Wiring { child, outputs: vec![(Stream::Pty, ours)], stdin: Some(stdin) })
+                let stdin = StdinPipe::terminal(ours.try_clone().map_err(super::serve::errno_of)?);
+                let outputs = vec![(Stream::Pty, ours)];
+                Ok(Wiring { child, outputs, stdin: Some(stdin), terminal: Some(theirs) })
             }
             Work::Exec(exec) => {
                 let (child_in, stdin) = if exec.stdin {
                     let (reader, writer) = input_pipe()?;
-                    (reader, Some(writer))
+                    (reader, Some(StdinPipe::new(writer)))
                 } else {
                     (null().map_err(super::serve::errno_of)?, None)
                 };
@@ -200,14 +207,16 @@ impl Engine {
                 } else {
                     child_out.try_clone().map_err(super::serve::errno_of)?
                 };
-                Ok(Wiring { child: vec![(child_in, 0), (child_out, 1), (child_err, 2)], outputs, stdin })
+                let child = vec![(child_in, 0), (child_out, 1), (child_err, 2)];
+                Ok(Wiring { child, outputs, stdin, terminal: None })
             }
             Work::Tool { .. } | Work::Bash { .. } => {
                 let (out, child_out) = output_pipe()?;
                 let (err, child_err) = output_pipe()?;
                 let null = null().map_err(super::serve::errno_of)?;
                 let outputs = vec![(Stream::Result, out), (Stream::Stderr, err)];
-                Ok(Wiring { child: vec![(null, 0), (child_out, 1), (child_err, 2)], outputs, stdin: None })
+                let child = vec![(null, 0), (child_out, 1), (child_err, 2)];
+                Ok(Wiring { child, outputs, stdin: None, terminal: None })
             }
         }
     }
@@ -307,18 +316,6 @@ impl Engine {
             self.epoll.delete(pipe)
         };
     }
-}
-
-/// Our end and the child's end of a new terminal.
-fn open_terminal(columns: u16, rows: u16) -> Result<(OwnedFd, OwnedFd), nix::Error> {
-    let ours = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
-    grantpt(&ours)?;
-    unlockpt(&ours)?;
-    let name = ptsname_r(&ours)?;
-    let theirs = open(name.as_str(), OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC, Mode::empty())?;
-    set_window_size(theirs.as_fd(), columns, rows)?;
-    let ours = ours.as_fd().try_clone_to_owned().map_err(super::serve::errno_of)?;
-    Ok((ours, theirs))
 }
 
 /// The end of a call whose program could not be executed, with the status a shell would give.

@@ -3,7 +3,7 @@
 
 use proto::init::v1::{CallPrepared, CallStarted, Frame, OutputAdvanced, OutputData, Stream, StreamLength, frame};
 
-use super::call::{Call, Phase};
+use super::call::{Call, Phase, Running};
 use super::clock::{MILLISECOND, Moment, now};
 use super::connection::Connection;
 use super::serve::Engine;
@@ -11,6 +11,8 @@ use super::stream::{INLINE_LIMIT, OutputStream};
 
 /// Time between two reports of more output of one call.
 pub(crate) const ANNOUNCE_INTERVAL: u64 = 25 * MILLISECOND;
+/// The same where somebody types and waits for the echo.
+const TERMINAL_ANNOUNCE_INTERVAL: u64 = 2 * MILLISECOND;
 /// A call that is over sooner is not reported as started: its end says it all, at half the cost.
 pub(crate) const STARTED_AFTER: u64 = 2 * MILLISECOND;
 /// More output than this is reported earlier, but not more often than every millisecond.
@@ -65,7 +67,8 @@ fn tell(
         Phase::Running(running) => {
             let total = running.total_output();
             let fresh = total.saturating_sub(running.announced.output);
-            let soon = running.announced.next_output.saturating_sub(ANNOUNCE_INTERVAL).saturating_add(MILLISECOND);
+            let interval = announce_interval(running);
+            let soon = running.announced.next_output.saturating_sub(interval).saturating_add(MILLISECOND);
             let is_output_due =
                 fresh != 0 && (running.announced.next_output <= now || (fresh >= ANNOUNCE_BYTES && soon <= now));
             // The beginning is told before any output, and without output only when the call is not over at once.
@@ -101,7 +104,7 @@ fn tell(
                 return Ok(false);
             }
             running.announced.output = total;
-            running.announced.next_output = now.saturating_add(ANNOUNCE_INTERVAL);
+            running.announced.next_output = now.saturating_add(interval);
             Ok(true)
         }
         Phase::Finished(finished) => {
@@ -122,6 +125,11 @@ fn tell(
             Ok(finished.sent)
         }
     }
+}
+
+fn announce_interval(running: &Running) -> u64 {
+    let is_terminal = running.outputs.iter().any(|output| output.stream.stream() == Stream::Pty);
+    if is_terminal { TERMINAL_ANNOUNCE_INTERVAL } else { ANNOUNCE_INTERVAL }
 }
 
 fn is_sent(call: &Call) -> bool {

@@ -50,6 +50,8 @@ pub(crate) struct Engine {
     pub(super) spool: SpoolDirectory,
     pub(super) environment: Vec<Vec<u8>>,
     pub(super) working_directory: Vec<u8>,
+    /// A terminal may be opened by its name.
+    pub(super) own_terminals: bool,
     pub(super) calls: BTreeMap<Key, Call>,
     pub(super) acknowledged: VecDeque<(String, [u8; 32])>,
     pub(super) staging: Staging,
@@ -152,6 +154,7 @@ impl Engine {
                 doubted: false,
             },
             working_directory: context.working_directory,
+            own_terminals: context.own_terminals,
             deadline: None,
             orphan_timeout: context.orphan_timeout,
             alone_since: Some(now()),

@@ -1,6 +1,6 @@
 use proto::init::v1::{
     Abort, CancelMode, Exec, Go, Hello, InputChunk, NoteKind, OutputMode, Shutdown, Snapshot, StartCall, Stdin, Stream,
-    StreamSummary, Terminal, Tool, frame, outcome::Kind, request, start_call,
+    StreamSummary, Tool, frame, outcome::Kind, request, start_call,
 };
 use sha2::{Digest as _, Sha256};
 
@@ -259,31 +259,6 @@ fn input_too_large_for_one_packet_arrives_in_pieces() {
     assert_eq!(result.finished.streams[0].total_bytes, 5 + input.len() as u64);
     let end = client.read_output(&call_id, Stream::Result, 5 + 65_000, 65536);
     assert_eq!((end.data, end.end), (input.as_bytes()[65_000..].to_vec(), true));
-}
-
-#[test]
-fn a_terminal_is_a_terminal_of_the_size_asked_for() {
-    let sandbox = TestSandbox::start();
-    let mut client = sandbox.connect(1);
-    let work = start_call::Work::Exec(Exec {
-        argv: ["sh", "-c", "test -t 0 && test -t 1 && stty size; read line; stty size"]
-            .map(|word| word.as_bytes().to_vec())
-            .to_vec(),
-        terminal: Some(Terminal { columns: 100, rows: 30 }),
-        ..Exec::default()
-    });
-    let call = client.call(work);
-    let call_id = client.start(call);
-    client.wait_for(|event| match event {
-        frame::Body::OutputAdvanced(advanced) if advanced.call_id == call_id => Some(()),
-        _ => None,
-    });
-    client.done(request::Body::Resize(proto::init::v1::Resize { call_id: call_id.clone(), columns: 120, rows: 40 }));
-    let line = Stdin { call_id: call_id.clone(), offset: 0, data: b"\n".to_vec(), eof: false };
-    assert!(matches!(client.ask(request::Body::Stdin(line)), frame::Body::StdinAccepted(_)));
-    let result = client.finish(&call_id);
-    let text = String::from_utf8(result.bytes(Stream::Pty)).unwrap().replace('\r', "");
-    assert_eq!(text, "30 100\n\n40 120\n");
 }
 
 #[test]

@@ -77,6 +77,7 @@ pub(crate) fn context(directory: &Path, slots: Slots) -> Context {
         default_environment: vec![format!("PATH={path}").into_bytes(), b"HOME=/nowhere".to_vec()],
         working_directory: directory.join("work").into_os_string().into_encoded_bytes(),
         shell_path: PathBuf::from("/bin/bash"),
+        own_terminals: false,
         orphan_timeout: None,
         reaps_orphans: false,
     }

@@ -2,7 +2,8 @@
 //!
 //! From a fresh `execve` to a closed sandbox. The order, and why:
 //!
-//! 1. signals, because ignored ones are inherited by every shell below, and resource limits, likewise;
+//! 1. signals, because ignored ones are inherited by every shell below, and resource limits, likewise; the session, because
+//!    a terminal that the launcher was started from is none of the sandbox's business;
 //! 2. `/proc` and U2, because the kernel gives a child's id map only to a dumpable owner;
 //! 3. the spawner, which waits to be told: a process costs more than everything it does later;
 //! 4. the mounts that are the same for every sandbox, with `/proc` masked;
@@ -65,6 +66,8 @@ type Close = fn(&OwnedFd) -> Result<(Context, Vec<Layer>), StageError>;
 
 fn run(close: Close) -> Result<(), String> {
     reset_signals();
+    // A launcher that was started from a terminal has it as its controlling one, and a copy of it would too.
+    nix::unistd::setsid().map_err(|errno| format!("cannot leave the session of the launcher: {errno}"))?;
     let boot = inherited_descriptor(BOOT_DESCRIPTOR).map_err(|errno| format!("no boot socket: {errno}"))?;
     match close(&boot) {
         Ok((context, layers)) => {
@@ -175,6 +178,7 @@ fn close(boot_socket: &OwnedFd) -> Result<(Context, Vec<Layer>), StageError> {
         default_environment: environment(&boot.environment, boot.root),
         working_directory: boot.working_directory,
         shell_path: PathBuf::from("/bin/bash"),
+        own_terminals: true,
         orphan_timeout: (boot.orphan_timeout_ms > 0).then(|| Duration::from_millis(boot.orphan_timeout_ms)),
         reaps_orphans: true,
     };

@@ -208,6 +208,7 @@ fn close(boot_socket: &OwnedFd) -> Result<(Context, Vec<Layer>), StageError> {
         default_environment: own_environment(&boot, &directory),
         working_directory: boot.working_directory,
         shell_path: PathBuf::from("/bin/bash"),
+        own_terminals: false,
         orphan_timeout: (boot.orphan_timeout_ms > 0).then(|| Duration::from_millis(boot.orphan_timeout_ms)),
         reaps_orphans: true,
     };
