@@ -155,6 +155,12 @@ impl Session {
         self.shared.until(taken).await
     }
 
+    /// Tells the terminal of a running call its new size; the answer to a size that is refused is a failed request.
+    pub fn resize(&self, call_id: &str, columns: u32, rows: u32) {
+        let size = Some(pb::TerminalSize { columns, rows });
+        self.shared.state().send(Body::ResizeTerminal(pb::ResizeTerminal { call_id: call_id.to_owned(), size }));
+    }
+
     /// Ends the session and waits until it is over.
     ///
     /// # Errors

@@ -206,9 +206,9 @@ pub struct ExecInput {
     /// Working directory; that of the environment when missing.
     #[serde(with = "serde_bytes")]
     pub cwd: Option<Vec<u8>>,
-    /// Standard input is a pipe instead of /dev/null.
+    /// Standard input is a pipe instead of /dev/null. A terminal can always be typed into.
     pub stdin: bool,
-    /// Run in a terminal.
+    /// Run in a terminal of the sandbox.
     pub terminal: Option<Terminal>,
 }
 

@@ -263,7 +263,7 @@ impl Settings {
             major: 1,
             minor_min: 0,
             minor_max: 0,
-            features: ["output-credit", "stdin", "exec", "receipt"].map(str::to_owned).to_vec(),
+            features: ["output-credit", "stdin", "exec", "terminal", "receipt"].map(str::to_owned).to_vec(),
             runner: Some(pb::RunnerIdentity {
                 runner_id: self.identity.runner_id.to_string(),
                 state_id: self.identity.state_id.clone(),

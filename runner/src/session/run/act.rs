@@ -210,10 +210,12 @@ impl Loop {
             }
             Action::Stdin { session_id, call_id, offset, data, eof } => {
                 let Some(sandbox) = self.outputs.session(&session_id) else { return };
-                let written = sandbox.stdin(&call_id, offset, data, eof);
+                let mut written = sandbox.stdin(&call_id, offset, data, eof);
+                // Sent now: what follows is behind it, whichever task runs first.
+                let at_once = (&mut written).now_or_never();
                 let done = self.done.clone();
                 tokio::spawn(async move {
-                    let update = match written.await {
+                    let update = match settled(at_once, written).await {
                         Ok(accepted) => Update::StdinAccepted { call_id, accepted },
                         Err(failure) => refused(RequestKind::Stdin, session_id, call_id, failure),
                     };
@@ -223,10 +225,12 @@ impl Loop {
             }
             Action::Resize { session_id, call_id, columns, rows } => {
                 let Some(sandbox) = self.outputs.session(&session_id) else { return };
-                let resized = sandbox.resize(&call_id, columns, rows);
+                let mut resized = sandbox.resize(&call_id, columns, rows);
+                // Sent now: the last size is the one that stays.
+                let at_once = (&mut resized).now_or_never();
                 let done = self.done.clone();
                 tokio::spawn(async move {
-                    if let Err(failure) = resized.await {
+                    if let Err(failure) = settled(at_once, resized).await {
                         let update = refused(RequestKind::Resize, session_id, call_id, failure);
                         // A closed channel means that the loop has ended, and with it everybody who cares.
                         let _ = done.send(Done::Update(update)).await;
@@ -296,6 +300,14 @@ fn written_down(result: &Result<(), JournalError>) -> bool {
         tracing::error!(error = error as &dyn std::error::Error, "a record is not in the journal");
     }
     result.is_ok()
+}
+
+/// What a future that was looked at once has said, or says later.
+async fn settled<T>(at_once: Option<T>, later: BoxFuture<'static, T>) -> T {
+    match at_once {
+        Some(value) => value,
+        None => later.await,
+    }
 }
 
 fn refused(request: RequestKind, session_id: SessionId, call_id: CallId, failure: ToolFailure) -> Update {
