@@ -15,6 +15,7 @@
 //! - [`launcher`]: a launcher of our own and a hostile runner's end of its socket
 //! - [`keeper`]: the runner's end of the control socket of one sandbox
 //! - [`successor`]: runners that follow one another on the sandboxes of one launcher
+//! - [`terminal`]: a terminal of the host around the command, with somebody who types
 //! - [`skip`]: how a missing capability is reported
 #![forbid(unsafe_code)]
 
@@ -29,3 +30,4 @@ pub mod rootfs;
 pub mod runner;
 pub mod skip;
 pub mod successor;
+pub mod terminal;

@@ -12,17 +12,34 @@ use crate::work::{CallId, CancelMode, limits};
 pub(super) struct Signals {
     interrupt: Signal,
     terminate: Signal,
+    /// SIGHUP and SIGQUIT, where our terminal must not be left in raw mode.
+    leaving: Option<[Signal; 2]>,
 }
 
 impl Signals {
-    pub(super) fn new() -> std::io::Result<Self> {
-        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+    pub(super) fn new(is_raw: bool) -> std::io::Result<Self> {
+        let leaving = || Ok::<_, std::io::Error>([signal(SignalKind::hangup())?, signal(SignalKind::quit())?]);
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+            leaving: is_raw.then(leaving).transpose()?,
+        })
     }
 
     pub(super) async fn next(&mut self) -> CancelMode {
+        let leaving = async {
+            match &mut self.leaving {
+                Some([hangup, quit]) => tokio::select! {
+                    _ = hangup.recv() => {}
+                    _ = quit.recv() => {}
+                },
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             _ = self.interrupt.recv() => CancelMode::Interrupt,
             _ = self.terminate.recv() => CancelMode::Terminate,
+            () = leaving => CancelMode::Terminate,
         }
     }
 }
@@ -64,4 +81,10 @@ pub(super) async fn forward_stdin(control: Control, call_id: CallId) {
             return;
         }
     }
+}
+
+/// Tells a command in a terminal that nobody types into, once, that its input is over: reading would wait for ever.
+pub(super) async fn end_input(control: Control, call_id: CallId) {
+    // A command that is over already needs no input.
+    let _ = control.stdin(call_id.as_str(), 0, Vec::new(), true).await;
 }

@@ -1,10 +1,11 @@
 //! `sandbox-runner exec -- CMD`: one command in a new sandbox, its output as it arrives, its exit code as ours.
 //!
 //! The launcher is started for this one sandbox and ends with it, so whatever happens to this process leaves nothing
-//! behind.
+//! behind. With `--tty` the command has a terminal of its own inside; see `terminal`.
 
 mod input;
 mod output;
+mod terminal;
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -16,8 +17,9 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use tokio::sync::watch;
 
-use self::input::{Signals, cancel_on_signals, forward_stdin};
+use self::input::{Signals, cancel_on_signals, end_input, forward_stdin};
 use self::output::{CallState, Observer, Output, follow};
+use self::terminal::{Changes, RawMode};
 use super::embedded::{self, GIVEN_ROOTFS, Wishes};
 use super::{code, complain, floor, outcome, say};
 use crate::config::launcher_policy::{PROFILE_DEFAULT, PROFILE_STRICT, PROFILE_USER};
@@ -29,8 +31,8 @@ use crate::sandbox::receipt::Tier;
 use crate::sandbox::spec::{EnvironmentVariable, Limits, Rootfs, Spec, parse_environment_variable};
 use crate::sandbox::start::StartedLauncher;
 use crate::work::{
-    CallEnd, CallId, CallLimits, CancelMode, ExecInput, Gate, Outcome, OutputMode, PreparedCall, Sandbox, ToolFailure,
-    ToolInput,
+    CallEnd, CallId, CallLimits, CancelMode, ExecInput, Gate, Outcome, OutputMode, PreparedCall, Sandbox, Terminal,
+    ToolFailure, ToolInput,
 };
 
 /// Output kept in the sandbox while it waits to be printed; the disk limit usually comes first.
@@ -72,8 +74,13 @@ pub(super) struct ExecArguments {
     #[arg(long, value_name = "PROFILE", value_enum, default_value_t = ProfileChoice::Root)]
     profile: ProfileChoice,
     /// Pass standard input on to the command
-    #[arg(short = 'i', long)]
+    #[arg(short = 'i', long, visible_alias = "interactive")]
     stdin: bool,
+    /// Run the command in a terminal made inside the sandbox, as large as the one this was started from (80 by 24 without
+    /// one); standard error comes on standard output too. With -i standard input must be a terminal, and every key goes to
+    /// the command, Ctrl-C too; without, reading finds the end of input
+    #[arg(short = 't', long, conflicts_with = "json")]
+    tty: bool,
     /// Print one JSON object with outcome, output and receipt instead of the output itself
     #[arg(long)]
     json: bool,
@@ -130,6 +137,13 @@ enum ExecError {
     BelowFloor,
     #[error("cannot listen for signals")]
     Signals(#[source] std::io::Error),
+    #[error(
+        "standard input is not a terminal; leave out -i to run in a terminal that nobody types into, or -t to pass it on as \
+         it is"
+    )]
+    NotATerminal,
+    #[error("cannot change the mode of the terminal")]
+    Terminal(#[source] std::io::Error),
     #[error("the sandbox was lost: {0}")]
     Lost(String),
     #[error("cannot write the output")]
@@ -167,6 +181,9 @@ fn remediation(error: &ExecError) -> Option<String> {
 }
 
 fn try_run(arguments: &ExecArguments) -> Result<u8, ExecError> {
+    if arguments.tty && arguments.stdin && !terminal::is_input() {
+        return Err(ExecError::NotATerminal);
+    }
     let rootfs = match arguments.rootfs.to_str() {
         Some("host") => None,
         _ => Some(
@@ -228,7 +245,7 @@ async fn run_in_sandbox(
         Err(error) => return (Err(error.into()), None),
     };
     let result = async {
-        let mut signals = Signals::new().map_err(ExecError::Signals)?;
+        let mut signals = Signals::new(arguments.tty && arguments.stdin).map_err(ExecError::Signals)?;
         if let Some(wanted) = arguments.min_tier {
             tokio::select! {
                 checked = check_floor(&sandboxes, wanted) => checked?,
@@ -268,18 +285,28 @@ fn cancelled_early(mode: CancelMode) -> u8 {
 async fn run_call(arguments: &ExecArguments, sandbox: &LiveSandbox, signals: Signals) -> Result<u8, ExecError> {
     let call_id = CallId::new("exec").map_err(|error| ExecError::Call(error.into()))?;
     let (observer, progress) = watch::channel(CallState::default());
-    sandbox
-        .start_call(prepared(arguments, call_id.clone()), Arc::new(Observer(observer)))
-        .await
-        .map_err(ExecError::Call)?;
+    let changes = arguments.tty.then(Changes::listen).transpose().map_err(ExecError::Signals)?;
+    let call = prepared(arguments, call_id.clone(), changes.as_ref().map(Changes::known));
+    sandbox.start_call(call, Arc::new(Observer(observer))).await.map_err(ExecError::Call)?;
+    let raw = (arguments.tty && arguments.stdin).then(RawMode::enter).transpose().map_err(ExecError::Terminal)?;
     let control = sandbox.control().clone();
     let cancelling = tokio::spawn(cancel_on_signals(control.clone(), call_id.clone(), signals));
     if arguments.stdin {
-        tokio::spawn(forward_stdin(control, call_id.clone()));
+        tokio::spawn(forward_stdin(control.clone(), call_id.clone()));
+    } else if arguments.tty {
+        tokio::spawn(end_input(control.clone(), call_id.clone()));
     }
     let mut output = Output::new(arguments.json);
-    let ended = follow(sandbox, &call_id, progress, &mut output).await;
+    let ended = match changes {
+        Some(changes) => tokio::select! {
+            ended = follow(sandbox, &call_id, progress, &mut output) => ended,
+            never = changes.pass_on(control, &call_id, raw.as_ref()) => match never {},
+        },
+        None => follow(sandbox, &call_id, progress, &mut output).await,
+    };
     cancelling.abort();
+    // Before anything of ours is said.
+    drop(raw);
     let end = ended?;
     output.finish(&end, &sandbox.receipt()).await?;
     if !arguments.json {
@@ -288,14 +315,18 @@ async fn run_call(arguments: &ExecArguments, sandbox: &LiveSandbox, signals: Sig
     Ok(outcome::exit_code(&end.outcome))
 }
 
-fn prepared(arguments: &ExecArguments, call_id: CallId) -> PreparedCall {
+fn prepared(arguments: &ExecArguments, call_id: CallId, terminal: Option<Terminal>) -> PreparedCall {
     let variable = |entry: &EnvironmentVariable| [entry.name.as_bytes(), b"=", &entry.value[..]].concat();
+    let mut env: Vec<Vec<u8>> = arguments.environment.iter().map(variable).collect();
+    if terminal.is_some() && !env.iter().any(|entry| entry.starts_with(b"TERM=")) {
+        env.extend(terminal::kind());
+    }
     let exec = ExecInput {
         argv: arguments.command.iter().map(|argument| argument.clone().into_vec()).collect(),
-        env: arguments.environment.iter().map(variable).collect(),
+        env,
         cwd: arguments.workdir.clone().map(|path| path.into_os_string().into_vec()),
         stdin: arguments.stdin,
-        terminal: None,
+        terminal,
     };
     let limits = CallLimits {
         start_within: None,

@@ -48,7 +48,7 @@ pub(super) async fn follow(
             }
             (state, end)
         };
-        for stream in [Stream::Stdout, Stream::Stderr] {
+        for stream in [Stream::Stdout, Stream::Stderr, Stream::Terminal] {
             if let Some(inline) = end.as_ref().and_then(|end| inline(end, stream)) {
                 output.print_rest(stream, inline).await?;
             }
@@ -164,6 +164,7 @@ impl Output {
     }
 }
 
+/// A call in a terminal has that one stream, which goes where standard output goes.
 fn index(stream: Stream) -> usize {
     usize::from(stream == Stream::Stderr)
 }
