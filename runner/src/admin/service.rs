@@ -155,11 +155,11 @@ impl AdminService for Admin {
 
     async fn status(&self, _request: Request<pb::StatusRequest>) -> Result<Response<pb::StatusResponse>, Status> {
         let view = self.view().await?;
-        let (link, link_problem) = match &self.0.link {
-            None => ("none", String::new()),
+        let (link, status) = match &self.0.link {
+            None => ("none", LinkStatus::default()),
             Some(status) => {
-                let status = status.borrow();
-                (if status.connected { "connected" } else { "connecting" }, status.problem.clone())
+                let status = status.borrow().clone();
+                (if status.connected { "connected" } else { "connecting" }, status)
             }
         };
         let pressure = Arc::clone(&self.0.pressure.borrow());
@@ -171,7 +171,7 @@ impl AdminService for Admin {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             link: link.to_owned(),
-            link_problem,
+            link_problem: status.problem,
             sessions: count(view.sessions.len()),
             running_calls: count(view.running_calls),
             queued_calls: count(view.queued_calls),
@@ -179,6 +179,8 @@ impl AdminService for Admin {
             receipt: Some(present::receipt(&self.0.receipt)),
             short_of: pressure.shortages.iter().map(|shortage| shortage.measured.clone()).collect(),
             numbers: gauges.chain(counters).collect(),
+            certificate_not_after: status.certificate.not_after,
+            certificate_alarms: status.certificate.alarms(),
         }))
     }
 }

@@ -109,11 +109,11 @@ fn show(config: &Config, json: bool) -> ExitCode {
 }
 
 fn unreadable_files(path: &Path, config: &Config) -> Vec<Problem> {
-    let Some(orchestrator) = &config.orchestrator else { return Vec::new() };
+    let Some(given) = config.orchestrator.as_ref().and_then(|one| one.files.as_ref()) else { return Vec::new() };
     let files = [
-        ("orchestrator.ca_file", &orchestrator.ca_file),
-        ("orchestrator.certificate_file", &orchestrator.certificate_file),
-        ("orchestrator.key_file", &orchestrator.key_file),
+        ("orchestrator.ca_file", &given.ca_file),
+        ("orchestrator.certificate_file", &given.certificate_file),
+        ("orchestrator.key_file", &given.key_file),
     ];
     files
         .into_iter()

@@ -89,7 +89,7 @@ pub(super) fn status(arguments: &StatusArguments) -> ExitCode {
         if json {
             print(&status_json(&status).to_string());
         } else {
-            print(standing(&status).trim_end());
+            print(status_text(&status).trim_end());
         }
         Ok(())
     })
@@ -202,42 +202,6 @@ fn table(sessions: &[wire::Session]) -> String {
     text
 }
 
-fn standing(status: &wire::StatusResponse) -> String {
-    let mut text = format!(
-        "version      {}\npid          {}\nlink         {}\nsessions     {}\ncalls        {} running, {} waiting\n",
-        status.version, status.pid, status.link, status.sessions, status.running_calls, status.queued_calls,
-    );
-    if !status.link_problem.is_empty() {
-        text += &format!("problem      {}\n", outcome::printable(&status.link_problem));
-    }
-    if status.draining {
-        text += "draining     takes no new work\n";
-    }
-    for shortage in &status.short_of {
-        text += &format!("short        {shortage}\n");
-    }
-    for number in &status.numbers {
-        text += &format!("{} {}\n", number.name, number.value);
-    }
-    text
-}
-
-fn status_json(status: &wire::StatusResponse) -> Value {
-    let numbers = status.numbers.iter().map(|number| (number.name.clone(), json!(number.value)));
-    json!({
-        "version": status.version,
-        "pid": status.pid,
-        "link": status.link,
-        "link_problem": status.link_problem,
-        "sessions": status.sessions,
-        "running_calls": status.running_calls,
-        "queued_calls": status.queued_calls,
-        "draining": status.draining,
-        "short_of": status.short_of,
-        "numbers": numbers.collect::<serde_json::Map<_, _>>(),
-    })
-}
-
 fn full(session: &wire::Session, receipt: &wire::Receipt) -> String {
     let limits = session.limits.unwrap_or_default();
     let mut text = format!(
@@ -263,6 +227,65 @@ fn full(session: &wire::Session, receipt: &wire::Receipt) -> String {
         text += &format!("call         {name} {} {state}, {} of output\n", call.tool, display_size(call.output_bytes));
     }
     text
+}
+
+fn status_text(status: &wire::StatusResponse) -> String {
+    let tier = status.receipt.as_ref().map(|receipt| receipt.tier.as_str()).filter(|tier| !tier.is_empty());
+    let mut text = format!(
+        "version      {}\nprocess      {}\nlink         {}\n",
+        outcome::printable(&status.version),
+        status.pid,
+        outcome::printable(&status.link)
+    );
+    if !status.link_problem.is_empty() {
+        text += &format!("problem      {}\n", outcome::printable(&status.link_problem));
+    }
+    if status.certificate_not_after != 0 {
+        text += &format!("certificate  good until {}\n", utc(status.certificate_not_after));
+    }
+    for alarm in &status.certificate_alarms {
+        text += &format!("ALARM        {}\n", outcome::printable(alarm));
+    }
+    text += &format!(
+        "sessions     {}\ncalls        {} running, {} waiting\n",
+        status.sessions, status.running_calls, status.queued_calls
+    );
+    if status.draining {
+        text += "draining     takes no new work\n";
+    }
+    text += &format!("tier         {}\n", tier.unwrap_or("not measured"));
+    for shortage in &status.short_of {
+        text += &format!("short        {}\n", outcome::printable(shortage));
+    }
+    for number in &status.numbers {
+        text += &format!("{} {}\n", number.name, number.value);
+    }
+    text
+}
+
+/// A moment in seconds since 1970 as RFC 3339 has it, or the number where that has no name for it.
+fn utc(seconds: i64) -> String {
+    let stamp = prost_types::Timestamp { seconds, nanos: 0 };
+    if (0..=253_402_300_799).contains(&seconds) { stamp.to_string() } else { seconds.to_string() }
+}
+
+fn status_json(status: &wire::StatusResponse) -> Value {
+    let numbers = status.numbers.iter().map(|number| (number.name.clone(), json!(number.value)));
+    json!({
+        "version": status.version,
+        "pid": status.pid,
+        "link": status.link,
+        "link_problem": status.link_problem,
+        "certificate_not_after": status.certificate_not_after,
+        "certificate_alarms": status.certificate_alarms,
+        "sessions": status.sessions,
+        "running_calls": status.running_calls,
+        "queued_calls": status.queued_calls,
+        "draining": status.draining,
+        "short_of": status.short_of,
+        "numbers": numbers.collect::<serde_json::Map<_, _>>(),
+        "receipt": status.receipt.as_ref().map(receipt_json),
+    })
 }
 
 fn session_json(session: &wire::Session) -> Value {
@@ -336,12 +359,26 @@ mod tests {
             ..Default::default()
         };
 
-        let text = standing(&status);
+        let text = status_text(&status);
         assert!(
             text.contains("short        1 MiB of the state disk") && text.contains("descriptors_open 7\n"),
             "{text}"
         );
         assert_eq!(status_json(&status)["numbers"]["descriptors_open"], 7);
+    }
+
+    #[test]
+    fn status_shows_the_end_of_the_certificate_and_every_alarm_of_it() {
+        let status = wire::StatusResponse {
+            link: "connected".into(),
+            certificate_not_after: 1_000_000_000,
+            certificate_alarms: vec!["it ends soon".into(), "new files are refused".into()],
+            ..Default::default()
+        };
+        let text = status_text(&status);
+        assert!(text.contains("certificate  good until 2001-09-09T01:46:40Z\n"), "{text}");
+        assert!(text.contains("ALARM        it ends soon\nALARM        new files are refused\n"), "{text}");
+        assert!(!status_text(&wire::StatusResponse::default()).contains("certificate"), "{text}");
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod daemon_view;
 mod demo;
 mod doctor;
 mod embedded;
+mod enroll;
 mod exec;
 mod floor;
 mod journal;
@@ -48,11 +49,13 @@ struct Arguments {
 enum Command {
     /// Take work from the configured orchestrator, until told to end
     Run(run::RunArguments),
+    /// Get this runner its certificate, with a one-time token
+    Enroll(enroll::EnrollArguments),
     /// Show a whole installation at work: orchestrator, runner and two sandboxes, gone afterwards
     Demo(demo::DemoArguments),
     /// Run one command in a new sandbox
     Exec(exec::ExecArguments),
-    /// Show how the running daemon stands: its link, what the host is short of, what was measured and counted
+    /// Show how the running daemon stands: link and certificate, what the host is short of, what was measured and counted
     Status(daemon_view::StatusArguments),
     /// List the sessions and calls of the running daemon
     Ps(daemon_view::PsArguments),
@@ -92,6 +95,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     match parsed.command {
         Command::Run(arguments) => run::run(&arguments, parsed.log_level),
         Command::Launcher(arguments) => launcher::run(&arguments),
+        Command::Enroll(arguments) => enroll::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Exec(arguments) => exec::run(&arguments),
         Command::Status(arguments) => daemon_view::status(&arguments),

@@ -171,7 +171,7 @@ fn try_run(arguments: &RunArguments, config: &mut Config) -> Result<(), RunError
 }
 
 /// An ordinary user who has configured no directories has none of the system's.
-fn own_home(config: &Config, given: Option<&Path>) -> Home {
+pub(super) fn own_home(config: &Config, given: Option<&Path>) -> Home {
     let configured = Home { state: config.state_directory.clone(), run: config.run_directory.clone() };
     let system = Home { state: "/var/lib/sandbox-runner".into(), run: "/run/sandbox-runner".into() };
     if given.is_some() || configured == system { embedded::home(given) } else { configured }
@@ -271,7 +271,7 @@ async fn serve_with(config: &Config, sandboxes: HostSandboxes, ephemeral: bool) 
     let config = &leave_a_slot(config, &sandboxes);
     // From here a signal ends in order, also while the host is being measured.
     let mut signals = Signals::listen().map_err(RunError::Signals)?;
-    let identity = settings::identity(&config.runner_id, &config.state_directory)?;
+    let identity = settings::identity(&settings::runner_id(config)?, &config.state_directory)?;
     let (journal, recovered) = journal(config, &identity, ephemeral)?;
     // Sandboxes that no session has hold calls that nobody remembers.
     let kept: Vec<_> =

@@ -47,12 +47,9 @@ pub struct Config {
 pub struct Orchestrator {
     /// `https://host:port`.
     pub endpoint: String,
-    /// Authorities of its certificate.
-    pub ca_file: PathBuf,
-    /// Our certificate chain.
-    pub certificate_file: PathBuf,
-    /// Our private key.
-    pub key_file: PathBuf,
+    /// Certificates that somebody else keeps; without them it is the identity that `enroll` has stored.
+    #[serde(flatten)]
+    pub files: Option<CertificateFiles>,
     /// Name its certificate must have.
     pub server_name: String,
     /// `http://host:port` of a proxy.
@@ -61,6 +58,17 @@ pub struct Orchestrator {
     pub reconnect_first_ms: u64,
     /// Longest wait before any attempt to connect again, in milliseconds.
     pub reconnect_most_ms: u64,
+}
+
+/// Certificates that somebody else keeps.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct CertificateFiles {
+    /// Authorities of the orchestrator's certificate.
+    pub ca_file: PathBuf,
+    /// Our certificate chain.
+    pub certificate_file: PathBuf,
+    /// Our private key.
+    pub key_file: PathBuf,
 }
 
 /// What one sandbox gets when it asks for nothing.
@@ -191,9 +199,7 @@ impl Check<'_> {
             let what = format!("{proxy:?} is not http://HOST:PORT");
             self.report("orchestrator.proxy", what, "write for example \"http://proxy.example:3128\"");
         }
-        let ca_file = self.required_path("orchestrator.ca_file", section.ca_file.as_deref());
-        let certificate_file = self.required_path("orchestrator.certificate_file", section.certificate_file.as_deref());
-        let key_file = self.required_path("orchestrator.key_file", section.key_file.as_deref());
+        let files = self.certificate_files(section);
         let first = section.reconnect_first_ms.unwrap_or(500);
         let most = section.reconnect_most_ms.unwrap_or(first.max(30_000));
         for (key, value) in [("orchestrator.reconnect_first_ms", first), ("orchestrator.reconnect_most_ms", most)] {
@@ -206,16 +212,25 @@ impl Check<'_> {
             self.report("orchestrator.reconnect_most_ms", what, "write the larger of the two here");
         }
         let server_name = section.server_name.clone().or(host)?;
-        Some(Orchestrator {
-            endpoint,
-            ca_file: ca_file?,
-            certificate_file: certificate_file?,
-            key_file: key_file?,
-            server_name,
-            proxy,
-            reconnect_first_ms: first,
-            reconnect_most_ms: most,
-        })
+        Some(Orchestrator { endpoint, files, server_name, proxy, reconnect_first_ms: first, reconnect_most_ms: most })
+    }
+
+    /// All three, or none.
+    fn certificate_files(&mut self, section: &OrchestratorSection) -> Option<CertificateFiles> {
+        let given = [&section.ca_file, &section.certificate_file, &section.key_file];
+        if given.iter().all(|path| path.is_none()) {
+            return None;
+        }
+        let names = ["orchestrator.ca_file", "orchestrator.certificate_file", "orchestrator.key_file"];
+        for (key, _) in names.iter().zip(given).filter(|(_, path)| path.is_none()) {
+            self.report(
+                key,
+                "is missing",
+                "add it, or remove the other two to use what sandbox-runner enroll has stored",
+            );
+        }
+        let [ca, certificate, key] = [0, 1, 2].map(|part| self.absolute(names[part], given[part].as_deref()?));
+        Some(CertificateFiles { ca_file: ca?, certificate_file: certificate?, key_file: key? })
     }
 
     fn required<T>(&mut self, key: &str, value: Option<T>) -> Option<T> {
@@ -223,11 +238,6 @@ impl Check<'_> {
             self.report(key, "is missing", "add it, or remove the whole section");
         }
         value
-    }
-
-    fn required_path(&mut self, key: &str, value: Option<&Path>) -> Option<PathBuf> {
-        let path = self.required(key, value)?;
-        self.absolute(key, path)
     }
 
     fn absolute(&mut self, key: &str, path: &Path) -> Option<PathBuf> {
@@ -470,6 +480,19 @@ mod tests {
                 .expect_err("problems");
         assert!(problems[0].contains("pressure.disk_critical_bytes: 2 is more than"), "{problems:?}");
         assert!(problems[1].contains("pressure.memory_stall_percent: 101 is more than all"), "{problems:?}");
+    }
+
+    #[test]
+    fn without_certificate_files_it_is_the_stored_identity_and_some_of_them_are_a_mistake() {
+        let text = "[orchestrator]\nendpoint = \"https://o\"\n";
+        assert_eq!(resolved(text).expect("good").orchestrator.expect("a section").files, None);
+
+        let problems = resolved(&format!("{text}key_file = \"/k\"\n")).expect_err("problems");
+        assert_eq!(problems.len(), 2, "{problems:?}");
+        assert!(
+            problems[0].contains("orchestrator.ca_file: is missing; add it, or remove the other two"),
+            "{problems:?}"
+        );
     }
 
     #[test]

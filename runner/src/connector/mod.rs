@@ -4,9 +4,12 @@
 
 pub mod backoff;
 pub mod dial;
+pub mod enrollment;
+pub mod expiry;
 pub mod orchestrator;
 pub mod resolve;
 pub mod tls;
+mod transport;
 
 use std::sync::Arc;
 

@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustls::client::WebPkiServerVerifier;
 use rustls::crypto::ring;
@@ -85,9 +85,21 @@ pub struct Credentials {
     pub config: Arc<ClientConfig>,
     /// Names in our certificate, the first one being the runner's.
     pub names: Vec<String>,
+    /// Seconds since 1970 at which our certificate begins.
+    pub not_before: i64,
     /// Seconds since 1970 at which our certificate ends.
     pub not_after: i64,
+    /// SHA-256 of the authorities as they stand in their file: while authorities are replaced, it tells who has which.
+    pub authorities_sha256: [u8; 32],
     digest: [u8; 32],
+}
+
+impl Credentials {
+    /// SHA-256 of the whole set; another set has another one.
+    #[must_use]
+    pub fn digest(&self) -> [u8; 32] {
+        self.digest
+    }
 }
 
 /// Result of looking at the files again.
@@ -97,6 +109,8 @@ pub enum Reload {
     Unchanged,
     /// A new set is in use for the next connection.
     Replaced,
+    /// Files that were refused are gone again: they hold what is in use.
+    Restored,
     /// The files have changed and are not usable; the old set stays.
     Kept(TlsError),
 }
@@ -116,7 +130,17 @@ impl TlsSource {
     /// # Errors
     /// `TlsError` names the file and what is wrong with it.
     pub fn load(files: TlsFiles, now: SystemTime) -> Result<Self, TlsError> {
-        let current = read(&files, now)?;
+        Self::load_with_grace(files, now, Duration::ZERO)
+    }
+
+    /// The same, and a certificate that has expired less than `grace` ago is taken: it opens no link, and is good for
+    /// being renewed.
+    ///
+    /// # Errors
+    /// `TlsError` names the file and what is wrong with it.
+    pub fn load_with_grace(files: TlsFiles, now: SystemTime, grace: Duration) -> Result<Self, TlsError> {
+        let bytes = read_files(&files)?;
+        let current = check(&files, &bytes, now, grace)?;
         Ok(Self { files, current, refused: None })
     }
 
@@ -130,13 +154,20 @@ impl TlsSource {
     pub fn reload(&mut self, now: SystemTime) -> Reload {
         let bytes = match read_files(&self.files) {
             Ok(bytes) => bytes,
-            Err(error) => return Reload::Kept(error),
+            Err(error) => {
+                let digest = Sha256::digest(error.to_string()).into();
+                let known = self.refused.replace(digest) == Some(digest);
+                return if known { Reload::Unchanged } else { Reload::Kept(error) };
+            }
         };
         let digest = digest_of(&bytes);
-        if digest == self.current.digest || self.refused == Some(digest) {
+        if digest == self.current.digest {
+            return if self.refused.take().is_some() { Reload::Restored } else { Reload::Unchanged };
+        }
+        if self.refused == Some(digest) {
             return Reload::Unchanged;
         }
-        let checked = check(&self.files, &bytes, now).and_then(|new| self.same_identity(new));
+        let checked = check(&self.files, &bytes, now, Duration::ZERO).and_then(|new| self.same_identity(new));
         match checked {
             Ok(credentials) => {
                 self.current = credentials;
@@ -164,14 +195,23 @@ impl TlsSource {
 }
 
 /// Content of authorities, certificate and key.
-type Bytes = [Vec<u8>; 3];
+pub(super) type Bytes = [Vec<u8>; 3];
 
-fn read(files: &TlsFiles, now: SystemTime) -> Result<Credentials, TlsError> {
-    let bytes = read_files(files)?;
-    check(files, &bytes, now)
+/// Reads until two readings agree, a few times at most: whoever replaces files, or the link to their directory, may do so
+/// between two of ours.
+fn read_files(files: &TlsFiles) -> Result<Bytes, TlsError> {
+    let mut last = read_once(files)?;
+    for _ in 0..3 {
+        let again = read_once(files)?;
+        if again == last {
+            break;
+        }
+        last = again;
+    }
+    Ok(last)
 }
 
-fn read_files(files: &TlsFiles) -> Result<Bytes, TlsError> {
+fn read_once(files: &TlsFiles) -> Result<Bytes, TlsError> {
     let one = |what, path: &Path| {
         std::fs::read(path).map_err(|source| TlsError::Read { what, path: path.to_owned(), source })
     };
@@ -191,7 +231,16 @@ fn digest_of(bytes: &Bytes) -> [u8; 32] {
     hash.finalize().into()
 }
 
-fn check(files: &TlsFiles, bytes: &Bytes, now: SystemTime) -> Result<Credentials, TlsError> {
+/// Checks a set as a whole. `files` says what to call its parts.
+///
+/// # Errors
+/// `TlsError` names the part and what is wrong with it.
+pub(super) fn check(
+    files: &TlsFiles,
+    bytes: &Bytes,
+    now: SystemTime,
+    grace: Duration,
+) -> Result<Credentials, TlsError> {
     let [authorities, certificate, key] = bytes;
     let fault = |what, path: &Path, problem: String| TlsError::Content { what, path: path.to_owned(), problem };
     let provider = Arc::new(ring::default_provider());
@@ -214,7 +263,7 @@ fn check(files: &TlsFiles, bytes: &Bytes, now: SystemTime) -> Result<Credentials
     let leaf = chain.first().ok_or_else(|| bad("it holds no certificate".to_owned()))?;
     let (_, parsed) = X509Certificate::from_der(leaf).map_err(|e| bad(e.to_string()))?;
     let names = names_of(&parsed);
-    let not_after = check_time(&files.certificate, &parsed, now)?;
+    let (not_before, not_after) = check_time(&files.certificate, &parsed, now, grace)?;
 
     let bad = |problem: String| fault("private key", &files.key, problem);
     let key = PrivateKeyDer::from_pem_slice(key).map_err(|e| bad(e.to_string()))?;
@@ -230,7 +279,9 @@ fn check(files: &TlsFiles, bytes: &Bytes, now: SystemTime) -> Result<Credentials
         .with_client_auth_cert(chain, key)
         .map_err(|e| bad(e.to_string()))?;
     config.alpn_protocols = vec![b"h2".to_vec()];
-    Ok(Credentials { config: Arc::new(config), names, not_after, digest: digest_of(bytes) })
+    let authorities_sha256 = Sha256::digest(authorities).into();
+    let config = Arc::new(config);
+    Ok(Credentials { config, names, not_before, not_after, authorities_sha256, digest: digest_of(bytes) })
 }
 
 fn names_of(certificate: &X509Certificate<'_>) -> Vec<String> {
@@ -242,15 +293,26 @@ fn names_of(certificate: &X509Certificate<'_>) -> Vec<String> {
     names.value.general_names.iter().filter_map(text).collect()
 }
 
-fn check_time(path: &Path, certificate: &X509Certificate<'_>, now: SystemTime) -> Result<i64, TlsError> {
-    let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_secs()).unwrap_or(i64::MAX));
+/// Seconds since 1970.
+pub(super) fn seconds_of(time: SystemTime) -> i64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX))
+}
+
+fn check_time(
+    path: &Path,
+    certificate: &X509Certificate<'_>,
+    now: SystemTime,
+    grace: Duration,
+) -> Result<(i64, i64), TlsError> {
+    let seconds = seconds_of(now);
     let validity = certificate.validity();
-    let problem = if seconds < validity.not_before.timestamp() {
+    let (not_before, not_after) = (validity.not_before.timestamp(), validity.not_after.timestamp());
+    let problem = if seconds < not_before {
         format!("not valid before {}", validity.not_before)
-    } else if seconds >= validity.not_after.timestamp() {
+    } else if seconds >= not_after.saturating_add(i64::try_from(grace.as_secs()).unwrap_or(i64::MAX)) {
         format!("expired since {}", validity.not_after)
     } else {
-        return Ok(validity.not_after.timestamp());
+        return Ok((not_before, not_after));
     };
     Err(TlsError::Time { path: path.to_owned(), problem })
 }

@@ -5,9 +5,10 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::config::resolve::{Config, Orchestrator};
+use crate::config::resolve::{CertificateFiles, Config, Orchestrator};
 use crate::connector::backoff::Backoff;
 use crate::connector::dial::{Proxy, Target};
+use crate::connector::enrollment::{self, Renewal, StoreError};
 use crate::connector::orchestrator::{Capacity, Identity, Settings};
 use crate::connector::tls::TlsFiles;
 use crate::pressure::{self, judge::Marks};
@@ -31,6 +32,19 @@ pub enum SettingsError {
         /// What it should look like.
         form: &'static str,
     },
+    /// No certificates.
+    #[error(
+        "no identity is stored in {}: get one with sandbox-runner enroll, or set ca_file, certificate_file and key_file in \
+         [orchestrator]",
+        directory.display()
+    )]
+    NotEnrolled {
+        /// Where it would be.
+        directory: PathBuf,
+    },
+    /// The stored identity.
+    #[error(transparent)]
+    Enrollment(#[from] StoreError),
     /// The identity of the state directory.
     #[error("cannot keep the identity of this runner in {}", path.display())]
     State {
@@ -104,13 +118,22 @@ pub fn link(
 ) -> Result<Option<Settings>, SettingsError> {
     let Some(orchestrator) = &config.orchestrator else { return Ok(None) };
     let count = |number| u32::try_from(number).unwrap_or(u32::MAX);
+    let target = target(orchestrator)?;
+    let (tls, renewal) = match &orchestrator.files {
+        Some(files) => {
+            let CertificateFiles { ca_file, certificate_file, key_file } = files.clone();
+            (TlsFiles { authorities: ca_file, certificate: certificate_file, key: key_file }, None)
+        }
+        None => {
+            let directory = identity_directory(&config.state_directory);
+            let renewal = Renewal { directory: directory.clone(), proxy: target.proxy.clone() };
+            (enrollment::files(&directory), Some(renewal))
+        }
+    };
     Ok(Some(Settings {
-        target: target(orchestrator)?,
-        tls: TlsFiles {
-            authorities: orchestrator.ca_file.clone(),
-            certificate: orchestrator.certificate_file.clone(),
-            key: orchestrator.key_file.clone(),
-        },
+        target,
+        tls,
+        renewal,
         identity,
         labels: config.labels.clone(),
         capacity: Capacity {
@@ -131,20 +154,55 @@ pub fn link(
     }))
 }
 
-fn target(orchestrator: &Orchestrator) -> Result<Target, SettingsError> {
-    const ENDPOINT: &str = "https://HOST:PORT";
-    const PROXY: &str = "http://[USER:PASSWORD@]HOST:PORT";
-    let bad = |field, value: &str, form| SettingsError::Address { field, value: value.to_owned(), form };
-    let endpoint = &orchestrator.endpoint;
-    let (host, port) = endpoint
-        .strip_prefix("https://")
-        .and_then(|rest| host_and_port(rest, 443))
-        .ok_or_else(|| bad("orchestrator.endpoint", endpoint, ENDPOINT))?;
-    let proxy = match &orchestrator.proxy {
-        None => None,
-        // Its text may hold a password, so the error does not repeat it.
-        Some(text) => Some(proxy(text).ok_or_else(|| bad("orchestrator.proxy", "...", PROXY))?),
+/// Where the identity of a runner is.
+#[must_use]
+pub fn identity_directory(state_directory: &Path) -> PathBuf {
+    state_directory.join("identity")
+}
+
+/// Name of this runner: as its stored identity has it, where that is what it uses; else the configured one.
+///
+/// # Errors
+/// `SettingsError::NotEnrolled` where neither certificate files are configured nor an identity is stored.
+pub fn runner_id(config: &Config) -> Result<String, SettingsError> {
+    match &config.orchestrator {
+        Some(Orchestrator { files: None, .. }) => {
+            let directory = identity_directory(&config.state_directory);
+            let about = enrollment::about(&directory)?.ok_or(SettingsError::NotEnrolled { directory })?;
+            Ok(about.runner_id)
+        }
+        _ => Ok(config.runner_id.clone()),
+    }
+}
+
+/// An enrolment service at `endpoint`, on the way that leads to the orchestrator.
+///
+/// # Errors
+/// `SettingsError::Address` names the field.
+pub fn enrollment_target(config: &Config, endpoint: &str, server_name: Option<&str>) -> Result<Target, SettingsError> {
+    let (host, port) = https(endpoint, "--endpoint")?;
+    let proxy = config.orchestrator.as_ref().and_then(|orchestrator| orchestrator.proxy.as_deref());
+    Ok(Target { host, port, server_name: server_name.map(str::to_owned), proxy: checked_proxy(proxy)? })
+}
+
+fn https(endpoint: &str, field: &'static str) -> Result<(String, u16), SettingsError> {
+    let parsed = endpoint.strip_prefix("https://").and_then(|rest| host_and_port(rest, 443));
+    parsed.ok_or_else(|| SettingsError::Address { field, value: endpoint.to_owned(), form: "https://HOST:PORT" })
+}
+
+fn checked_proxy(text: Option<&str>) -> Result<Option<Proxy>, SettingsError> {
+    // Its text may hold a password, so the error does not repeat it.
+    let wrong = || SettingsError::Address {
+        field: "orchestrator.proxy",
+        value: "...".to_owned(),
+        form: "http://[USER:PASSWORD@]HOST:PORT",
     };
+    text.map(|text| proxy(text).ok_or_else(wrong)).transpose()
+}
+
+fn target(orchestrator: &Orchestrator) -> Result<Target, SettingsError> {
+    let (host, port) = https(&orchestrator.endpoint, "orchestrator.endpoint")?;
+    let proxy = checked_proxy(orchestrator.proxy.as_deref())?;
     Ok(Target { host, port, server_name: Some(orchestrator.server_name.clone()), proxy })
 }
 
@@ -179,7 +237,7 @@ fn host_and_port(text: &str, default: u16) -> Option<(String, u16)> {
 /// # Errors
 /// `SettingsError` names the field or the file.
 pub fn identity(runner_id: &str, state_directory: &Path) -> Result<Identity, SettingsError> {
-    let path = state_directory.join("identity").join("state_id");
+    let path = identity_directory(state_directory).join("state_id");
     let state_id = state_id(&path).map_err(|source| SettingsError::State { path, source })?;
     let read = |path: &str| fs::read_to_string(path).map(|text| text.trim().to_owned()).unwrap_or_default();
     Ok(Identity {
@@ -226,9 +284,7 @@ mod tests {
     fn orchestrator(endpoint: &str, proxy: Option<&str>) -> Orchestrator {
         Orchestrator {
             endpoint: endpoint.into(),
-            ca_file: "ca".into(),
-            certificate_file: "crt".into(),
-            key_file: "key".into(),
+            files: None,
             server_name: "o.example".into(),
             proxy: proxy.map(Into::into),
             reconnect_first_ms: 500,

@@ -78,6 +78,7 @@ fn welcome(shared: &Shared, hello: &pb::Hello, pages: &[pb::ResumePage], sender:
     state.links += 1;
     // What counts is what this link says.
     state.drain = None;
+    state.overlaps += u64::from(state.link.is_some());
     let number = state.links;
     state.link = Some(LinkOut { number, sender, frame_no: 0, live: false });
     (state.output_received, state.credited) = (0, settings.window);

@@ -4,6 +4,7 @@
 //! what a runner sends (numbers without gaps, output without undeclared holes, one end per call, hashes) and keeps a
 //! list of what it found wrong. It is not meant to place work for anybody.
 
+mod enrollment;
 mod intake;
 mod orchestrator;
 pub mod pki;
@@ -12,6 +13,7 @@ mod session;
 mod state;
 mod transcript;
 
+pub use enrollment::{Altered, Enrollment};
 pub use orchestrator::{DevError, Link, LinkSettings, Orchestrator};
 pub use server::{Connection, accept_one, listen};
 pub use session::{CallOutcome, Session};

@@ -6,10 +6,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use proto::runner::v1 as pb;
 use proto::runner::v1::orchestrator_frame::Body;
 use tokio::sync::{broadcast, oneshot};
 
+use super::enrollment::Enrollment;
 use super::pki::{Authority, Issued, PkiError, Validity};
 use super::session::Session;
 use super::state::{CallRecord, SessionRecord, Shared, State};
@@ -93,7 +95,8 @@ pub enum Link {
 pub struct Orchestrator {
     shared: Arc<Shared>,
     address: SocketAddr,
-    authority: Authority,
+    authority: Arc<Authority>,
+    tls: Arc<ArcSwap<rustls::ServerConfig>>,
     stop: Option<oneshot::Sender<()>>,
 }
 
@@ -113,16 +116,29 @@ impl Orchestrator {
     /// # Errors
     /// `DevError::Pki` or `DevError::Listen`.
     pub async fn start_with(authority: Authority, server: &Issued, settings: LinkSettings) -> Result<Self, DevError> {
-        let tls = authority.server_config(server)?;
+        let tls = Arc::new(ArcSwap::from_pointee(authority.server_config(server)?));
         let (listener, address) = super::server::listen().await.map_err(DevError::Listen)?;
         let shared = Arc::new(Shared::new(settings));
         let (stop, stopped) = oneshot::channel::<()>();
-        let serving = super::server::serve(listener, tls, Arc::clone(&shared), async {
+        let serving = super::server::serve(listener, Arc::clone(&tls), Arc::clone(&shared), async {
             // Dropping the sender stops as well.
             let _ = stopped.await;
         });
         tokio::spawn(serving);
-        Ok(Self { shared, address, authority, stop: Some(stop) })
+        Ok(Self { shared, address, authority: Arc::new(authority), tls, stop: Some(stop) })
+    }
+
+    /// What the next connection gets: another certificate, other authorities. Those that exist go on.
+    pub fn set_tls(&self, tls: rustls::ServerConfig) {
+        self.tls.store(Arc::new(tls));
+    }
+
+    /// Starts a service beside it that enrols runners: certificates of the same authority, and a port of its own.
+    ///
+    /// # Errors
+    /// `DevError::Pki` or `DevError::Listen`.
+    pub async fn start_enrollment(&self) -> Result<Enrollment, DevError> {
+        Enrollment::start(Arc::clone(&self.authority), Arc::clone(&self.shared)).await
     }
 
     /// Where it listens.
@@ -271,6 +287,12 @@ impl Orchestrator {
     #[must_use]
     pub fn links(&self) -> u64 {
         self.shared.state().links
+    }
+
+    /// How many of them were made while the one before was up.
+    #[must_use]
+    pub fn overlaps(&self) -> u64 {
+        self.shared.state().overlaps
     }
 
     /// Heartbeats so far, and the last one.

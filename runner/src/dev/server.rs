@@ -6,6 +6,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use arc_swap::ArcSwap;
 use proto::runner::v1 as pb;
 use proto::runner::v1::runner_link_service_server::{RunnerLinkService, RunnerLinkServiceServer};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -23,13 +24,21 @@ use crate::work::limits::FRAME_BYTES;
 const STREAM_WINDOW: u32 = 4 * 1024 * 1024;
 const CONNECTION_WINDOW: u32 = 8 * 1024 * 1024;
 
-/// A connection whose peer has shown a certificate of our authority.
+/// A connection whose peer has shown what its listener asks for.
 #[derive(Debug)]
 pub struct Connection(TlsStream<TcpStream>);
 
+/// The certificate that a peer has shown, DER, if it has shown one.
+#[derive(Debug, Clone)]
+pub struct PeerCertificate(pub Option<Vec<u8>>);
+
 impl Connected for Connection {
-    type ConnectInfo = ();
-    fn connect_info(&self) {}
+    type ConnectInfo = PeerCertificate;
+
+    fn connect_info(&self) -> PeerCertificate {
+        let shown = self.0.get_ref().1.peer_certificates();
+        PeerCertificate(shown.and_then(|chain| chain.first()).map(|leaf| leaf.to_vec()))
+    }
 }
 
 impl AsyncRead for Connection {
@@ -55,12 +64,12 @@ impl AsyncWrite for Connection {
 /// Serves until `stop` resolves.
 pub(super) async fn serve(
     listener: TcpListener,
-    tls: rustls::ServerConfig,
+    tls: Arc<ArcSwap<rustls::ServerConfig>>,
     shared: Arc<Shared>,
     stop: impl Future<Output = ()> + Send + 'static,
 ) {
     let (sender, connections) = mpsc::channel(16);
-    let accepting = tokio::spawn(accept(listener, TlsAcceptor::from(Arc::new(tls)), sender, Arc::clone(&shared)));
+    let accepting = tokio::spawn(accept(listener, tls, sender, Arc::clone(&shared)));
     let service = RunnerLinkServiceServer::new(LinkService(Arc::clone(&shared)))
         .max_decoding_message_size(FRAME_BYTES)
         .max_encoding_message_size(4 * FRAME_BYTES);
@@ -76,15 +85,17 @@ pub(super) async fn serve(
     }
 }
 
-async fn accept(
+/// Makes connections of what comes, each under the settings of that moment.
+pub(super) async fn accept(
     listener: TcpListener,
-    acceptor: TlsAcceptor,
+    tls: Arc<ArcSwap<rustls::ServerConfig>>,
     connections: mpsc::Sender<io::Result<Connection>>,
     shared: Arc<Shared>,
 ) {
     loop {
         let Ok((stream, peer)) = listener.accept().await else { return };
-        let (acceptor, connections, shared) = (acceptor.clone(), connections.clone(), Arc::clone(&shared));
+        let acceptor = TlsAcceptor::from(tls.load_full());
+        let (connections, shared) = (connections.clone(), Arc::clone(&shared));
         // Each handshake beside the others: a peer that says nothing must not keep anybody waiting.
         tokio::spawn(async move {
             match handshake(acceptor, stream).await {

@@ -27,6 +27,8 @@ pub(super) struct Shared {
 pub(super) struct State {
     pub(super) link: Option<LinkOut>,
     pub(super) links: u64,
+    /// Links that were made while the one before was up.
+    pub(super) overlaps: u64,
     pub(super) resumed: bool,
     pub(super) next_epoch: u64,
     pub(super) sessions: BTreeMap<String, SessionRecord>,

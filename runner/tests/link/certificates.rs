@@ -10,7 +10,7 @@ use runner::dev::{LinkSettings, Orchestrator};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 
-use crate::world::{Options, World, within};
+use crate::world::within;
 
 async fn dial_error(server: impl Fn(&Authority) -> Issued, trusted: Option<&Authority>) -> String {
     let authority = Authority::new("ours").unwrap();
@@ -140,6 +140,13 @@ fn half_a_renewal_keeps_the_old_set_and_the_other_half_replaces_it() {
     assert!(matches!(source.reload(SystemTime::now()), Reload::Unchanged));
     std::fs::write(&files.key, &second.key_pem).unwrap();
     assert!(matches!(source.reload(SystemTime::now()), Reload::Replaced));
+    // So is that a file is gone; and that it is back.
+    std::fs::rename(&files.key, directory.path().join("away")).unwrap();
+    assert!(matches!(source.reload(SystemTime::now()), Reload::Kept(TlsError::Read { .. })));
+    assert!(matches!(source.reload(SystemTime::now()), Reload::Unchanged));
+    std::fs::rename(directory.path().join("away"), &files.key).unwrap();
+    assert!(matches!(source.reload(SystemTime::now()), Reload::Restored));
+    assert!(matches!(source.reload(SystemTime::now()), Reload::Unchanged));
 }
 
 #[test]
@@ -153,25 +160,4 @@ fn certificate_of_somebody_else_never_replaces_ours() {
     authority.write_client_files(directory.path(), &other).unwrap();
     let Reload::Kept(error) = source.reload(SystemTime::now()) else { panic!("must be kept") };
     assert!(error.to_string().contains("runner-2") && error.to_string().contains("runner-1"), "{error}");
-}
-
-#[tokio::test]
-async fn new_certificate_brings_a_new_link_and_loses_no_call() {
-    let world = World::new(Options::default()).await;
-    let session = within("session", world.session("s")).await;
-    let script = proto::runner::v1::BashInput {
-        command: Some("print 300000; pause 300; print 300000".into()),
-        ..Default::default()
-    };
-    session.send("c", proto::runner::v1::call::Input::Bash(script));
-    within("started", session.started("c")).await.unwrap();
-    let client = world.orchestrator.authority().client("runner-1", Validity::Now).unwrap();
-    std::fs::write(&world.files.certificate, &client.certificate_pem).unwrap();
-    std::fs::write(&world.files.key, &client.key_pem).unwrap();
-    world.connector.reload.notify_one();
-    let finished = within("call", session.outcome("c")).await.unwrap();
-    assert_eq!(finished.streams[&1].through, 600_000);
-    assert_eq!(world.orchestrator.links(), 2);
-    assert_eq!(world.fakes.executions_of("c"), 1);
-    assert_eq!(world.orchestrator.complaints(), Vec::<String>::new());
 }

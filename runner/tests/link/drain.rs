@@ -109,6 +109,8 @@ async fn second_signal_ends_what_runs_and_its_result_is_delivered_before_the_goo
         link: Some(settings(orchestrator.address().port(), files)),
         admin: None,
         drain_time: Duration::from_secs(3600),
+        idle: Default::default(),
+        pressure: Default::default(),
     })
     .unwrap();
     let signals = Signals::listen().unwrap();

@@ -112,6 +112,8 @@ async fn runner_with_a_broken_journal_serves_its_session_to_the_end_and_then_end
         link: Some(settings(orchestrator.address().port(), files)),
         admin: None,
         drain_time: Duration::from_secs(3600),
+        idle: Default::default(),
+        pressure: Default::default(),
     })
     .unwrap();
     let signals = Signals::listen().unwrap();

@@ -67,6 +67,7 @@ impl Machine {
             variables: Vec::new(),
             min_tier: String::new(),
             orphan_timeout: None,
+            idle_timeout: None,
             max_concurrent_calls: 1,
             tenant: String::new(),
         };

@@ -7,6 +7,7 @@ use proto::runner::v1 as pb;
 use runner::connector::Ports;
 use runner::connector::backoff::Backoff;
 use runner::connector::dial::Target;
+use runner::connector::enrollment::Renewal;
 use runner::connector::orchestrator::{self, Capacity, Handle, Identity, Settings, Stop};
 use runner::connector::tls::TlsFiles;
 use runner::dev::{LinkSettings, Orchestrator};
@@ -45,6 +46,7 @@ pub struct Options {
     pub reserve: Reserve,
     pub journal: Arc<dyn Journal>,
     pub recovered: Recovered,
+    pub renewal: Option<Renewal>,
 }
 
 impl Default for Options {
@@ -55,6 +57,7 @@ impl Default for Options {
             reserve: RESERVE,
             journal: Arc::new(Volatile),
             recovered: Recovered::default(),
+            renewal: None,
         }
     }
 }
@@ -106,7 +109,9 @@ impl Runner {
             memory,
             pressure: calm(),
         };
-        let connector = orchestrator::start(settings(port, files), ports, stopped).unwrap();
+        let connector =
+            orchestrator::start(Settings { renewal: options.renewal, ..settings(port, files) }, ports, stopped)
+                .unwrap();
         Self { fakes, sessions, connector, stop }
     }
 }
@@ -120,6 +125,7 @@ pub fn settings(port: u16, tls: TlsFiles) -> Settings {
     Settings {
         target: Target { host: "127.0.0.1".into(), port, server_name: Some("localhost".into()), proxy: None },
         tls,
+        renewal: None,
         identity: Identity {
             runner_id: RunnerId::new("runner-1").unwrap(),
             state_id: "state".into(),

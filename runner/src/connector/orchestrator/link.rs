@@ -17,6 +17,7 @@ use super::book::{Next, Piece};
 use super::codec::Incoming;
 use super::encode::stream_to_wire;
 use super::outgoing::Lanes;
+use super::rotation::{Successor, Turn, connected};
 use super::task::{Ended, Event, PENDING, Task};
 use super::{LinkError, Stop};
 use crate::work::{BoxFuture, OutputChunk, SessionId, ToolFailure, Trouble};
@@ -24,9 +25,9 @@ use crate::work::{BoxFuture, OutputChunk, SessionId, ToolFailure, Trouble};
 /// Pieces of output that are read at the same time.
 const PARALLEL_READS: usize = 4;
 /// Time for Welcome and decisions.
-const HANDSHAKE: Duration = Duration::from_secs(10);
+pub(super) const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Time for the orchestrator to close its half after Goodbye.
-const FAREWELL: Duration = Duration::from_secs(2);
+pub(super) const FAREWELL: Duration = Duration::from_secs(2);
 /// How long a service manager may take to start the next runner.
 const REPLACED_WITHIN: Duration = Duration::from_secs(30);
 /// Without progress for this long no heartbeat is sent.
@@ -48,40 +49,34 @@ pub(super) struct Link {
     pub(super) opened_at: Instant,
     pub(super) oldest_at: Option<Instant>,
     pub(super) greeted_ns: u64,
+    /// Sessions that the greeting named.
+    pub(super) told: BTreeSet<SessionId>,
+    /// Digest of the certificates it was made with.
+    pub(super) certificate: [u8; 32],
+    /// The connection for the next link, while it is being made beside this one.
+    pub(super) successor: Option<Successor>,
+    /// When to try again to make one.
+    pub(super) next_try: Option<Instant>,
     /// Resolves when no older orchestrator will be obeyed any more; until then this one is not either.
     pub(super) obeying: Option<(u64, BoxFuture<'static, bool>)>,
-    reads: FuturesUnordered<Pin<Box<dyn Future<Output = Read> + Send>>>,
+    pub(super) reads: FuturesUnordered<Pin<Box<dyn Future<Output = Read> + Send>>>,
     output_wait: Option<Instant>,
     output_full: bool,
     progress: (u64, Instant),
 }
 
-impl Task {
-    /// Puts Hello and what is held into the lanes; returns the moment on our clock.
-    pub(super) fn greet(&mut self, lanes: &Lanes) -> Result<u64, LinkError> {
-        let pages = self.book.resume_pages();
-        let mut hello = self.settings.hello(self.reason, self.link_id.clone(), pages.len());
-        hello.highest_term = self.highest_term;
-        hello.first_unacked_event_seq = self.outbox.first_unacked();
-        hello.next_event_seq = self.outbox.next_seq();
-        let greeted_ns = hello.boottime_ns;
-        control(lanes, Body::Hello(hello))?;
-        for page in pages {
-            control(lanes, Body::ResumePage(page))?;
-        }
-        Ok(greeted_ns)
-    }
+/// What a greeting said.
+pub(super) struct Greeting {
+    /// When, on our clock.
+    pub(super) at_ns: u64,
+    /// The sessions it named.
+    pub(super) told: BTreeSet<SessionId>,
+}
 
-    /// Serves until something ends the link.
-    pub(super) async fn serve(
-        &mut self,
-        lanes: Lanes,
-        mut incoming: Streaming<Incoming>,
-        greeted_ns: u64,
-    ) -> Result<Ended, LinkError> {
-        self.replies.clear();
+impl Link {
+    pub(super) fn new(lanes: Lanes, greeting: Greeting, certificate: [u8; 32], progress: u64) -> Self {
         let now = Instant::now();
-        let mut link = Link {
+        Self {
             lanes,
             heartbeat: tokio::time::interval(Duration::from_secs(10)),
             last_frame_no: 0,
@@ -92,41 +87,95 @@ impl Task {
             ended: None,
             opened_at: now,
             oldest_at: None,
-            greeted_ns,
+            greeted_ns: greeting.at_ns,
+            told: greeting.told,
+            certificate,
+            successor: None,
+            next_try: None,
             obeying: None,
             reads: FuturesUnordered::new(),
             output_wait: None,
             output_full: false,
-            progress: (self.ports.progress.count(), now),
-        };
+            progress: (progress, now),
+        }
+    }
+}
+
+impl Task {
+    /// Puts Hello and what is held into the lanes.
+    pub(super) fn greet(&mut self, lanes: &Lanes, reason: pb::HelloReason) -> Result<Greeting, LinkError> {
+        let pages = self.book.resume_pages();
+        let authorities_sha256 = self.credentials.borrow().authorities_sha256;
+        let mut hello = self.settings.hello(reason, self.link_id.clone(), pages.len(), &authorities_sha256);
+        hello.highest_term = self.highest_term;
+        hello.first_unacked_event_seq = self.outbox.first_unacked();
+        hello.next_event_seq = self.outbox.next_seq();
+        let at_ns = hello.boottime_ns;
+        control(lanes, Body::Hello(hello))?;
+        for page in pages {
+            control(lanes, Body::ResumePage(page))?;
+        }
+        Ok(Greeting { at_ns, told: self.book.session_epochs().into_iter().map(|(session_id, _)| session_id).collect() })
+    }
+
+    /// Serves until something ends the link and those that take its place.
+    pub(super) async fn serve(
+        &mut self,
+        mut link: Link,
+        mut incoming: Streaming<Incoming>,
+    ) -> Result<Ended, LinkError> {
+        self.replies.clear();
         loop {
-            self.fill(&mut link)?;
-            self.end_if_asked(&mut link);
-            if let Some(ended) = link.ended.take() {
-                return self.farewell(link, incoming, ended).await;
+            match self.serve_until_turn(&mut link, &mut incoming).await? {
+                Turn::Over(ended) => return self.farewell(link, incoming, ended).await,
+                Turn::Successor(connected) => {
+                    if let Some((next, next_incoming)) =
+                        self.try_to_take_over(connected, &mut link, &mut incoming).await
+                    {
+                        self.leave_behind(std::mem::replace(&mut link, next), incoming);
+                        incoming = next_incoming;
+                    }
+                }
             }
+        }
+    }
+
+    /// Serves one link until it is over, or the connection of the next one is there.
+    async fn serve_until_turn(
+        &mut self,
+        link: &mut Link,
+        incoming: &mut Streaming<Incoming>,
+    ) -> Result<Turn, LinkError> {
+        let now = Instant::now();
+        loop {
+            self.fill(link)?;
+            self.end_if_asked(link);
+            if let Some(ended) = link.ended.take() {
+                return Ok(Turn::Over(ended));
+            }
+            self.connect_successor_if_due(link);
             let (live, reading) = (link.live, self.pending.len() < PENDING);
-            let (wait, output_full) = (link.output_wait, link.output_full);
+            let (wait, output_full, next_try) = (link.output_wait, link.output_full, link.next_try);
             let events_full = live && self.outbox.has_unsent();
             tokio::select! {
-                _ = link.heartbeat.tick(), if live => self.beat(&mut link)?,
-                event = self.next_event() => self.take_on_link(event, &mut link),
+                _ = link.heartbeat.tick(), if live => self.beat(link)?,
+                event = self.next_event() => self.take_on_link(event, link),
                 frame = incoming.message(), if reading => match frame {
-                    Ok(Some(frame)) => {
-                        self.incoming(frame, &mut link)?;
-                        if let Some((term, obeying)) = link.obeying.take() {
-                            if !obeying.await {
-                                return Err(LinkError::Ended("the journal refuses to write down the term".to_owned()));
-                            }
-                            self.highest_term = term;
-                        }
-                    }
+                    Ok(Some(frame)) => self.incoming_obeyed(frame, link).await?,
                     Ok(None) => return Err(LinkError::Ended("the orchestrator closed it".to_owned())),
                     Err(status) => return Err(LinkError::Ended(super::with_source(&status))),
                 },
                 Some((piece, chunk)) = link.reads.next(), if !link.reads.is_empty() => {
-                    self.piece(&mut link, &piece, chunk)?;
+                    self.piece(link, &piece, chunk)?;
                 }
+                connected = connected(&mut link.successor), if link.successor.is_some() => {
+                    link.successor = None;
+                    match connected {
+                        Ok(connected) => return Ok(Turn::Successor(connected)),
+                        Err(error) => self.put_off_successor(link, &error.into()),
+                    }
+                }
+                () = tokio::time::sleep_until(next_try.unwrap_or(now)), if next_try.is_some() => link.next_try = None,
                 () = room(&link.lanes.events), if events_full => {}
                 () = room(&link.lanes.output), if output_full => {}
                 () = tokio::time::sleep_until(wait.unwrap_or(now)), if wait.is_some() => {}
@@ -137,12 +186,22 @@ impl Task {
         }
     }
 
+    /// Takes a frame, and with a new term waits until no older orchestrator will be obeyed any more.
+    pub(super) async fn incoming_obeyed(&mut self, frame: Incoming, link: &mut Link) -> Result<(), LinkError> {
+        self.incoming(frame, link)?;
+        if let Some((term, obeying)) = link.obeying.take() {
+            if !obeying.await {
+                return Err(LinkError::Ended("the journal refuses to write down the term".to_owned()));
+            }
+            self.highest_term = term;
+        }
+        Ok(())
+    }
+
     fn take_on_link(&mut self, event: Event, link: &mut Link) {
         match event {
-            Event::Certificate => {
-                info!("leaving the link for a new one with the new certificate");
-                link.ended = Some(Ended::Rotation);
-            }
+            // A new link is tried at once, whatever became of the last attempt.
+            Event::Certificate => link.next_try = None,
             Event::Tick if link.oldest_at.is_some_and(|at| Instant::now() >= at) => {
                 info!("leaving the link, it has reached its age");
                 link.ended = Some(Ended::Sent(Duration::ZERO));
@@ -272,6 +331,10 @@ impl Task {
         } else {
             pb::HealthState::Ready
         };
+        let alarms = self.status.borrow().certificate.alarms();
+        let health =
+            if health == pb::HealthState::Ready && !alarms.is_empty() { pb::HealthState::Degraded } else { health };
+        reasons.extend(alarms);
         let not_after = self.credentials.borrow().not_after;
         let heartbeat = pb::Heartbeat {
             lease_seq: self.lease.beat(now_ns),
@@ -298,7 +361,6 @@ impl Task {
         let (reason, back_within) = match &ended {
             Ended::Said => ("the runner stops", None),
             Ended::Left => ("the runner is replaced", Some(super::encode::time(REPLACED_WITHIN))),
-            Ended::Rotation => ("new certificate", Some(super::encode::time(Duration::from_secs(5)))),
             Ended::Sent(after) => ("sent away", Some(super::encode::time(*after + Duration::from_secs(5)))),
         };
         let goodbye = pb::Goodbye {

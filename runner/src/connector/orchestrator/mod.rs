@@ -5,6 +5,7 @@
 //! the orchestrator's acknowledgements end. This module never listens and never decides what runs.
 
 mod book;
+mod certificates;
 mod codec;
 mod decode;
 mod encode;
@@ -14,36 +15,34 @@ mod link;
 mod outbox;
 mod outgoing;
 mod resume;
+mod rotation;
 mod task;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use hyper_util::rt::TokioIo;
+use super::Ports;
+use super::backoff::Backoff;
+use super::dial::{DialError, Target};
+use super::enrollment::{RENEWAL_GRACE, Renewal};
+use super::expiry::Expiry;
+use super::tls::{TlsError, TlsFiles, TlsSource};
+use super::transport::{TransportError, chain};
+use crate::work::{Receipt, RunnerId, limits};
+use codec::{FrameCodec, Incoming};
 use proto::runner::v1 as pb;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use tonic::codegen::http::uri::PathAndQuery;
-use tonic::transport::Endpoint;
-use tracing::{info, warn};
-
-use super::Ports;
-use super::backoff::Backoff;
-use super::dial::{DialError, Target, dial};
-use super::tls::{Credentials, Reload, TlsError, TlsFiles, TlsSource};
-use crate::work::{Receipt, RunnerId, limits};
-use codec::{FrameCodec, Incoming};
+use tonic::transport::Channel;
 
 /// Largest message the transport takes. Above our own limit, so that a frame between the two is refused with its name
 /// and does not end the link.
 const TRANSPORT_BYTES: usize = 4 * limits::FRAME_BYTES;
-const STREAM_WINDOW: u32 = 4 * 1024 * 1024;
-const CONNECTION_WINDOW: u32 = 8 * 1024 * 1024;
-const PING_EVERY: Duration = Duration::from_secs(20);
-const PING_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often the files of the certificate are looked at.
-const CERTIFICATE_POLL: Duration = Duration::from_secs(60);
+
+/// Label under which a greeting names the SHA-256 of the file with the authorities.
+const AUTHORITIES_LABEL: &str = "sandbox-runner.authorities-sha256";
 
 /// What the link needs to know.
 #[derive(Debug, Clone)]
@@ -52,6 +51,8 @@ pub struct Settings {
     pub target: Target,
     /// Certificates.
     pub tls: TlsFiles,
+    /// How they are renewed, when that is up to us.
+    pub renewal: Option<Renewal>,
     /// Who we are.
     pub identity: Identity,
     /// Set by the operator.
@@ -123,6 +124,40 @@ pub struct LinkStatus {
     pub problem: String,
     /// Links made so far.
     pub links: u64,
+    /// The certificate in use.
+    pub certificate: CertificateStatus,
+}
+
+/// State of the certificate in use, for people.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct CertificateStatus {
+    /// Seconds since 1970 at which it ends.
+    pub not_after: i64,
+    /// How near that is.
+    pub expiry: Expiry,
+    /// Why newer files are not in use; empty when there are none, or they are.
+    pub refused: String,
+    /// Why it was not renewed; empty when it was, or is not due.
+    pub renewal: String,
+}
+
+impl CertificateStatus {
+    /// What an operator must hear of, one text each.
+    #[must_use]
+    pub fn alarms(&self) -> Vec<String> {
+        let mut alarms = Vec::new();
+        if self.expiry.is_alarm() {
+            let end = prost_types::Timestamp { seconds: self.not_after, nanos: 0 };
+            alarms.push(format!("the certificate of the link is good until {end}: {}", self.expiry));
+        }
+        if !self.refused.is_empty() {
+            alarms.push(format!("new certificate files are refused: {}", self.refused));
+        }
+        if !self.renewal.is_empty() {
+            alarms.push(format!("the certificate is not renewed: {}", self.renewal));
+        }
+        alarms
+    }
 }
 
 /// The running connector.
@@ -151,83 +186,40 @@ enum LinkError {
     Violation(String),
 }
 
+impl From<TransportError> for LinkError {
+    fn from(error: TransportError) -> Self {
+        match error {
+            TransportError::Dial(error) => Self::Dial(error),
+            TransportError::Http { host, problem } => Self::Transport { host, problem },
+        }
+    }
+}
+
 /// Reads the certificates and starts dialling.
 ///
 /// # Errors
 /// When the certificates are not usable; then nothing was started.
 pub fn start(settings: Settings, ports: Ports, stop: watch::Receiver<Stop>) -> Result<Handle, TlsError> {
-    let source = TlsSource::load(settings.tls.clone(), SystemTime::now())?;
+    let grace = settings.renewal.as_ref().map_or(Duration::ZERO, |_| RENEWAL_GRACE);
+    let source = TlsSource::load_with_grace(settings.tls.clone(), SystemTime::now(), grace)?;
     let reload = Arc::new(Notify::new());
-    let credentials = watch_certificates(source, Arc::clone(&reload));
     let (status_sender, status) = watch::channel(LinkStatus::default());
+    let credentials = certificates::watch(source, settings.renewal.clone(), Arc::clone(&reload), status_sender.clone());
     let task = task::Task::new(settings, ports, stop, credentials, status_sender);
     Ok(Handle { status, reload, task: tokio::spawn(task.run()) })
 }
 
-/// Keeps an eye on the files; ends when nobody uses the certificates any more.
-fn watch_certificates(mut source: TlsSource, reload: Arc<Notify>) -> watch::Receiver<Credentials> {
-    let (sender, receiver) = watch::channel(source.current().clone());
-    tokio::spawn(async move {
-        loop {
-            tokio::select! {
-                () = tokio::time::sleep(CERTIFICATE_POLL) => {}
-                () = reload.notified() => {}
-                () = sender.closed() => return,
-            }
-            // On a thread of its own: certificate files may be on a network file system that hangs.
-            let looked = tokio::task::spawn_blocking(move || {
-                let result = source.reload(SystemTime::now());
-                (source, result)
-            });
-            let Ok((back, result)) = looked.await else { return };
-            source = back;
-            match result {
-                Reload::Unchanged => {}
-                Reload::Replaced => {
-                    info!(not_after = source.current().not_after, "certificate replaced");
-                    // Nobody listens any more only when the connector has ended.
-                    let _ = sender.send(source.current().clone());
-                }
-                Reload::Kept(error) => {
-                    warn!(error = &error as &dyn std::error::Error, "new certificate files refused, old ones stay");
-                }
-            }
-        }
-    });
-    receiver
-}
-
-/// Dials and opens the stream. `outgoing` may already hold the first frames.
+/// Opens the stream on a connection. `outgoing` may already hold the first frames.
 async fn open_link(
-    target: Target,
-    credentials: Credentials,
+    host: String,
+    channel: Channel,
     outgoing: outgoing::Outgoing,
 ) -> Result<tonic::Streaming<Incoming>, LinkError> {
-    let host = target.host.clone();
-    let transport = |problem: String| LinkError::Transport { host: host.clone(), problem };
-    let stream = dial(&target, credentials.config).await?;
-    let authority = format!("{}:{}", target.host, target.port);
-    // TLS is ours, so the transport is told plain HTTP; the scheme on the wire is what it is.
-    let endpoint = Endpoint::from_shared(format!("http://{authority}")).map_err(|e| transport(e.to_string()))?;
-    let origin = format!("https://{authority}").parse().map_err(|_| transport("malformed host".to_owned()))?;
-    let endpoint = endpoint
-        .origin(origin)
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .http2_keep_alive_interval(PING_EVERY)
-        .keep_alive_timeout(PING_TIMEOUT)
-        .keep_alive_while_idle(true);
-    // One connection, one link: the transport must not dial again behind our back.
-    let mut once = Some(TokioIo::new(stream));
-    let connector = tower::service_fn(move |_| {
-        let stream = once.take().ok_or_else(|| std::io::Error::other("the link is over"));
-        std::future::ready(stream)
-    });
-    let channel = endpoint.connect_with_connector(connector).await.map_err(|e| transport(chain(&e)))?;
     let mut grpc = tonic::client::Grpc::new(channel)
         .max_decoding_message_size(TRANSPORT_BYTES)
         .max_encoding_message_size(limits::FRAME_BYTES);
-    grpc.ready().await.map_err(|e| transport(chain(&e)))?;
+    let transport = |e: tonic::transport::Error| LinkError::Transport { host: host.clone(), problem: chain(&e) };
+    grpc.ready().await.map_err(transport)?;
     let path = PathAndQuery::from_static("/sandbox_runner.runner.v1.RunnerLinkService/Connect");
     let opened = grpc.streaming(tonic::Request::new(outgoing), path, FrameCodec).await;
     opened.map(tonic::Response::into_inner).map_err(|status| LinkError::Refused {
@@ -237,27 +229,27 @@ async fn open_link(
     })
 }
 
-/// An error with its causes on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let cause_text = cause.to_string();
-        if !text.ends_with(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        next = cause.source();
-    }
-    text
-}
-
 fn with_source(status: &tonic::Status) -> String {
     let source = std::error::Error::source(status).map(chain);
     source.map_or_else(|| status.message().to_owned(), |source| format!("{}: {source}", status.message()))
 }
 
 impl Settings {
-    fn hello(&self, reason: pb::HelloReason, previous_link_id: String, pages: usize) -> pb::Hello {
+    /// What the operator set, and which authorities are trusted here: while those are replaced, the operator sees who
+    /// still has the old ones.
+    fn labels_with(&self, authorities_sha256: &[u8; 32]) -> HashMap<String, String> {
+        let digits: String = authorities_sha256.iter().map(|byte| format!("{byte:02x}")).collect();
+        let own = self.labels.iter().map(|(name, value)| (name.clone(), value.clone()));
+        own.chain([(AUTHORITIES_LABEL.to_owned(), digits)]).collect()
+    }
+
+    fn hello(
+        &self,
+        reason: pb::HelloReason,
+        previous_link_id: String,
+        pages: usize,
+        authorities_sha256: &[u8; 32],
+    ) -> pb::Hello {
         let tool = |name: &str| pb::ToolSpec { name: name.to_owned(), version: 1 };
         pb::Hello {
             major: 1,
@@ -275,7 +267,7 @@ impl Settings {
                 kernel: self.identity.kernel.clone(),
                 arch: std::env::consts::ARCH.to_owned(),
             }),
-            labels: self.labels.clone().into_iter().collect(),
+            labels: self.labels_with(authorities_sha256),
             capacity: Some(pb::Capacity {
                 max_sessions: self.capacity.max_sessions,
                 max_running_calls: self.capacity.max_running_calls,

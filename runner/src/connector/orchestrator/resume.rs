@@ -30,7 +30,8 @@ impl Task {
     fn suspend_the_undecided(&mut self, link: &mut Link) {
         let decided: BTreeSet<SessionId> = std::mem::take(&mut link.decided);
         for (session_id, _) in self.book.session_epochs() {
-            if !decided.contains(&session_id) {
+            // What came after the greeting is not in it, so nobody could decide about it.
+            if link.told.contains(&session_id) && !decided.contains(&session_id) {
                 self.pending.push_back(WorkItem::Suspend { session_id: Some(session_id) });
             }
         }

@@ -1,6 +1,7 @@
 //! The task that outlives links: it dials, waits, serves, and at all times takes what the sessions report.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Duration;
 
 use proto::runner::v1 as pb;
@@ -11,11 +12,13 @@ use tracing::{info, warn};
 
 use super::book::Book;
 use super::lease::Lease;
+use super::link::Link;
 use super::outbox::{Bound, Outbox};
 use super::{LinkError, LinkStatus, Settings, Stop, encode};
 use crate::connector::Ports;
 use crate::connector::backoff::{Backoff, draw};
 use crate::connector::tls::Credentials;
+use crate::connector::transport::connect;
 use crate::work::{BoxFuture, Code, DrainMode, DrainedBy, RequestKind, Update, WorkItem};
 
 /// Work that waits for the sessions. When it is full, no more frames are read from the link.
@@ -126,10 +129,6 @@ impl Task {
             backoff.link_lived(started.elapsed().saturating_sub(delay));
             delay = match ended {
                 Ok(Ended::Said | Ended::Left) => return,
-                Ok(Ended::Rotation) => {
-                    self.dial_because(pb::HelloReason::CertRotation);
-                    continue_at_once()
-                }
                 Ok(Ended::Sent(after)) => {
                     self.dial_because(pb::HelloReason::GoAway);
                     after
@@ -162,12 +161,14 @@ impl Task {
         let connecting = async move {
             tokio::time::sleep(delay).await;
             let credentials = receiver.borrow_and_update().clone();
-            super::open_link(target, credentials, outgoing).await
+            let channel = connect(&target, Arc::clone(&credentials.config)).await?;
+            let incoming = super::open_link(target.host, channel, outgoing).await?;
+            Ok::<_, LinkError>((incoming, credentials.digest()))
         };
         tokio::pin!(connecting);
         // The greeting waits in the lanes: it leaves as soon as there is somebody to greet.
-        let greeted_ns = self.greet(&lanes)?;
-        let incoming = loop {
+        let greeting = self.greet(&lanes, self.reason)?;
+        let (incoming, certificate) = loop {
             tokio::select! {
                 opened = &mut connecting => break opened?,
                 event = self.next_event() => {
@@ -180,7 +181,8 @@ impl Task {
             }
         };
         info!(host = %self.settings.target.host, "link opened");
-        self.serve(lanes, incoming, greeted_ns).await
+        let link = Link::new(lanes, greeting, certificate, self.ports.progress.count());
+        self.serve(link, incoming).await
     }
 
     /// Waits for the next thing that concerns everybody. Safe to drop at any point.
@@ -367,6 +369,11 @@ impl Task {
         matches!(*self.stop.borrow(), Stop::Now | Stop::Leave)
     }
 
+    /// The link is to end, now or soon.
+    pub(super) fn is_stopping(&self) -> bool {
+        *self.stop.borrow() != Stop::Run
+    }
+
     /// Nothing is owed to the orchestrator.
     pub(super) fn is_delivered(&self) -> bool {
         let untold = !self.ports.updates.is_empty();
@@ -400,14 +407,8 @@ pub(super) enum Ended {
     Said,
     /// We said that another runner goes on with what there is.
     Left,
-    /// A new certificate is there.
-    Rotation,
     /// The orchestrator sent us away for this long.
     Sent(Duration),
-}
-
-fn continue_at_once() -> Duration {
-    Duration::ZERO
 }
 
 fn delay_after(error: &LinkError, backoff: &mut Backoff) -> Duration {
