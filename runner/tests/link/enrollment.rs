@@ -85,6 +85,32 @@ async fn crash_after_any_step_leaves_a_usable_token_or_a_stored_identity() {
     }
 }
 
+/// F-60: the identity was written and not put into use, and by now the service takes the token from nobody.
+#[tokio::test]
+async fn written_identity_is_put_into_use_although_its_token_has_ended() {
+    let (_orchestrator, service) = service().await;
+    let directory = tempfile::tempdir().unwrap();
+    let token = service.token("runner-1");
+    let wanted = request(&service, token.clone());
+    let mut first = Enrollment::begin(wanted.clone(), directory.path()).unwrap();
+    for _ in ["key", "ask", "write"] {
+        assert!(within("step", first.step()).await.unwrap().is_none());
+    }
+    drop(first);
+    assert!(!is_usable(directory.path()));
+    service.expire(&token);
+    assert_eq!(enroll(wanted.clone(), directory.path()).await.unwrap(), "runner-1");
+    assert!(is_usable(directory.path()));
+
+    // A key alone is no identity.
+    let elsewhere = tempfile::tempdir().unwrap();
+    let mut second = Enrollment::begin(wanted.clone(), elsewhere.path()).unwrap();
+    within("step", second.step()).await.unwrap();
+    drop(second);
+    let error = enroll(wanted, elsewhere.path()).await.unwrap_err().to_string();
+    assert!(error.contains("has expired"), "{error}");
+}
+
 /// F-60: the service has given the certificate, and its answer was lost.
 #[tokio::test]
 async fn answer_that_is_lost_is_given_again_for_the_same_key() {

@@ -214,6 +214,9 @@ impl Enrollment {
                 return Err(EnrollError::Enrolled { runner_id, directory: directory.to_owned() });
             }
         }
+        if let (Stage::Key, Some((name, about))) = (&stage, store.pending_set(SystemTime::now())?) {
+            stage = Stage::Switch { name, runner_id: about.runner_id };
+        }
         Ok(Self { request, store, stage })
     }
 

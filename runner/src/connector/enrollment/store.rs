@@ -12,11 +12,12 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::connector::tls::TlsFiles;
+use crate::connector::tls::{TlsFiles, TlsSource};
 
 /// Of the format of `enrollment.json`.
 const VERSION: u32 = 1;
@@ -113,11 +114,14 @@ impl About {
 /// Files of the identity that is stored below `directory`, whether or not there is one.
 #[must_use]
 pub fn files(directory: &Path) -> TlsFiles {
-    let current = directory.join(CURRENT);
+    files_of_set(&directory.join(CURRENT))
+}
+
+fn files_of_set(set: &Path) -> TlsFiles {
     TlsFiles {
-        authorities: current.join("authorities.pem"),
-        certificate: current.join("certificate.pem"),
-        key: current.join("key.pem"),
+        authorities: set.join("authorities.pem"),
+        certificate: set.join("certificate.pem"),
+        key: set.join("key.pem"),
     }
 }
 
@@ -126,7 +130,11 @@ pub fn files(directory: &Path) -> TlsFiles {
 /// # Errors
 /// `StoreError` when it cannot be read, is of another version, or has unknown keys.
 pub fn about(directory: &Path) -> Result<Option<About>, StoreError> {
-    let path = directory.join(CURRENT).join(ABOUT);
+    about_set(&directory.join(CURRENT))
+}
+
+fn about_set(set: &Path) -> Result<Option<About>, StoreError> {
+    let path = set.join(ABOUT);
     let text = match fs::read(&path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -178,6 +186,25 @@ impl Store {
     /// The key in use.
     pub(super) fn current_key(&self) -> Result<Option<String>, StoreError> {
         read_text(&files(&self.directory).key)
+    }
+
+    /// The set of the pending key, when it was written and its time is not over: only putting it into use was interrupted.
+    /// Its token may have ended since, so nobody else could give it again.
+    pub(super) fn pending_set(&self, now: SystemTime) -> Result<Option<(String, About)>, StoreError> {
+        let Some(pending) = self.pending_key()? else { return Ok(None) };
+        for entry in fs::read_dir(&self.directory).map_err(step("read directory", &self.directory))? {
+            let entry = entry.map_err(step("read directory", &self.directory))?;
+            let (name, path) = (entry.file_name().to_string_lossy().into_owned(), entry.path());
+            // A set gets such a name when it is whole.
+            let is_set = name.starts_with("set-") && path.is_dir();
+            if !is_set || read_text(&path.join("key.pem"))?.as_ref() != Some(&pending) {
+                continue;
+            }
+            if let (Some(about), Ok(_)) = (about_set(&path)?, TlsSource::load(files_of_set(&path), now)) {
+                return Ok(Some((name, about)));
+            }
+        }
+        Ok(None)
     }
 
     /// Keeps a key before anybody hears of it. It is on the disk when this returns.
