@@ -13,13 +13,17 @@ use proto::runner::v1::outcome::Kind;
 use super::BenchError;
 use super::subject::milliseconds;
 use crate::config::launcher_policy::HostSize;
+use crate::connector::tls::TlsFiles;
 use crate::daemon::Daemon;
 use crate::daemon::loopback::Loopback;
 use crate::dev::{CallOutcome, LinkSettings, Orchestrator, Session};
 use crate::sandbox::HostSandboxes;
 use crate::work::Sandboxes;
 
-const RUNNER_ID: &str = "bench";
+/// Name of the daemon.
+pub const RUNNER_ID: &str = "bench";
+/// More than any goal opens.
+const SESSIONS: u64 = 512;
 /// More output under way than any distance of this benchmark can hold.
 const OUTPUT_WINDOW: u64 = 16 * 1024 * 1024;
 /// Kept of the output of one call.
@@ -33,23 +37,29 @@ pub struct Whole {
 }
 
 impl Whole {
-    /// Begins both and waits until the daemon is there. `windows` is false for a server with the transport's own flow
-    /// control windows; with `durable` the daemon keeps a journal; `way` is where the daemon dials for an orchestrator at an address. Certificates and the identity
-    /// are kept in `directory`.
+    /// Begins both and waits until the daemon is there. `settings` is how the orchestrator keeps the link; with `durable`
+    /// the daemon keeps a journal; `way` is where the daemon dials for an orchestrator at an address. Certificates and the
+    /// identity are kept in `directory`.
     ///
     /// # Errors
     /// [`BenchError`].
     pub async fn start(
         sandboxes: HostSandboxes,
         directory: &Path,
-        (windows, durable): (bool, bool),
+        (settings, durable): (LinkSettings, bool),
         way: impl AsyncFnOnce(SocketAddr) -> Result<SocketAddr, BenchError>,
     ) -> Result<Self, BenchError> {
-        let orchestrator = Orchestrator::start(link_settings(windows)).await?;
+        let orchestrator = Orchestrator::start(settings).await?;
         let dialled = way(orchestrator.address()).await?;
-        let daemon = daemon(sandboxes, &orchestrator, dialled, directory, durable)?;
+        let daemon =
+            daemon(sandboxes, orchestrator.write_client_files(directory, RUNNER_ID)?, dialled, directory, durable)?;
         orchestrator.runner().await?;
         Ok(Self { orchestrator, daemon, serial: AtomicU64::new(0) })
+    }
+
+    /// The orchestrator.
+    pub fn orchestrator(&self) -> &Orchestrator {
+        &self.orchestrator
     }
 
     /// A session with a living sandbox.
@@ -134,15 +144,18 @@ pub fn complaints(orchestrator: &Orchestrator) -> Result<(), BenchError> {
     }
 }
 
-fn daemon(
+/// A daemon in this process, with what an earlier one has left in `directory`.
+///
+/// # Errors
+/// [`BenchError::Link`].
+pub fn daemon(
     sandboxes: HostSandboxes,
-    orchestrator: &Orchestrator,
+    files: TlsFiles,
     dialled: SocketAddr,
     directory: &Path,
     durable: bool,
 ) -> Result<Daemon, BenchError> {
     let failed = |error: String| BenchError::Link(format!("the daemon cannot be configured: {error}"));
-    let files = orchestrator.write_client_files(directory, RUNNER_ID)?;
     std::fs::create_dir_all(directory.join("identity")).map_err(|error| failed(error.to_string()))?;
     let loopback = Loopback {
         runner_id: RUNNER_ID,
@@ -150,8 +163,9 @@ fn daemon(
         files,
         state_directory: directory.to_owned(),
         run_directory: directory.to_owned(),
-        // Large enough for a few sessions; admission is not what is measured.
-        size: HostSize { memory_bytes: 16 << 30, processors: 2 },
+        // Large enough for all sessions; admission is not what is measured.
+        size: HostSize { memory_bytes: 64 << 30, processors: 2 },
+        max_sessions: Some(SESSIONS),
         receipt: sandboxes.receipt(),
         durable,
     };

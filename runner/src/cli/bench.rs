@@ -15,7 +15,7 @@ use crate::bench::peer::{PeerError, Peers, Settings};
 use crate::bench::peer_server;
 use crate::bench::row::{Row, Verdict};
 use crate::bench::subject::Subject;
-use crate::config::launcher_policy::{LauncherPolicy, NamedVolume, RUNNER_ID};
+use crate::config::launcher_policy::{IdRanges, LauncherPolicy, NamedVolume, RUNNER_ID};
 use crate::sandbox::HostSandboxes;
 use crate::sandbox::home::Identity;
 use crate::sandbox::identity::runner_identity;
@@ -26,6 +26,8 @@ use crate::sandbox::start::{LauncherProcess, StartError, StartedLauncher, start_
 const ATTEMPTS: u32 = 3;
 /// Others may be done by then.
 const PAUSE: std::time::Duration = std::time::Duration::from_secs(10);
+/// Sandboxes at once, with some room: the goals hold a hundred beside each other.
+const SANDBOXES: u32 = 128;
 /// Name of the tree's volume in the generated policy.
 const TREE: &str = "tree";
 
@@ -195,6 +197,7 @@ fn start(arguments: &BenchArguments, tree: Option<&Path>) -> Result<StartedLaunc
     let size = embedded::host_size();
     let mut policy = LauncherPolicy::embedded(identity.uid, identity.gid, home.state.clone(), home.run.clone(), size);
     policy.pool = Some(1);
+    policy.ids = IdRanges::of_this_process(SANDBOXES).sandboxes;
     policy.lock_directory = nix::unistd::geteuid().is_root().then(|| PathBuf::from("/run/sandbox-runner-ids"));
     if let Some(path) = tree {
         policy.volumes = BTreeMap::from([(TREE.to_owned(), NamedVolume { path: path.to_owned(), writable: false })]);

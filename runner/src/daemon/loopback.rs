@@ -11,7 +11,7 @@ use nix::sys::resource::{Resource, getrlimit};
 
 use super::settings::{self, SettingsError};
 use super::{Daemon, DaemonError, Parts};
-use crate::config::file::{ConfigFile, OrchestratorSection, RunnerSection};
+use crate::config::file::{ConfigFile, LimitsSection, OrchestratorSection, RunnerSection};
 use crate::config::launcher_policy::HostSize;
 use crate::config::resolve::{Host, resolve};
 use crate::connector::tls::TlsFiles;
@@ -36,7 +36,9 @@ pub struct Loopback<'a> {
     pub size: HostSize,
     /// What protects its sandboxes.
     pub receipt: Receipt,
-    /// Whether it keeps a journal.
+    /// Sessions at once; missing means the default.
+    pub max_sessions: Option<u64>,
+    /// Whether it keeps a journal; then it goes on with what an earlier one has left in the state directory.
     pub durable: bool,
 }
 
@@ -78,6 +80,7 @@ impl Loopback<'_> {
                 run_directory: Some(self.run_directory),
                 ..RunnerSection::default()
             },
+            limits: LimitsSection { max_sessions: self.max_sessions, ..LimitsSection::default() },
             ..ConfigFile::default()
         };
         // Admission shall not be what decides here: more disk and processes than any demo or benchmark asks for.
@@ -88,17 +91,17 @@ impl Loopback<'_> {
         })?;
         let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(now, _)| now);
         let identity = settings::identity(&config.runner_id, &config.state_directory)?;
-        let journal: Arc<dyn Journal> = if self.durable {
+        let (journal, recovered): (Arc<dyn Journal>, _) = if self.durable {
             let directory = config.state_directory.join("journal");
-            let (journal, _) = FileJournal::open(&directory, &identity.state_id, &identity.boot_id)?;
-            Arc::new(journal)
+            let (journal, recovered) = FileJournal::open(&directory, &identity.state_id, &identity.boot_id)?;
+            (Arc::new(journal), recovered)
         } else {
-            Arc::new(Volatile)
+            (Arc::new(Volatile), Recovered::default())
         };
         Ok(Daemon::start(Parts {
             sandboxes,
             journal,
-            recovered: Recovered::default(),
+            recovered,
             reserve: settings::reserve(&config, descriptors),
             defaults: settings::defaults(&config),
             idle: settings::idle(&config),

@@ -87,6 +87,12 @@ impl HostSandboxes {
         Self { outlive: true, ..self }
     }
 
+    /// The same for a runner that follows on this one: newer, so that nobody in a sandbox obeys this one any more.
+    #[must_use]
+    pub fn of_next_runner(&self, generation: u64) -> Self {
+        Self { generation, ..self.clone() }
+    }
+
     /// What the launcher found out about the host.
     pub fn host(&self) -> &HostReport {
         &self.host

@@ -1,15 +1,13 @@
 //! Calls of the persistent shell, over the whole way and inside, and output too large to keep in memory.
 
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::FileExt;
-use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use super::sync::Sync;
 use super::{Bench, FLOOD_BYTES, MESSAGE_BYTES, WARM_UP, settle};
 use crate::bench::BenchError;
 use crate::bench::row::{Row, Unit};
 use crate::bench::sample::Samples;
-use crate::bench::subject::{bash, milliseconds};
+use crate::bench::subject::bash;
 use crate::bench::whole;
 use crate::work::Sandbox;
 
@@ -29,29 +27,6 @@ struct Times {
     /// The whole way with a journal, and what that has to cost: the way without, and two syncs.
     durable: Samples,
     synced: Samples,
-}
-
-/// What a sync costs where the journal is: a record's worth of bytes written over, and made durable.
-struct Sync(File);
-
-impl Sync {
-    const BYTES: usize = 256;
-
-    fn beside(directory: &Path) -> std::io::Result<Self> {
-        let path = directory.join("sync");
-        let file = OpenOptions::new().write(true).create(true).truncate(true).open(path)?;
-        file.write_all_at(&[0; 1 << 16], 0)?;
-        file.sync_all()?;
-        Ok(Self(file))
-    }
-
-    /// Milliseconds.
-    fn once(&self) -> std::io::Result<f64> {
-        let start = Instant::now();
-        self.0.write_all_at(&[1; Self::BYTES], 0)?;
-        self.0.sync_data()?;
-        Ok(milliseconds(start))
-    }
 }
 
 /// G7 and G8.

@@ -7,7 +7,7 @@ use crate::bench::BenchError;
 use crate::bench::delay::Distance;
 use crate::bench::row::{Row, Unit};
 use crate::bench::sample::Samples;
-use crate::bench::whole::{self, Whole};
+use crate::bench::whole::{self, Whole, link_settings};
 use crate::dev::Session;
 
 const EACH_WAY: Duration = Duration::from_millis(25);
@@ -41,7 +41,7 @@ pub(super) async fn measure(bench: &mut Bench) -> Result<Vec<Row>, BenchError> {
 async fn start(bench: &Bench, name: &str, windows: bool) -> Result<(Whole, Option<Distance>), BenchError> {
     let mut kept = None;
     let directory = bench.directory(name)?;
-    let whole = Whole::start(bench.subject.sandboxes(), &directory, (windows, false), async |address| {
+    let whole = Whole::start(bench.subject.sandboxes(), &directory, (link_settings(windows), false), async |address| {
         let distance = Distance::to(address, EACH_WAY)
             .await
             .map_err(|source| BenchError::Machine { path: "a loopback port".to_owned(), source })?;

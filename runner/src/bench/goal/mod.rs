@@ -4,10 +4,15 @@ mod call;
 mod creation;
 mod crowd;
 mod distance;
+mod durable;
 mod ending;
 mod file;
+mod objective;
 mod resident;
+mod restart;
 mod search;
+mod stream;
+mod sync;
 
 use std::future::Future;
 use std::path::PathBuf;
@@ -20,7 +25,7 @@ use super::machine::Usage;
 use super::peer::Peers;
 use super::row::Row;
 use super::subject::Subject;
-use super::whole::Whole;
+use super::whole::{Whole, link_settings};
 
 /// Bytes that the large-output goal prints.
 pub const FLOOD_BYTES: usize = 10_000_000;
@@ -63,16 +68,28 @@ impl Bench {
         Ok(directory)
     }
 
+    /// The same, and empty: nobody goes on with the journal of a measurement that was disturbed.
+    fn fresh_directory(&self, name: &str) -> Result<PathBuf, BenchError> {
+        let directory = self.directory(name)?;
+        let failed = |source| BenchError::Machine { path: directory.display().to_string(), source };
+        std::fs::remove_dir_all(&directory).map_err(failed)?;
+        self.directory(name)
+    }
+
     /// The whole way, on the loopback.
     async fn whole(&self) -> Result<Whole, BenchError> {
         let directory = self.directory("whole")?;
-        Whole::start(self.subject.sandboxes(), &directory, (true, false), async |address| Ok(address)).await
+        Whole::start(self.subject.sandboxes(), &directory, (link_settings(true), false), async |address| Ok(address))
+            .await
     }
 
     /// The same with a journal, and the directory on whose file system that is.
     async fn durable(&self) -> Result<(Whole, PathBuf), BenchError> {
-        let directory = self.directory("durable")?;
-        let way = Whole::start(self.subject.sandboxes(), &directory, (true, true), async |address| Ok(address)).await?;
+        let directory = self.fresh_directory("durable")?;
+        let way = Whole::start(self.subject.sandboxes(), &directory, (link_settings(true), true), async |address| {
+            Ok(address)
+        })
+        .await?;
         Ok((way, directory))
     }
 
@@ -119,6 +136,16 @@ pub const GOALS: &[Goal] = &[
         measure: |b| Box::pin(resident::measure(b)),
     },
     Goal { ids: &["G20"], what: "killing a sandbox with 200 processes", measure: |b| Box::pin(ending::measure(b)) },
+    Goal { ids: &["S4"], what: "sessions taken over by the next daemon", measure: |b| Box::pin(restart::measure(b)) },
+    Goal { ids: &["S5"], what: "a journal of 10,000 records opened", measure: |b| Box::pin(durable::recovery(b)) },
+    Goal { ids: &["S6"], what: "dispatch to started", measure: |b| Box::pin(durable::started(b)) },
+    Goal { ids: &["S14"], what: "memory of a daemon with 100 sessions", measure: |b| Box::pin(resident::hundred(b)) },
+    Goal {
+        ids: &["S15", "S16"],
+        what: "output through the spool, and heartbeats beside it",
+        measure: |b| Box::pin(stream::measure(b)),
+    },
+    Goal { ids: &["S21"], what: "one record made durable", measure: |b| Box::pin(durable::record(b)) },
 ];
 
 impl Goal {

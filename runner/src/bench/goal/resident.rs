@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::Bench;
+use super::objective::Objective;
 use crate::bench::BenchError;
 use crate::bench::machine::free_kib;
 use crate::bench::row::{Row, Unit};
@@ -26,6 +27,44 @@ const FILLINGS: usize = 3;
 const STARTS: usize = 10;
 /// Memory of the daemon for one sandbox, in KiB.
 const SHARE_KIB: f64 = 64.0;
+
+/// Sessions of the objective for a daemon's memory, and that objective in KiB.
+const HUNDRED: usize = 100;
+const HUNDRED_KIB: f64 = 80.0 * 1024.0;
+
+/// S14.
+pub(super) async fn hundred(bench: &mut Bench) -> Result<Vec<Row>, BenchError> {
+    let orchestrator = Orchestrator::start(link_settings(true)).await?;
+    orchestrator.write_client_files(&bench.certificates, "bench")?;
+    let mut full = Samples::default();
+    for round in 0..FILLINGS {
+        bench.peers.start_daemon(orchestrator.address().port())?;
+        let filled = hold(bench, &orchestrator, &format!("hundred-{round}")).await;
+        bench.peers.stop_daemon()?;
+        full.push(filled?);
+    }
+    complaints(&orchestrator)?;
+    let what = format!("resident memory of the daemon with {HUNDRED} sessions");
+    let objective = Objective { p50: Some(HUNDRED_KIB), p99: None };
+    Ok(objective.rows("S14", &what, Unit::Kibibytes, &full, "each with its shell; without a journal"))
+}
+
+/// Memory of the daemon with all its sessions, in KiB.
+async fn hold(bench: &mut Bench, orchestrator: &Orchestrator, name: &str) -> Result<f64, BenchError> {
+    arrival(orchestrator).await?;
+    let mut sessions = Vec::new();
+    for number in 0..HUNDRED {
+        let session = open(orchestrator, &format!("{name}-{number}")).await?;
+        // A shell is started by the first command.
+        check(&session.run(&format!("{name}-{number}"), bash(":")).await?)?;
+        sessions.push(session);
+    }
+    let full = bench.peers.daemon_memory()?;
+    for session in &sessions {
+        Session::close(session, Duration::ZERO).await?;
+    }
+    Ok(full.resident)
+}
 
 /// G17, G18 and G19.
 pub(super) async fn measure(bench: &mut Bench) -> Result<Vec<Row>, BenchError> {

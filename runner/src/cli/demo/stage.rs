@@ -187,6 +187,7 @@ fn daemon(
         run_directory: home.run,
         size: embedded::host_size(),
         receipt: receipt.clone(),
+        max_sessions: None,
         durable: false,
     };
     Ok(loopback.start(Arc::new(sandboxes))?)
