@@ -19,6 +19,8 @@ pub mod pressure;
 pub mod sandbox;
 pub mod session;
 pub mod shutdown;
+#[cfg(test)]
+mod simulation;
 pub mod systemd;
 pub mod telemetry;
 pub mod work;

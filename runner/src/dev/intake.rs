@@ -56,13 +56,14 @@ pub(super) async fn serve_link(shared: Arc<Shared>, mut incoming: Streaming<pb::
 }
 
 /// Answers a greeting, decides about everything that is held, and sends again what may have been lost.
-fn welcome(shared: &Shared, hello: &pb::Hello, pages: &[pb::ResumePage], sender: Sender) -> u64 {
+pub(super) fn welcome(shared: &Shared, hello: &pb::Hello, pages: &[pb::ResumePage], sender: Sender) -> u64 {
     let settings = shared.settings();
     let mut guard = shared.state();
     let state = &mut *guard;
     let instance = |hello: &pb::Hello| hello.runner.as_ref().map(|runner| runner.instance_id.clone());
     // Another process without a journal counts from the beginning, and knows nothing of what the one before it held.
-    let another = state.hello.as_ref().is_some_and(|before| instance(before) != instance(hello));
+    // So may the first one that comes here: the process before it may have died before it found us.
+    let another = state.hello.as_ref().is_none_or(|before| instance(before) != instance(hello));
     if hello.ephemeral && another {
         state.event_through = 0;
         settle_lost(shared, state);
@@ -87,7 +88,7 @@ fn welcome(shared: &Shared, hello: &pb::Hello, pages: &[pb::ResumePage], sender:
         minor: 0,
         features: hello.features.clone(),
         link_id: format!("link-{number}"),
-        term: 1,
+        term: state.term(),
         lease_ttl: settings.lease_ttl.try_into().ok(),
         heartbeat_every: settings.heartbeat_every.try_into().ok(),
         limits: Some(pb::LinkLimits { link_credit_bytes: settings.window, ..Default::default() }),
@@ -109,10 +110,12 @@ fn welcome(shared: &Shared, hello: &pb::Hello, pages: &[pb::ResumePage], sender:
     number
 }
 
-/// A session that another process of the runner does not list has ended: whoever was to say so is gone.
+/// A session that another process of the runner does not list, or only as the owner of calls that are not acknowledged, has
+/// ended: whoever was to say so is gone.
 fn settle_missing(state: &mut State, held: &[&pb::SessionState]) {
     for (session_id, record) in &mut state.sessions {
-        let is_held = held.iter().any(|session| session.session_id == *session_id);
+        let lives = |session: &pb::SessionState| session.phase() != pb::SessionPhase::Lost;
+        let is_held = held.iter().any(|session| session.session_id == *session_id && lives(session));
         if !is_held && record.opened.is_some() && record.ended.is_none() {
             record.ended = Some(pb::SessionEnded {
                 event_seq: 0,
@@ -184,8 +187,12 @@ fn settle_lost(shared: &Shared, state: &mut State) {
 }
 
 fn decide(state: &State, session: &pb::SessionState) -> pb::ResumeDecision {
-    let known = state.sessions.get(&session.session_id).is_some_and(|record| record.ended.is_none());
-    let action = if known { pb::ResumeAction::Keep } else { pb::ResumeAction::Suspend };
+    let action = match state.sessions.get(&session.session_id) {
+        Some(record) if record.ended.is_none() && record.refused.is_none() => pb::ResumeAction::Keep,
+        // It was said to be over, or never to have been, by a process that could not write that down.
+        Some(_) if session.phase() != pb::SessionPhase::Lost => pb::ResumeAction::Close,
+        _ => pb::ResumeAction::Suspend,
+    };
     let calls = session
         .calls
         .iter()
@@ -227,7 +234,7 @@ fn repeat(state: &mut State, held: &[&pb::SessionState]) {
     frames.into_iter().for_each(|body| state.send(body));
 }
 
-fn take(shared: &Shared, state: &mut State, body: Said) {
+pub(super) fn take(shared: &Shared, state: &mut State, body: Said) {
     let settings = shared.settings();
     if let Some(seq) = event_seq(&body) {
         if seq > state.event_through + 1 {
@@ -278,7 +285,7 @@ fn take(shared: &Shared, state: &mut State, body: Said) {
             let ack = pb::HeartbeatAck {
                 lease_seq: heartbeat.lease_seq,
                 lease_ttl: settings.lease_ttl.try_into().ok(),
-                term: 1,
+                term: state.term(),
             };
             state.last_heartbeat = Some(heartbeat.clone());
             state.send(Body::HeartbeatAck(ack));

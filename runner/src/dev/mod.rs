@@ -10,6 +10,8 @@ mod orchestrator;
 pub mod pki;
 mod server;
 mod session;
+#[cfg(test)]
+pub(crate) mod simulated;
 mod state;
 mod transcript;
 

@@ -241,6 +241,12 @@ impl Orchestrator {
         self.shared.changed();
     }
 
+    /// Another replica takes over with what is stored: the present link ends, and the term rises.
+    pub fn fail_over(&self) {
+        self.shared.fail_over();
+        self.shared.changed();
+    }
+
     /// Changes how links are kept; the credit takes effect at once.
     pub fn set(&self, settings: LinkSettings) {
         self.shared.set(settings);

@@ -46,6 +46,8 @@ pub(super) struct State {
     pub(super) complaints: Vec<String>,
     pub(super) refused_handshakes: Vec<String>,
     pub(super) stopped: bool,
+    /// How often another replica has taken over.
+    pub(super) failovers: u64,
 }
 
 /// The sending half of a link.
@@ -115,6 +117,13 @@ impl Shared {
         self.version.send_modify(|version| *version += 1);
     }
 
+    /// Another replica goes on with what is stored.
+    pub(super) fn fail_over(&self) {
+        let mut state = self.state();
+        state.failovers += 1;
+        (state.link, state.resumed) = (None, false);
+    }
+
     /// Notes a breach of the protocol.
     pub(super) fn complain(&self, problem: String) {
         self.state().complaints.push(problem);
@@ -148,6 +157,11 @@ impl Shared {
 }
 
 impl State {
+    /// Of the replica that serves.
+    pub(super) fn term(&self) -> u64 {
+        self.failovers + 1
+    }
+
     /// Sends a frame on the present link, if there is one. A link whose queue is full is given up.
     pub(super) fn send(&mut self, body: Body) {
         if let (Body::Call(request), Some(LinkOut { live: true, .. })) = (&body, &self.link)

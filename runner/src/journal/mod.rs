@@ -28,6 +28,8 @@ mod format_tests;
 #[cfg(test)]
 mod log_tests;
 #[cfg(test)]
+pub(crate) mod lossy;
+#[cfg(test)]
 mod oracle;
 #[cfg(test)]
 mod samples;

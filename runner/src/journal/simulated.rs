@@ -316,10 +316,14 @@ impl DiskFile for SimulatedFile {
         drop(self.disk.1.lock().unwrap());
         let mut state = self.disk.state();
         let failed = state.fails(true, false);
+        let is_dead = matches!(state.fault, Some(Fault::Everything(_)));
         let inode = &mut state.inodes[self.inode];
         if failed {
-            // As Linux does it: what could not be written counts as written from here on.
-            inode.pending.clear();
+            // As Linux does it: what could not be written counts as written from here on. A process that is dead has not
+            // asked for it, so that what it had written is still on its way.
+            if !is_dead {
+                inode.pending.clear();
+            }
             return Err(eio());
         }
         let pending = std::mem::take(&mut inode.pending);

@@ -180,6 +180,31 @@ fn journal_that_refuses_the_start_keeps_the_call_from_running_and_closes_admissi
     assert_eq!(refusal(&core.handle(call("s", 1, "d", 0))), Code::JournalReadOnly);
 }
 
+/// F-33: what a failed sync has left may be there for the next runner to read, and that one would hand the call over.
+#[test]
+fn call_whose_acceptance_was_refused_is_not_said_to_have_never_run() {
+    let mut core = core(Config::default());
+    ready(&mut core, "s", 1);
+    let mut actions = core.handle(call("s", 1, "c", 0));
+    for input in [
+        Input::Accepted { call_id: cid("c"), durable: false },
+        Input::Prepared { call_id: cid("c") },
+        Input::StartWritten { call_id: cid("c"), durable: false },
+        Input::Aborted { call_id: cid("c") },
+        Input::EndWritten { call_id: cid("c"), durable: false },
+    ] {
+        actions.extend(core.handle(input));
+    }
+    assert!(actions.iter().any(|action| matches!(action, Action::WriteFinished { .. })), "{actions:?}");
+    assert!(!actions.iter().any(|action| matches!(action, Action::Go { .. })), "{actions:?}");
+    assert!(
+        !actions
+            .iter()
+            .any(|action| matches!(action, Action::Tell(Update::CallFinished { .. } | Update::Refused { .. }))),
+        "{actions:?}"
+    );
+}
+
 #[test]
 fn sandbox_keeps_a_call_whose_end_is_not_written_down() {
     let mut core = core(Config::default());

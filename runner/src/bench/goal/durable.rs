@@ -221,6 +221,7 @@ fn opening(number: usize) -> Result<SessionOpen, BenchError> {
         variables: Vec::new(),
         min_tier: String::new(),
         orphan_timeout: Some(Duration::from_secs(3600)),
+        idle_timeout: None,
         max_concurrent_calls: 1,
         tenant: String::new(),
     })
@@ -236,5 +237,6 @@ fn call(number: usize) -> Result<ToolCall, BenchError> {
         input: ToolInput::Bash(BashInput { command: Some("cargo check --workspace".to_owned()), restart: false }),
         limits: CallLimits::default(),
         output_mode: OutputMode::Merged,
+        quiet: false,
     })
 }

@@ -22,6 +22,9 @@ use super::task::{Ended, Event, PENDING, Task};
 use super::{LinkError, Stop};
 use crate::work::{BoxFuture, OutputChunk, SessionId, ToolFailure, Trouble};
 
+#[cfg(test)]
+pub(crate) mod simulated;
+
 /// Pieces of output that are read at the same time.
 const PARALLEL_READS: usize = 4;
 /// Time for Welcome and decisions.
@@ -124,7 +127,6 @@ impl Task {
         mut link: Link,
         mut incoming: Streaming<Incoming>,
     ) -> Result<Ended, LinkError> {
-        self.replies.clear();
         loop {
             match self.serve_until_turn(&mut link, &mut incoming).await? {
                 Turn::Over(ended) => return self.farewell(link, incoming, ended).await,
@@ -226,10 +228,14 @@ impl Task {
 
     /// Moves what can be moved without waiting: replies, then events, then output.
     fn fill(&mut self, link: &mut Link) -> Result<(), LinkError> {
+        (link.output_wait, link.output_full) = (None, false);
+        // Replies may be older than the link; what came on it is not asked for before it is welcome.
+        if !link.welcomed {
+            return Ok(());
+        }
         while let Some(body) = self.replies.pop_front() {
             control(&link.lanes, body)?;
         }
-        (link.output_wait, link.output_full) = (None, false);
         if !link.live {
             return Ok(());
         }

@@ -18,6 +18,9 @@ mod resume;
 mod rotation;
 mod task;
 
+#[cfg(test)]
+pub(crate) use link::simulated;
+
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};

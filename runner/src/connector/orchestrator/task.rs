@@ -40,7 +40,7 @@ pub(super) struct Task {
     pub(super) book: Book,
     pub(super) lease: Lease,
     pub(super) pending: VecDeque<WorkItem>,
-    /// Replies that are not events: of use only on the link that asked.
+    /// Replies that are not events: of use on the link that asked, and on the one that was greeted before they were known.
     pub(super) replies: VecDeque<Body>,
     pub(super) highest_term: u64,
     pub(super) link_id: String,
@@ -53,11 +53,11 @@ pub(super) struct Task {
     pub(super) drain_deadline_ns: Option<u64>,
     suspended: bool,
     /// What an earlier process left is known, so that the first greeting can name all of it.
-    restored: bool,
+    pub(super) restored: bool,
     /// Numbers of events that are being reserved.
-    reserving: Option<BoxFuture<'static, Reserved>>,
+    pub(super) reserving: Option<BoxFuture<'static, Reserved>>,
     updates_open: bool,
-    tick: tokio::time::Interval,
+    pub(super) tick: tokio::time::Interval,
 }
 
 /// What can happen whether or not there is a link.
@@ -166,6 +166,9 @@ impl Task {
             Ok::<_, LinkError>((incoming, credentials.digest()))
         };
         tokio::pin!(connecting);
+        // Whoever asked on an earlier link asks again, unless what he asked for is named in the greeting: then he waits for the
+        // answer, which may come before there is a link.
+        self.replies.clear();
         // The greeting waits in the lanes: it leaves as soon as there is somebody to greet.
         let greeting = self.greet(&lanes, self.reason)?;
         let (incoming, certificate) = loop {
@@ -250,7 +253,7 @@ impl Task {
         }
     }
 
-    fn reserve_events(&mut self) {
+    pub(super) fn reserve_events(&mut self) {
         if self.reserving.is_none()
             && let Some(through) = self.outbox.to_reserve()
         {
@@ -358,7 +361,7 @@ impl Task {
         }
     }
 
-    /// Keeps a reply for the present link. Without one, whoever asked is gone and asks again.
+    /// Keeps a reply for the link that was greeted last.
     pub(super) fn reply(&mut self, body: Body) {
         if self.replies.len() < super::outgoing::CONTROL {
             self.replies.push_back(body);

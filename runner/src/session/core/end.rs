@@ -91,8 +91,9 @@ impl Core {
         let Phase::Finishing(result) = &call.phase else { return };
         let nothing_ran =
             matches!(result.end.outcome, Outcome::NeverStarted { .. } | Outcome::Cancelled { before_start: true, .. });
-        if !durable && call.accepted && nothing_ran {
-            // The next runner finds the call as accepted and hands it over, so nobody must hear that it did not run.
+        if !durable && nothing_ran {
+            // The next runner may find the call as accepted and hand it over, so nobody must hear that it did not run. Also
+            // when its acceptance was refused: what a failed sync has left may be there for the next one to read.
             return;
         }
         let result = Arc::clone(result);

@@ -15,7 +15,7 @@ mod sessions;
 mod state;
 mod types;
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -36,8 +36,9 @@ use super::registry::Registry;
 pub struct Core {
     config: Config,
     registry: Registry,
-    sessions: HashMap<SessionId, Session>,
-    calls: HashMap<CallId, Call>,
+    // In an order of their own, so that the same events always lead to the same actions.
+    sessions: BTreeMap<SessionId, Session>,
+    calls: BTreeMap<CallId, Call>,
     /// Calls that were taken so far, for their order.
     taken: u64,
     tombstones: VecDeque<CallId>,
@@ -71,8 +72,8 @@ impl Core {
         Self {
             config,
             registry,
-            sessions: HashMap::new(),
-            calls: HashMap::new(),
+            sessions: BTreeMap::new(),
+            calls: BTreeMap::new(),
             taken: 0,
             tombstones: VecDeque::new(),
             unwritten_tombstones: HashSet::new(),
