@@ -2,6 +2,7 @@
 //! configuration file, and the reference orchestrator at the far end of a wire that can be broken.
 
 use std::fs::{self, File, OpenOptions, Permissions};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -13,6 +14,7 @@ use nix::unistd::Pid;
 use proto::launch::v1::{ListSandboxes, Stop, reply, request};
 use proto::runner::v1 as pb;
 use runner::dev::{LinkSettings, Orchestrator, Session};
+use sha2::{Digest, Sha256};
 
 use crate::faultproxy::FaultProxy;
 use crate::host;
@@ -251,25 +253,37 @@ level = "info"
 
     /// Does what a service manager does: starts again what has ended.
     pub async fn tend(&mut self) {
-        let ended = |process: &mut Option<Child>| {
-            process.as_mut().is_none_or(|process| !matches!(process.try_wait(), Ok(None)))
-        };
-        if ended(&mut self.launcher) {
+        self.tend_launcher().await;
+        self.tend_runner();
+    }
+
+    /// The same for the launcher alone.
+    pub async fn tend_launcher(&mut self) {
+        if has_ended(&mut self.launcher) {
             self.restarts += 1;
             self.start_launcher().await;
         }
-        if ended(&mut self.runner) {
+    }
+
+    /// The same for the runner alone. Does not wait for its link.
+    pub fn tend_runner(&mut self) {
+        if has_ended(&mut self.runner) {
             self.restarts += 1;
             self.spawn_runner();
         }
     }
 
+    /// Name of the groups of this installation's launcher, in every hierarchy.
+    #[must_use]
+    pub fn group(&self) -> String {
+        let [_, run] = self.directories();
+        let digest = Sha256::digest(run.as_os_str().as_encoded_bytes());
+        digest.iter().take(4).fold("sandbox-runner-".to_owned(), |name, byte| format!("{name}{byte:02x}"))
+    }
+
     /// Whether runner and launcher both run.
     pub fn is_alive(&mut self) -> bool {
-        let lives = |process: &mut Option<Child>| {
-            process.as_mut().is_some_and(|process| matches!(process.try_wait(), Ok(None)))
-        };
-        lives(&mut self.launcher) & lives(&mut self.runner)
+        !has_ended(&mut self.launcher) & !has_ended(&mut self.runner)
     }
 
     /// Opens a session.
@@ -371,6 +385,10 @@ level = "info"
     }
 }
 
+fn has_ended(process: &mut Option<Child>) -> bool {
+    process.as_mut().is_none_or(|process| !matches!(process.try_wait(), Ok(None)))
+}
+
 impl Drop for Daemon {
     fn drop(&mut self) {
         if let Some(mut process) = self.runner.take() {
@@ -431,8 +449,13 @@ impl Workspace {
     /// A file, empty when there is none.
     #[must_use]
     pub fn read(&self, name: &str) -> Vec<u8> {
-        use std::os::fd::AsRawFd;
-        fs::read(format!("/proc/self/fd/{}/{name}", self.directory.as_raw_fd())).unwrap_or_default()
+        fs::read(self.path(name)).unwrap_or_default()
+    }
+
+    /// Name of a file, for this process alone and as long as this exists.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}/{name}", self.directory.as_raw_fd()))
     }
 }
 

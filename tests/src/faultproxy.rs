@@ -39,6 +39,8 @@ struct Shared {
     last: AtomicU64,
     /// What is sent to the runner on connections up to this number stays here.
     held: watch::Sender<u64>,
+    /// What the runner has sent on connections up to this number stays here.
+    kept: watch::Sender<u64>,
     /// Rest after each piece that the runner has sent.
     rest: watch::Sender<Duration>,
 }
@@ -61,6 +63,7 @@ impl FaultProxy {
             live: watch::channel(BTreeSet::new()).0,
             last: AtomicU64::new(0),
             held: watch::channel(0).0,
+            kept: watch::channel(0).0,
             rest: watch::channel(Duration::ZERO).0,
         });
         let accepting = tokio::spawn(accept(listener, target, Arc::clone(&shared)));
@@ -78,9 +81,16 @@ impl FaultProxy {
         self.shared.held.send_replace(self.shared.last.load(Ordering::SeqCst));
     }
 
-    /// Lets everything pass again.
+    /// From here on nothing of what the runner sends on what is connected now arrives, not even when the runner is gone; what
+    /// it does on connections that it makes later passes.
+    pub fn keep_what_comes_from_the_runner(&self) {
+        self.shared.kept.send_replace(self.shared.last.load(Ordering::SeqCst));
+    }
+
+    /// Lets everything pass again, and so arrive late what was kept.
     pub fn release(&self) {
         self.shared.held.send_replace(0);
+        self.shared.kept.send_replace(0);
     }
 
     /// Makes the way from the runner slow: this much time for each 16 KiB.
@@ -134,8 +144,10 @@ async fn pass(
     let how = {
         let (near_reads, near_writes) = near.split();
         let (far_reads, far_writes) = far.split();
-        let up = pump(near_reads, far_writes, &allowed, Wait::Rest(shared.rest.subscribe()));
-        let down = pump(far_reads, near_writes, &UNBOUNDED, Wait::While(shared.held.subscribe(), number));
+        let up_waits = Wait { rest: Some(shared.rest.subscribe()), held: shared.kept.subscribe(), number };
+        let down_waits = Wait { rest: None, held: shared.held.subscribe(), number };
+        let up = pump(near_reads, far_writes, &allowed, up_waits);
+        let down = pump(far_reads, near_writes, &UNBOUNDED, down_waits);
         let both = async { tokio::join!(up, down) };
         tokio::pin!(both);
         let how = tokio::select! {
@@ -161,9 +173,10 @@ async fn pass(
 static UNBOUNDED: AtomicU64 = AtomicU64::new(u64::MAX);
 
 /// What a direction waits for.
-enum Wait {
-    Rest(watch::Receiver<Duration>),
-    While(watch::Receiver<u64>, u64),
+struct Wait {
+    rest: Option<watch::Receiver<Duration>>,
+    held: watch::Receiver<u64>,
+    number: u64,
 }
 
 /// Copies until the end of the source or of what is allowed.
@@ -175,16 +188,12 @@ async fn pump(
 ) {
     let mut buffer = vec![0; PIECE];
     while let Ok(length @ 1..) = source.read(&mut buffer).await {
-        match &mut wait {
-            Wait::Rest(rest) => {
-                let rest = *rest.borrow_and_update();
-                if !rest.is_zero() {
-                    tokio::time::sleep(rest).await;
-                }
-            }
-            // The sender outlives the connection, so waiting cannot fail.
-            Wait::While(held, number) => drop(held.wait_for(|held| held < number).await.map(|_| ())),
+        let rest = wait.rest.as_mut().map_or(Duration::ZERO, |rest| *rest.borrow_and_update());
+        if !rest.is_zero() {
+            tokio::time::sleep(rest).await;
         }
+        // The sender outlives the connection, so waiting cannot fail.
+        drop(wait.held.wait_for(|held| *held < wait.number).await.map(|_| ()));
         let left = allowed.load(Ordering::SeqCst);
         let length = length.min(usize::try_from(left).unwrap_or(usize::MAX));
         if left != u64::MAX {

@@ -77,6 +77,11 @@ impl Snapshot {
         Self { entries, foreign }
     }
 
+    /// Leaves out what happens below more groups of others, for instance of launchers that came later.
+    pub fn leave_out(&mut self, foreign: BTreeSet<String>) {
+        self.foreign.extend(foreign);
+    }
+
     /// What is here and was not in `earlier`, and what is gone since.
     #[must_use]
     pub fn difference(&self, earlier: &Self) -> Vec<String> {

@@ -14,6 +14,7 @@
 //! - [`host`]: everything a sandbox could leave behind, counted from outside
 //! - [`launcher`]: a launcher of our own and a hostile runner's end of its socket
 //! - [`keeper`]: the runner's end of the control socket of one sandbox
+//! - [`ledger`]: what calls say that they do, kept outside of everything that runner and launcher have
 //! - [`successor`]: runners that follow one another on the sandboxes of one launcher
 //! - [`terminal`]: a terminal of the host around the command, with somebody who types
 //! - [`skip`]: how a missing capability is reported
@@ -25,6 +26,7 @@ pub mod faultproxy;
 pub mod host;
 pub mod keeper;
 pub mod launcher;
+pub mod ledger;
 pub mod prober;
 pub mod rootfs;
 pub mod runner;

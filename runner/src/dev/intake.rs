@@ -28,6 +28,7 @@ pub(super) async fn serve_link(shared: Arc<Shared>, mut incoming: Streaming<pb::
         }
     }
     let number = welcome(&shared, &hello, &pages, sender);
+    let speaker = instance(&hello);
     shared.changed();
     let mut frame_no = 1 + u64::from(hello.resume_pages);
     // Only the seen matters here; nobody has to watch.
@@ -36,6 +37,9 @@ pub(super) async fn serve_link(shared: Arc<Shared>, mut incoming: Streaming<pb::
         frame_no += 1;
         let mut state = shared.state();
         if state.link.as_ref().is_none_or(|link| link.number != number) {
+            // Whoever has come since tells all of this again.
+            let successor = state.hello.as_ref().map(instance);
+            state.late_runners += u64::from(successor.is_some_and(|successor| successor != speaker));
             break;
         }
         if frame.frame_no != frame_no {
@@ -55,12 +59,16 @@ pub(super) async fn serve_link(shared: Arc<Shared>, mut incoming: Streaming<pb::
     shared.changed();
 }
 
+/// The process that greets.
+fn instance(hello: &pb::Hello) -> String {
+    hello.runner.as_ref().map(|runner| runner.instance_id.clone()).unwrap_or_default()
+}
+
 /// Answers a greeting, decides about everything that is held, and sends again what may have been lost.
 pub(super) fn welcome(shared: &Shared, hello: &pb::Hello, pages: &[pb::ResumePage], sender: Sender) -> u64 {
     let settings = shared.settings();
     let mut guard = shared.state();
     let state = &mut *guard;
-    let instance = |hello: &pb::Hello| hello.runner.as_ref().map(|runner| runner.instance_id.clone());
     // Another process without a journal counts from the beginning, and knows nothing of what the one before it held.
     // So may the first one that comes here: the process before it may have died before it found us.
     let another = state.hello.as_ref().is_none_or(|before| instance(before) != instance(hello));

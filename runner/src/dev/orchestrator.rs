@@ -301,6 +301,13 @@ impl Orchestrator {
         self.shared.state().overlaps
     }
 
+    /// Processes of the runner from which a frame came after another had taken their place. What such a frame says is left
+    /// out.
+    #[must_use]
+    pub fn late_runners(&self) -> u64 {
+        self.shared.state().late_runners
+    }
+
     /// Heartbeats so far, and the last one.
     #[must_use]
     pub fn heartbeats(&self) -> (u64, Option<pb::Heartbeat>) {

@@ -30,6 +30,7 @@ pub(super) struct State {
     /// Links that were made while the one before was up.
     pub(super) overlaps: u64,
     pub(super) resumed: bool,
+    pub(super) late_runners: u64,
     pub(super) next_epoch: u64,
     pub(super) sessions: BTreeMap<String, SessionRecord>,
     pub(super) calls: BTreeMap<String, CallRecord>,
