@@ -14,11 +14,10 @@ use nix::unistd::Pid;
 use proto::launch::v1::{ListSandboxes, Stop, reply, request};
 use proto::runner::v1 as pb;
 use runner::dev::{LinkSettings, Orchestrator, Session};
-use sha2::{Digest, Sha256};
 
 use crate::faultproxy::FaultProxy;
 use crate::host;
-use crate::launcher::{Connection, RUNNER_UID, Setup};
+use crate::launcher::{Connection, RUNNER_UID, Setup, group_of_launcher};
 use crate::rootfs::Rootfs;
 use crate::runner::{binary, scaled, wait};
 
@@ -277,8 +276,7 @@ level = "info"
     #[must_use]
     pub fn group(&self) -> String {
         let [_, run] = self.directories();
-        let digest = Sha256::digest(run.as_os_str().as_encoded_bytes());
-        digest.iter().take(4).fold("sandbox-runner-".to_owned(), |name, byte| format!("{name}{byte:02x}"))
+        group_of_launcher(&run)
     }
 
     /// Whether runner and launcher both run.

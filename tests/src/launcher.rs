@@ -14,6 +14,7 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, 
 use nix::sys::time::TimeVal;
 use prost::Message;
 use proto::launch::v1::{CreateSandbox, Failure, Hello, HostRootfs, Reply, Request, create_sandbox, reply, request};
+use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 use crate::rootfs::shared_directory;
@@ -335,6 +336,13 @@ fn connect_with_uid(socket: &OwnedFd, path: &Path, uid: u32) -> anyhow::Result<(
         finished.errors().trim()
     );
     Ok(())
+}
+
+/// How a launcher with this run directory names its groups.
+#[must_use]
+pub fn group_of_launcher(run: &Path) -> String {
+    let digest = Sha256::digest(run.as_os_str().as_encoded_bytes());
+    digest.iter().take(4).fold("sandbox-runner-".to_owned(), |name, byte| format!("{name}{byte:02x}"))
 }
 
 /// A sandbox with everything at its default.

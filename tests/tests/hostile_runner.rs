@@ -15,11 +15,10 @@ use proto::launch::v1::{
     Reexecute, Request, SandboxCreated, SandboxEntry, Volume, create_sandbox, reply, request,
 };
 use sandbox_runner_tests::host::{self, Snapshot};
-use sandbox_runner_tests::launcher::{Connection, Launcher, Setup, plain_sandbox};
+use sandbox_runner_tests::launcher::{Connection, Launcher, Setup, group_of_launcher, plain_sandbox};
 use sandbox_runner_tests::needs_root;
 use sandbox_runner_tests::rootfs::Rootfs;
 use sandbox_runner_tests::runner::{finish, wait};
-use sha2::{Digest, Sha256};
 
 const MIB: u64 = 1 << 20;
 /// Id ranges of the launcher.
@@ -752,12 +751,6 @@ fn launcher_that_is_stopped_while_it_starts_leaves_nothing() {
         });
         assert!(clean, "stopped after {} ms: {:?}, {:?}", 2 * delay, left(), host::launcher_groups());
     }
-}
-
-/// How a launcher with this run directory names its groups.
-fn group_of_launcher(run: &Path) -> String {
-    let digest = Sha256::digest(run.as_os_str().as_encoded_bytes());
-    digest.iter().take(4).fold("sandbox-runner-".to_owned(), |name, byte| format!("{name}{byte:02x}"))
 }
 
 #[test]

@@ -145,6 +145,7 @@ impl HostSandboxes {
         for sandbox_id in keep {
             drop(self.launcher.watch_ending(sandbox_id.as_str()));
         }
+        self.launcher.all_are_known();
         let listed = self.launcher.list().await?;
         let mut others = listed.into_iter().filter(|entry| !self.launcher.counts_on(&entry.sandbox_id));
         let mut result = Ok(());

@@ -41,7 +41,7 @@ impl Victim {
 
 /// Longest time for which nobody starts a runner again, and longest time between two kills, in milliseconds.
 const GAP: u64 = 500;
-const PAUSE: u64 = 700;
+const PAUSE: u64 = 500;
 
 /// Kills everybody in turn, each at a random moment, and does what a service manager does.
 pub(crate) struct Killer<'a> {

@@ -212,6 +212,7 @@ async fn launcher_that_comes_back_keeps_what_it_holds_ends_what_it_lost_and_kill
     let path = directory.path().join("launcher.sock");
     let requests = service(&path, vec![first_launcher, second_launcher]);
     let (launcher, _) = Launcher::connect(&path).await.expect("connected");
+    launcher.all_are_known();
     let kept = launcher.create(&Spec::throw_away("kept")).await.expect("created");
     let mut lost = launcher.create(&Spec::throw_away("lost")).await.expect("created");
 
@@ -223,14 +224,30 @@ async fn launcher_that_comes_back_keeps_what_it_holds_ends_what_it_lost_and_kill
     let ended = lost.ended.wait_for(Option::is_some).await.expect("reported").clone().expect("ended");
     assert!(ended.reason.contains("gone when the launcher came back"), "{}", ended.reason);
     assert!(kept.ended.borrow().is_none());
-    let killed: Vec<_> = requests
-        .try_iter()
-        .filter_map(|body| match body {
-            wire::request::Body::KillSandbox(kill) => Some(kill.sandbox_id),
-            _ => None,
-        })
-        .collect();
-    assert_eq!(killed, ["stranger"]);
+    assert_eq!(killed(&requests), ["stranger"]);
+}
+
+fn killed(requests: &std::sync::mpsc::Receiver<wire::request::Body>) -> Vec<String> {
+    let kill = |body| match body {
+        wire::request::Body::KillSandbox(kill) => Some(kill.sandbox_id),
+        _ => None,
+    };
+    requests.try_iter().filter_map(kill).collect()
+}
+
+/// F-12: the launcher is killed while a runner starts, which has yet to read what the one before it has left.
+#[tokio::test]
+async fn launcher_that_comes_back_before_the_journal_is_read_is_not_told_to_kill_what_an_earlier_runner_left() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("launcher.sock");
+    let requests = service(&path, vec![first_launcher, second_launcher]);
+    let (launcher, _) = Launcher::connect(&path).await.expect("connected");
+    assert!(launcher.list().await.is_err(), "the first launcher goes");
+
+    let list = launcher.list().await.expect("the next launcher answers");
+
+    assert_eq!(list.len(), 2);
+    assert_eq!(killed(&requests), Vec::<String>::new());
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@
 //!
 //! A launcher that is a service of its own may be restarted or replaced while sandboxes live. Then the connection is made
 //! again, what the launcher still holds lives on, what it no longer holds has ended, and what it holds without anybody here
-//! knowing it is killed. An embedded launcher takes its sandboxes along, so without its connection everything is over.
+//! knowing it is killed, once it is known what an earlier runner left. An embedded launcher takes its sandboxes along, so without its connection everything is over.
 //!
 //! This file has what can be asked of the launcher. [`greeting`] is the first exchange, [`table`] who waits for what, [`reader`]
 //! the task that reads and looks for a launcher that went, [`frames`] the translation.
@@ -275,6 +275,12 @@ impl Launcher {
             return watch::channel(Some(Ended { wait_status: None, oom_kills: 0, reason })).1;
         }
         table.endings.entry(sandbox_id.to_owned()).or_insert_with(|| watch::channel(None).0).subscribe()
+    }
+
+    /// Every sandbox of an earlier runner that is wanted is watched now. From here a launcher that comes back with others is
+    /// told to kill them; before, it might be told to kill what the journal is about to name.
+    pub fn all_are_known(&self) {
+        self.table().all_are_known = true;
     }
 
     /// Nobody counts on a sandbox that turned out not to exist.

@@ -46,6 +46,8 @@ pub(super) struct Table {
     pub(super) endings: HashMap<String, watch::Sender<Option<Ended>>>,
     /// Those of them that are not made yet.
     pub(super) creating: HashSet<String>,
+    /// What an earlier runner left is among `endings` as far as it is wanted. Before that a stranger may be wanted as well.
+    pub(super) all_are_known: bool,
 }
 
 /// A request that has its place in the table.
@@ -63,6 +65,7 @@ impl Shared {
             outstanding: HashMap::new(),
             endings: HashMap::new(),
             creating: HashSet::new(),
+            all_are_known: false,
         };
         // 1 is the greeting that an embedded launcher has already answered.
         Self { next_id: AtomicU64::new(2), table: Mutex::new(table), changed: watch::channel(()).0 }
@@ -161,7 +164,7 @@ impl Shared {
         }
     }
 
-    /// The launcher is back with these sandboxes. Returns those that nobody here knows.
+    /// The launcher is back with these sandboxes. Returns those that nobody here knows, as soon as that can be told.
     pub(super) fn back(&self, socket: &Arc<PacketSocket>, held: HashSet<String>) -> Vec<String> {
         let mut table = self.table();
         table.endings.retain(|sandbox_id, watching| {
@@ -172,7 +175,8 @@ impl Shared {
             }
             lives
         });
-        let unknown = held.into_iter().filter(|sandbox_id| !table.endings.contains_key(sandbox_id)).collect();
+        let is_stranger = |sandbox_id: &String| table.all_are_known && !table.endings.contains_key(sandbox_id);
+        let unknown = held.into_iter().filter(is_stranger).collect();
         table.link = Link::Up(Arc::clone(socket));
         drop(table);
         self.changed.send_replace(());
