@@ -12,6 +12,7 @@ pub mod bench;
 pub mod cli;
 pub mod config;
 pub mod connector;
+mod crash_point;
 pub mod daemon;
 pub mod dev;
 pub mod journal;

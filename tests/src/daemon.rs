@@ -67,6 +67,8 @@ pub struct Daemon {
     _rootfs: Rootfs,
     launcher: Option<Child>,
     runner: Option<Child>,
+    /// Crash points of runners that are started from here on; see `runner/src/crash_point.rs`.
+    pub crash_points: String,
     /// Processes that were started again after they had ended by themselves or by force.
     pub restarts: u32,
 }
@@ -107,7 +109,16 @@ impl Daemon {
             chown(path, Some(RUNNER_UID), Some(RUNNER_UID)).expect("chown to the runner");
         }
         let wire = FaultProxy::to(orchestrator.address()).await;
-        let daemon = Self { orchestrator, wire, setup, _rootfs: rootfs, launcher: None, runner: None, restarts: 0 };
+        let daemon = Self {
+            orchestrator,
+            wire,
+            setup,
+            _rootfs: rootfs,
+            launcher: None,
+            runner: None,
+            crash_points: String::new(),
+            restarts: 0,
+        };
         fs::write(daemon.config(), daemon.config_text(&options.limits, &options.pressure)).expect("the configuration");
         daemon
     }
@@ -210,6 +221,9 @@ level = "info"
         let mut command = Command::new(binary());
         command.arg("run").arg("--config").arg(self.config());
         command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(self.log_file());
+        if !self.crash_points.is_empty() {
+            command.env("SANDBOX_RUNNER_CRASH_POINTS", &self.crash_points);
+        }
         command
     }
 
@@ -246,6 +260,35 @@ level = "info"
         }
     }
 
+    /// Starts the runner and waits until it ends, which it does by a crash point.
+    ///
+    /// # Panics
+    /// When it does not end.
+    pub async fn start_runner_to_its_end(&mut self) -> ExitStatus {
+        self.spawn_runner();
+        self.runner_to_its_end().await
+    }
+
+    /// Waits until the runner that was started has ended by itself.
+    ///
+    /// # Panics
+    /// When there is none, or it does not end.
+    pub async fn runner_to_its_end(&mut self) -> ExitStatus {
+        let mut process = self.runner.take().expect("a runner");
+        let deadline = Instant::now() + scaled(PATIENCE);
+        loop {
+            if let Some(status) = process.try_wait().expect("own child") {
+                return status;
+            }
+            if Instant::now() >= deadline {
+                let _ = process.kill();
+                let _ = process.wait();
+                panic!("the runner does not end: {}", self.end_of_log());
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
     fn spawn_runner(&mut self) {
         self.runner = Some(self.runner_command().spawn().expect("the runner starts"));
     }
@@ -277,6 +320,11 @@ level = "info"
     pub fn group(&self) -> String {
         let [_, run] = self.directories();
         group_of_launcher(&run)
+    }
+
+    /// Whether the runner runs.
+    pub fn runner_is_alive(&mut self) -> bool {
+        self.runner.as_mut().is_some_and(|process| matches!(process.try_wait(), Ok(None)))
     }
 
     /// Whether runner and launcher both run.
@@ -442,6 +490,13 @@ impl Workspace {
     #[must_use]
     pub fn spawner(&self) -> Option<u32> {
         host::children_of(self.process_1).into_iter().min_by_key(|pid| host::inner_pid(*pid))
+    }
+
+    /// A file, opened for reading. What it holds stays when everything that names it is removed.
+    #[must_use]
+    pub fn open(&self, name: &str) -> Option<File> {
+        use std::os::fd::AsRawFd;
+        File::open(format!("/proc/self/fd/{}/{name}", self.directory.as_raw_fd())).ok()
     }
 
     /// A file, empty when there is none.

@@ -38,6 +38,7 @@ const BURST: usize = 8;
 /// How long the cutter waits for the moment it wants before it tries another.
 const MOMENT: Duration = Duration::from_millis(500);
 
+/// F-20: the link is closed, reset, cut within a frame or frozen, again and again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_cut_of_the_wire_repeats_a_call_or_loses_a_byte() {
     needs_root!();

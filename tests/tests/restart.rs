@@ -76,6 +76,7 @@ async fn assert_nothing_is_lost(going: Going) {
     end(daemon, vec![session]).await;
 }
 
+/// F-02: killed while a command prints.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killed_runner_loses_no_byte_no_call_and_no_shell() {
     needs_root!();
@@ -219,6 +220,7 @@ async fn cancel_before_a_restart_reaches_the_running_call_and_stays_for_the_one_
     end(daemon, vec![session]).await;
 }
 
+/// F-23, F-24: nothing reaches the runner for longer than lease and orphan time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sandbox_ends_by_itself_when_lease_and_orphan_time_are_over_though_its_runner_lives() {
     needs_root!();
@@ -312,6 +314,7 @@ async fn journal_of_another_state_directory_is_refused_and_nothing_is_touched() 
     end(daemon, vec![session]).await;
 }
 
+/// F-44: two runners with one identity, on one machine.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn second_runner_of_the_same_state_directory_is_refused() {
     needs_root!();
@@ -326,6 +329,7 @@ async fn second_runner_of_the_same_state_directory_is_refused() {
     end(daemon, vec![session]).await;
 }
 
+/// F-01: killed while nothing runs.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn runner_that_was_full_begins_again() {
     needs_root!();

@@ -13,6 +13,7 @@ use super::live::{Live, Place, Step};
 use super::record::Recovered;
 use super::scan::{self, ScanError, Scanned, name};
 use super::segment::{self, Active, Identity, LogError, failed};
+use crate::crash_point::{self, Kind, Point};
 
 /// Name of the file that is given up when the disk is full.
 pub(super) const BALLAST: &str = "ballast";
@@ -78,6 +79,7 @@ impl<D: Disk> Log<D> {
         let newest = scanned.segments.last();
         let same_boot = newest.is_some_and(|segment| segment.header.boot_id == identity.boot_id);
         let recovered = recovered(&disk, &scanned.live, same_boot)?;
+        crash_point::pass(Point::Scanned, "");
         report(&disk, &scanned);
         // Unfinished copies first: what is written from here on has their numbers.
         for leftover in &scanned.leftovers {
@@ -148,8 +150,11 @@ impl<D: Disk> Log<D> {
             frame::put(&mut buffer, self.active.seed, (lsn, first), &entry.payload);
         }
         let file = name(self.active.first_lsn);
-        self.active.file.write_all_at(start, &buffer).map_err(failed(&self.disk, "write", &file))?;
-        self.active.file.sync().map_err(failed(&self.disk, "sync", &file))?;
+        let written = pass(entries, Point::Write).and_then(|()| self.active.file.write_all_at(start, &buffer));
+        written.map_err(failed(&self.disk, "write", &file))?;
+        let synced = pass(entries, Point::Sync).and_then(|()| self.active.file.sync());
+        synced.map_err(failed(&self.disk, "sync", &file))?;
+        pass(entries, Point::Synced).map_err(failed(&self.disk, "sync", &file))?;
         for (entry, place) in entries.iter().zip(places) {
             self.live.apply(entry.step.clone(), place);
         }
@@ -262,9 +267,14 @@ fn begin_anew<D: Disk>(
     live: &Live,
     base_lsn: u64,
 ) -> Result<(Copied, Active<D::File>), LogError> {
+    crash_point::attempt(Point::Copy, "").map_err(failed(disk, "copy", ""))?;
     let copied = copy(disk, identity, sizes.segment, live, base_lsn)?;
+    crash_point::pass(Point::Copied, "");
     match segment::begin(disk, identity, sizes.segment, (copied.next_lsn, base_lsn)) {
-        Ok(active) => Ok((copied, active)),
+        Ok(active) => {
+            crash_point::pass(Point::Counts, "");
+            Ok((copied, active))
+        }
         Err(error) => {
             if !error.is_open {
                 segment::discard(disk, &copied.segments)?;
@@ -282,6 +292,21 @@ fn report<D: Disk>(disk: &D, scanned: &Scanned) {
     if scanned.live.ignored() > 0 {
         tracing::warn!(records = scanned.live.ignored(), "records of the journal made no sense and were ignored");
     }
+}
+
+/// Passes a step with the calls of these records.
+fn pass(entries: &[Entry], step: fn(Kind) -> Point) -> std::io::Result<()> {
+    for entry in entries {
+        let (kind, call_id) = match &entry.step {
+            Step::Accepted { call_id, .. } => (Kind::Accepted, call_id),
+            Step::Started { call_id } => (Kind::Started, call_id),
+            Step::Finished { call_id } => (Kind::Finished, call_id),
+            Step::Acknowledged { call_id } => (Kind::Acknowledged, call_id),
+            _ => continue,
+        };
+        crash_point::attempt(step(kind), call_id.as_str())?;
+    }
+    Ok(())
 }
 
 fn frame_bytes(payload: usize) -> u64 {

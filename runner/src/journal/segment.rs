@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use super::disk::{Disk, DiskFile};
 use super::frame::{HEADER_BYTES, Header, Role, wide};
 use super::scan::{UNFINISHED, name};
+use crate::crash_point::{self, Point};
 
 /// Whose journal it is.
 #[derive(Debug, Clone)]
@@ -73,6 +74,7 @@ pub(super) fn make<D: Disk>(disk: &D, header: &Header, bytes: u64, frames: &[u8]
         let file = disk.create(&unfinished, bytes)?;
         file.write_all_at(0, &contents)?;
         file.sync()?;
+        crash_point::attempt(Point::Unnamed, "")?;
         disk.rename(&unfinished, &name)?;
         Ok(file)
     })();
@@ -81,7 +83,8 @@ pub(super) fn make<D: Disk>(disk: &D, header: &Header, bytes: u64, frames: &[u8]
         let _ = disk.remove(&unfinished);
         failed(disk, "make", &name)(error)
     })?;
-    disk.sync_names().map_err(|error| LogError { is_open: true, ..failed(disk, "sync", "")(error) })?;
+    let synced = crash_point::attempt(Point::Named, "").and_then(|()| disk.sync_names());
+    synced.map_err(|error| LogError { is_open: true, ..failed(disk, "sync", "")(error) })?;
     Ok(file)
 }
 
@@ -99,6 +102,7 @@ pub(super) fn remove_old<D: Disk>(disk: &D, names: impl Iterator<Item = String>)
         if let Err(error) = disk.remove(&name) {
             tracing::warn!(name, error = &error as &dyn std::error::Error, "an old journal segment was not removed");
         }
+        crash_point::pass(Point::Removed, "");
     }
 }
 

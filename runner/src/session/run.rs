@@ -22,6 +22,7 @@ use super::Outputs;
 use super::core::{Config, Core, Input};
 use super::present;
 use super::registry::Registry;
+use crate::crash_point::{self, Point};
 use crate::journal::{Journal, Recovered};
 use crate::telemetry::Counters;
 use crate::work::{
@@ -182,6 +183,7 @@ impl Loop {
         let mut work_open = true;
         let board = Arc::clone(&self.board);
         self.settle().await;
+        crash_point::pass(Point::Restored, "");
         loop {
             let deadline = self.deadlines.values().chain(self.idle.values()).min().copied();
             let event = tokio::select! {
@@ -235,6 +237,7 @@ impl Loop {
             }
             Done::Attached(session_id, Ok(Attached { sandbox, found, frozen })) => {
                 info!(%session_id, sandbox_id = %sandbox.sandbox_id(), calls = found.len(), frozen, "sandbox taken over");
+                crash_point::pass(Point::Attached, session_id.as_str());
                 for call_id in found.keys() {
                     self.outputs.insert_call(call_id.clone(), Arc::clone(&sandbox));
                 }

@@ -69,6 +69,7 @@ async fn every_mistake_is_answered_and_the_link_goes_on() {
     assert_eq!(world.orchestrator.complaints(), Vec::<String>::new());
 }
 
+/// F-39: one id for two calls.
 #[tokio::test]
 async fn same_id_with_other_arguments_is_refused_and_the_first_call_goes_on() {
     let world = World::new(Options::default()).await;
@@ -82,6 +83,7 @@ async fn same_id_with_other_arguments_is_refused_and_the_first_call_goes_on() {
     assert_eq!(world.fakes.executions_of("c"), 1);
 }
 
+/// F-38, F-40: dispatched several times, and again after its result was acknowledged.
 #[tokio::test]
 async fn repeated_dispatch_runs_once_and_is_answered_again() {
     let world = World::new(Options::default()).await;
@@ -103,6 +105,7 @@ async fn repeated_dispatch_runs_once_and_is_answered_again() {
     assert_eq!(world.fakes.executions_of("c"), 1);
 }
 
+/// F-41: cancelled before it has come.
 #[tokio::test]
 async fn cancel_that_overtakes_its_call_keeps_it_from_running() {
     let world = World::new(Options::default()).await;

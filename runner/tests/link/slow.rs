@@ -15,6 +15,7 @@ const NOTHING: LinkSettings = LinkSettings {
     windows: true,
 };
 
+/// F-49: the orchestrator never grants credit.
 #[tokio::test]
 async fn without_credit_results_and_heartbeats_go_on_and_output_waits() {
     let world = World::new(Options { link: NOTHING, ..Default::default() }).await;
@@ -44,6 +45,7 @@ async fn without_credit_results_and_heartbeats_go_on_and_output_waits() {
     assert_eq!(world.orchestrator.complaints(), Vec::<String>::new());
 }
 
+/// F-50: the orchestrator never acknowledges an event.
 #[tokio::test]
 async fn caller_that_acknowledges_nothing_is_refused_at_the_bound() {
     let link = LinkSettings { acknowledge: false, ..LinkSettings::default() };

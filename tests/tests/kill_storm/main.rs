@@ -74,7 +74,7 @@ async fn storm(kills: u64) {
     println!("seed {seed}: {kills} kills");
     let link = LinkSettings { heartbeat_every: Duration::from_millis(500), ..LinkSettings::default() };
     let slots = u32::try_from(2 * DRIVERS + 2).expect("few sessions");
-    let mut daemon = Daemon::start(Options { slots, link, limits: small_sandboxes() }).await;
+    let mut daemon = Daemon::start(Options { slots, link, limits: small_sandboxes(), ..Options::default() }).await;
     let account = Arc::new(Account::new());
     let drivers: Vec<_> = (0..DRIVERS)
         .map(|driver| tokio::spawn(load::drive(Arc::clone(&daemon.orchestrator), Arc::clone(&account), driver, seed)))

@@ -20,6 +20,7 @@ use super::outgoing::Lanes;
 use super::rotation::{Successor, Turn, connected};
 use super::task::{Ended, Event, PENDING, Task};
 use super::{LinkError, Stop};
+use crate::crash_point::{self, Kind, Point};
 use crate::work::{BoxFuture, OutputChunk, SessionId, ToolFailure, Trouble};
 
 #[cfg(test)]
@@ -241,7 +242,11 @@ impl Task {
         }
         while let Ok(permit) = link.lanes.events.try_reserve() {
             let Some(body) = self.outbox.next_to_send() else { break };
+            let told = crash_point::ARE_THERE.then(|| told(&body)).flatten();
             permit.send(body);
+            if let Some((kind, call_id)) = told {
+                crash_point::pass(Point::Told(kind), &call_id);
+            }
         }
         // Output of a call must not overtake its start.
         if self.outbox.has_unsent() {
@@ -382,6 +387,16 @@ impl Task {
             debug!("the orchestrator did not close its half");
         }
         Ok(ended)
+    }
+}
+
+/// What an event says about a call.
+fn told(body: &Body) -> Option<(Kind, String)> {
+    match body {
+        Body::CallAccepted(event) => Some((Kind::Accepted, event.call_id.clone())),
+        Body::CallStarted(event) => Some((Kind::Started, event.call_id.clone())),
+        Body::CallFinished(event) => Some((Kind::Finished, event.call_id.clone())),
+        _ => None,
     }
 }
 

@@ -346,6 +346,7 @@ async fn descriptors_from_a_sandbox_end_it_and_are_not_kept() {
     assert_eq!(end, Some(ControlEnd::Violated(Violation::Descriptors)));
 }
 
+/// F-17: process 1 is stopped and does not answer.
 #[tokio::test]
 async fn silence_ends_the_sandbox_after_the_answer_time() {
     let end = Control::from_connection(process_1(|_| Vec::new()), 7, IMPATIENT).await.err();

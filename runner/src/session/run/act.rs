@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use super::board::Board;
 use super::{Done, Loop};
+use crate::crash_point::{self, Point};
 use crate::journal::{JournalError, Record};
 use crate::session::core::{Action, Input};
 use crate::session::present;
@@ -86,6 +87,7 @@ impl Loop {
             }
             Action::WriteAccepted(call) => {
                 let call_id = call.call_id.clone();
+                crash_point::pass(Point::Arrived, call_id.as_str());
                 let written = self.journal.append(Record::Accepted(Box::new(call)));
                 self.beside(written, |written| match written {
                     Err(error) if !error.is_final => {
@@ -100,11 +102,15 @@ impl Loop {
             }
             Action::WriteFinished { call_id, result } => {
                 self.deadlines.remove(&call_id);
+                crash_point::pass(Point::Ended, call_id.as_str());
                 let written = self.journal.append(Record::Finished { call_id: call_id.clone(), result });
                 self.beside(written, |r| Done::Input(Input::EndWritten { call_id, durable: written_down(&r) }));
             }
             // Losing this only causes a repeat, so nobody waits for it.
-            Action::Trim { call_id } => drop(self.journal.append(Record::Acknowledged { call_id })),
+            Action::Trim { call_id } => {
+                crash_point::pass(Point::Acknowledged, call_id.as_str());
+                drop(self.journal.append(Record::Acknowledged { call_id }));
+            }
             Action::ArmStartDeadline { call_id, within } => {
                 // A deadline beyond what a clock can hold is none.
                 if let Some(at) = Instant::now().checked_add(within) {
@@ -148,7 +154,10 @@ impl Loop {
                 let has_gate = call.gate == Gate::Held;
                 let prepared = sandbox.start_call(call, observer);
                 self.beside(prepared, move |result| match result {
-                    Ok(()) => Done::Input(Input::Prepared { call_id }),
+                    Ok(()) => {
+                        crash_point::pass(Point::Gated, call_id.as_str());
+                        Done::Input(Input::Prepared { call_id })
+                    }
                     // Without a gate the call may have run before its sandbox was lost; what the loss brings settles it.
                     Err(failure) if failure.code == Code::SandboxLost && !has_gate => Done::Nothing,
                     Err(failure) => Done::Input(Input::PrepareFailed { call_id, failure }),
@@ -157,7 +166,11 @@ impl Loop {
             Action::Go { call_id, .. } if self.lease_has_lapsed() => self.keep_gate(call_id),
             Action::Go { session_id, call_id } => {
                 let Some(sandbox) = self.outputs.session(&session_id) else { return };
-                self.beside(sandbox.go(&call_id), |_| Done::Nothing);
+                crash_point::pass(Point::Go, call_id.as_str());
+                self.beside(sandbox.go(&call_id), move |_| {
+                    crash_point::pass(Point::Gone, call_id.as_str());
+                    Done::Nothing
+                });
             }
             Action::Abort { session_id, call_id } => {
                 let Some(sandbox) = self.outputs.session(&session_id) else { return };
