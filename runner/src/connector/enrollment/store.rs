@@ -8,12 +8,14 @@
 //! A set is written under another name, synced, renamed, and only then does `current` change, in one rename. So whatever is
 //! interrupted leaves the old set or the new one, and never a key without its certificate.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -167,10 +169,10 @@ impl Store {
         let path = directory.join(".lock");
         let lock = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
         let lock = lock.map_err(step("open", &path))?;
-        match lock.try_lock() {
+        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Self { directory: directory.to_owned(), _lock: lock }),
-            Err(TryLockError::WouldBlock) => Err(StoreError::Busy { path: directory.to_owned() }),
-            Err(TryLockError::Error(source)) => Err(StoreError::Step { step: "lock", path, source }),
+            Err(Errno::WOULDBLOCK) => Err(StoreError::Busy { path: directory.to_owned() }),
+            Err(errno) => Err(StoreError::Step { step: "lock", path, source: errno.into() }),
         }
     }
 
