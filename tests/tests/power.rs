@@ -19,7 +19,7 @@ use nix::unistd::{Pid, mkfifo};
 use proto::runner::v1 as pb;
 use proto::runner::v1::outcome::Kind;
 use runner::dev::{LinkSettings, Orchestrator, Session};
-use sandbox_runner_tests::daemon::bash;
+use sandbox_runner_tests::daemon::{bash, small_sandboxes};
 use sandbox_runner_tests::needs_root;
 use sandbox_runner_tests::runner::binary;
 use tempfile::TempDir;
@@ -36,6 +36,8 @@ struct Site {
     orchestrator: Orchestrator,
     place: TempDir,
     machine: Option<Child>,
+    /// The keyboard of its console. The emulator takes it away for good when nobody holds it.
+    keyboard: File,
 }
 
 impl Site {
@@ -46,7 +48,9 @@ impl Site {
         fs::create_dir(&identity).expect("a directory");
         orchestrator.write_client_files(&identity, "runner-1").expect("certificates");
         mkfifo(&place.path().join("orders"), Mode::S_IRUSR | Mode::S_IWUSR).expect("a fifo");
-        let site = Self { orchestrator, place, machine: None };
+        let keyboard =
+            OpenOptions::new().read(true).write(true).open(place.path().join("orders")).expect("the fifo of our own");
+        let site = Self { orchestrator, place, machine: None, keyboard };
         site.write_config();
         site
     }
@@ -66,7 +70,9 @@ certificate_file = "/var/lib/sandbox-runner/identity/certificate.pem"
 key_file = "/var/lib/sandbox-runner/identity/key.pem"
 server_name = "localhost"
 "#;
-        fs::write(self.path("config.toml"), format!("{shipped}{orchestrator}")).expect("written");
+        // The guest is small.
+        let small = shipped.replace("[limits]\n", &format!("[limits]\n{}", small_sandboxes()));
+        fs::write(self.path("config.toml"), format!("{small}{orchestrator}")).expect("written");
     }
 
     /// Boots, and returns when the runner has connected.
@@ -75,7 +81,6 @@ server_name = "localhost"
         let (guest, tree) = (repository().join("tests/guest"), self.path("tree"));
         let _ = fs::create_dir(&tree);
         let _ = std::os::unix::fs::symlink(repository().join("deploy"), tree.join("deploy"));
-        let orders = OpenOptions::new().read(true).write(true).open(self.path("orders")).expect("the fifo");
         let log = OpenOptions::new().create(true).append(true).open(self.path("log")).expect("a log");
         let child = Command::new(guest.join("run"))
             .args(["--memory", "2048", "--timeout", "1800", "--root"])
@@ -96,7 +101,6 @@ server_name = "localhost"
             .expect("the guest starts");
         self.machine = Some(child);
         self.until("the runner connects", patience, |site| site.orchestrator.links() > links).await;
-        drop(orders);
     }
 
     async fn until(&mut self, what: &str, patience: Duration, mut found: impl FnMut(&Self) -> bool) {
@@ -117,9 +121,8 @@ server_name = "localhost"
     }
 
     /// Types an order at the console.
-    fn order(&self, text: &str) {
-        let mut orders: File = OpenOptions::new().write(true).open(self.path("orders")).expect("the machine listens");
-        writeln!(orders, "{text}").expect("an order");
+    fn order(&mut self, text: &str) {
+        writeln!(self.keyboard, "{text}").expect("an order");
     }
 
     /// Waits until the machine is off.

@@ -64,6 +64,12 @@ fn instance(hello: &pb::Hello) -> String {
     hello.runner.as_ref().map(|runner| runner.instance_id.clone()).unwrap_or_default()
 }
 
+/// Whether a greeting was written before another of the same boot of its machine.
+fn is_older(hello: &pb::Hello, other: &pb::Hello) -> bool {
+    let boot = |hello: &pb::Hello| hello.runner.as_ref().map(|runner| runner.boot_id.clone());
+    boot(hello) == boot(other) && hello.boottime_ns < other.boottime_ns
+}
+
 /// Answers a greeting, decides about everything that is held, and sends again what may have been lost.
 pub(super) fn welcome(shared: &Shared, hello: &pb::Hello, pages: &[pb::ResumePage], sender: Sender) -> u64 {
     let settings = shared.settings();
@@ -72,6 +78,11 @@ pub(super) fn welcome(shared: &Shared, hello: &pb::Hello, pages: &[pb::ResumePag
     // Another process without a journal counts from the beginning, and knows nothing of what the one before it held.
     // So may the first one that comes here: the process before it may have died before it found us.
     let another = state.hello.as_ref().is_none_or(|before| instance(before) != instance(hello));
+    if another && state.hello.as_ref().is_some_and(|before| is_older(hello, before)) {
+        // It is dead, and what it said last has taken longer than its successor. No link has this number.
+        state.late_runners += 1;
+        return 0;
+    }
     if hello.ephemeral && another {
         state.event_through = 0;
         settle_lost(shared, state);

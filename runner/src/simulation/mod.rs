@@ -23,7 +23,7 @@ use crate::dev::pki::{Authority, Validity};
 /// Worlds of an ordinary test.
 const SEEDS: u64 = 50;
 /// Worlds that once found a mistake, with what it was.
-const FIXTURES: &[(u64, &str)] = &[];
+const FIXTURES: &[(u64, &str)] = &[(728, "the greeting of a process that has died arrives after that of the next one")];
 
 /// Certificates that nobody looks at.
 fn credentials() -> Credentials {
