@@ -9,7 +9,8 @@ use clap::{Args, Subcommand};
 
 use super::{code, embedded, print, say};
 use crate::config::file::{ConfigFile, Problem};
-use crate::config::resolve::{Config, Host, resolve};
+use crate::config::resolve::resolve;
+use crate::config::resolved::{Config, Host};
 
 /// Where the configuration is when nobody says otherwise.
 pub(super) const DEFAULT_PATH: &str = "/etc/sandbox-runner/config.toml";

@@ -14,7 +14,7 @@ use clap::Args;
 use super::config::{self, DEFAULT_PATH};
 use super::{code, complain, print, run, say};
 use crate::config::launcher_policy::IdRanges;
-use crate::config::resolve::Config;
+use crate::config::resolved::Config;
 use crate::connector::enrollment::{EnrollError, Enrollment, LONGEST_TOKEN, Pin, PinError, Request, Token};
 use crate::daemon::settings::{self, SettingsError};
 use crate::sandbox::home::Identity;

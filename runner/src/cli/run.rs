@@ -16,7 +16,7 @@ use tracing::{info, warn};
 use super::config::{self, DEFAULT_PATH};
 use super::embedded::{self, Wishes};
 use super::{code, complain, floor, say};
-use crate::config::resolve::Config;
+use crate::config::resolved::Config;
 use crate::connector::orchestrator;
 use crate::daemon::settings::{self, SettingsError};
 use crate::daemon::{AdminSocket, Daemon, DaemonError, End, Parts, Unasked};

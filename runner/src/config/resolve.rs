@@ -3,136 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
-
 use super::file::{ConfigFile, IdleSection, LimitsSection, OrchestratorSection, PressureSection, Problem};
-use super::launcher_policy::HostSize;
+use super::resolved::{Capacity, CertificateFiles, Config, Host, Idle, Orchestrator, Pressure, SandboxDefaults};
 use crate::sandbox::receipt::Tier;
-use crate::telemetry::{LogFormat, LogLevel};
 use crate::work::RunnerId;
-
-/// A checked configuration.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Config {
-    /// Where work comes from.
-    pub orchestrator: Option<Orchestrator>,
-    /// Name of this runner.
-    pub runner_id: String,
-    /// Labels that placement may ask for.
-    pub labels: BTreeMap<String, String>,
-    /// What outlives a boot.
-    pub state_directory: PathBuf,
-    /// Sockets.
-    pub run_directory: PathBuf,
-    /// Socket of a launcher that runs on its own; without it the runner starts one.
-    pub launcher_socket: Option<PathBuf>,
-    /// Weakest isolation under which work is accepted.
-    pub min_tier: String,
-    /// What one sandbox gets when it asks for nothing.
-    pub sandbox: SandboxDefaults,
-    /// What all sandboxes together may hold.
-    pub capacity: Capacity,
-    /// What becomes of sessions without calls.
-    pub idle: Idle,
-    /// When the host is short of something.
-    pub pressure: Pressure,
-    /// Form of log lines.
-    pub log_format: LogFormat,
-    /// Least important log line.
-    pub log_level: LogLevel,
-}
-
-/// Where work comes from.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Orchestrator {
-    /// `https://host:port`.
-    pub endpoint: String,
-    /// Certificates that somebody else keeps; without them it is the identity that `enroll` has stored.
-    #[serde(flatten)]
-    pub files: Option<CertificateFiles>,
-    /// Name its certificate must have.
-    pub server_name: String,
-    /// `http://host:port` of a proxy.
-    pub proxy: Option<String>,
-    /// Longest wait before the first attempt to connect again, in milliseconds.
-    pub reconnect_first_ms: u64,
-    /// Longest wait before any attempt to connect again, in milliseconds.
-    pub reconnect_most_ms: u64,
-}
-
-/// Certificates that somebody else keeps.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct CertificateFiles {
-    /// Authorities of the orchestrator's certificate.
-    pub ca_file: PathBuf,
-    /// Our certificate chain.
-    pub certificate_file: PathBuf,
-    /// Our private key.
-    pub key_file: PathBuf,
-}
-
-/// What one sandbox gets when it asks for nothing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct SandboxDefaults {
-    /// Memory.
-    pub memory_bytes: u64,
-    /// Thousandths of a processor.
-    pub cpu_millis: u64,
-    /// Processes and threads.
-    pub pids: u64,
-    /// Disk space.
-    pub disk_bytes: u64,
-}
-
-/// What all sandboxes together may hold: the host less its reserve.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct Capacity {
-    /// Sessions at once.
-    pub max_sessions: u64,
-    /// Memory.
-    pub memory_bytes: u64,
-    /// Disk space.
-    pub disk_bytes: u64,
-    /// Processes and threads.
-    pub pids: u64,
-}
-
-/// What becomes of sessions without calls.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct Idle {
-    /// When their processes are stopped, unless a session says otherwise; absent: never.
-    pub freeze_after_seconds: Option<u64>,
-    /// When they are ended; absent: never.
-    pub end_after_seconds: Option<u64>,
-}
-
-/// When the host is short of something; 0 is never.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct Pressure {
-    /// Free bytes of a disk below which no session is opened; absent: a tenth of it and at least 5 GiB, a quarter at most.
-    pub disk_low_bytes: Option<u64>,
-    /// Free bytes of a disk below which no call is taken that may write; absent: 3 % of it and at least 1 GiB, 5 % at most.
-    pub disk_critical_bytes: Option<u64>,
-    /// Percent of the time in which some process waits for memory.
-    pub memory_stall_percent: u64,
-    /// Percent of the time in which all processes wait for block devices.
-    pub io_stall_percent: u64,
-    /// Percent of the time in which some process waits for a processor.
-    pub cpu_stall_percent: u64,
-}
-
-/// What the machine has.
-#[derive(Debug, Clone)]
-pub struct Host {
-    /// Memory and processors.
-    pub size: HostSize,
-    /// Free space of the file system of the state directory.
-    pub free_disk_bytes: u64,
-    /// Processes the kernel allows.
-    pub pids: u64,
-    /// Name of the machine.
-    pub hostname: String,
-}
 
 /// As long as the longest time that a session may ask for.
 const LONGEST_IDLE_SECONDS: u64 = 30 * 24 * 3600;
@@ -387,6 +261,7 @@ fn url_host(url: &str, scheme: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::launcher_policy::HostSize;
 
     fn host() -> Host {
         Host {

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::config::resolve::{CertificateFiles, Config, Orchestrator};
+use crate::config::resolved::{CertificateFiles, Config, Orchestrator};
 use crate::connector::backoff::Backoff;
 use crate::connector::dial::{Proxy, Target};
 use crate::connector::enrollment::{self, Renewal, StoreError};

@@ -1,4 +1,9 @@
-//! One world: what can happen, what does, and what must never.
+//! One world: what can happen and what does. What goes wrong is in `faults`, what is asked for in `orders`, and what must never
+//! happen in `oracle`.
+
+mod faults;
+mod oracle;
+mod orders;
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -7,16 +12,16 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use proto::runner::v1 as pb;
-use proto::runner::v1::outcome::Kind;
 
 use super::credentials;
 use super::host::Host;
 use super::life::Life;
+use super::lots::{FAULTS, Fault, Random, Tally};
 use super::wire::{Peer, Wire};
 use crate::connector::orchestrator::simulated::Over;
 use crate::dev::simulated::{Conversation, Store};
 use crate::journal::lossy::Machine;
-use crate::work::{CallId, Outcome, SandboxId, Update};
+use crate::work::{CallId, Outcome, SandboxId};
 
 const SESSIONS: u64 = 3;
 const CALLS: u64 = 14;
@@ -32,85 +37,6 @@ thread_local! {
 
 fn boottime_ns() -> u64 {
     BOOTTIME.get()
-}
-
-/// Lots, drawn from a seed (splitmix64).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound.max(1)
-    }
-
-    fn index(&mut self, bound: usize) -> usize {
-        usize::try_from(self.below(bound as u64)).unwrap_or(0)
-    }
-
-    fn one_in(&mut self, count: u64) -> bool {
-        self.below(count) == 0
-    }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Fault {
-    Cut,
-    Stall,
-    OneWay,
-    RunnerDies,
-    RunnerDiesWriting,
-    PowerCut,
-    FailOver,
-    StaleReplica,
-    TimeJump,
-    TimePasses,
-    SandboxDies,
-    SyncFails,
-}
-
-const FAULTS: [Fault; 12] = [
-    Fault::Cut,
-    Fault::Stall,
-    Fault::OneWay,
-    Fault::RunnerDies,
-    Fault::RunnerDiesWriting,
-    Fault::PowerCut,
-    Fault::FailOver,
-    Fault::StaleReplica,
-    Fault::TimeJump,
-    Fault::TimePasses,
-    Fault::SandboxDies,
-    Fault::SyncFails,
-];
-
-/// What happened in one world or in many.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Tally {
-    faults: BTreeMap<Fault, u64>,
-    /// How calls ended.
-    ends: BTreeMap<&'static str, u64>,
-    /// Links, lives of runners, steps.
-    counts: [u64; 3],
-}
-
-impl Tally {
-    pub(super) fn add(&mut self, other: &Self) {
-        other.faults.iter().for_each(|(fault, count)| *self.faults.entry(*fault).or_default() += count);
-        other.ends.iter().for_each(|(end, count)| *self.ends.entry(end).or_default() += count);
-        self.counts.iter_mut().zip(other.counts).for_each(|(sum, count)| *sum += count);
-    }
-
-    /// Few worlds may miss a fault; many may not.
-    pub(super) fn has_everything(&self) -> bool {
-        self.counts[1] < 1000 || FAULTS.iter().all(|fault| self.faults.contains_key(fault))
-    }
 }
 
 pub(super) struct World {
@@ -302,68 +228,6 @@ impl World {
         }
     }
 
-    // --- the orchestrator ---
-
-    fn orchestrate(&mut self) {
-        if self.quiet {
-            return self.close_what_is_done();
-        }
-        let draw = self.random.below(20);
-        if (self.sessions.len() as u64) < SESSIONS && (draw < 4 || self.sessions.is_empty()) {
-            let session_id = format!("session-{}", self.sessions.len());
-            self.store.open_session(&session_id);
-            self.note(format!("open {session_id}"));
-            return self.sessions.push(session_id);
-        }
-        let session_id = self.sessions[self.random.index(self.sessions.len())].clone();
-        if draw < 15 && self.issued < CALLS {
-            let (opened, over) = self.store.session_is(&session_id);
-            if opened && !over && !self.closed.contains(&session_id) {
-                let call_id = format!("call-{}", self.issued);
-                let bytes = [0, 100, 700, 5000, 30_000][self.random.index(5)];
-                let command = format!("{bytes} {} {}", self.random.below(3), u8::from(self.random.one_in(8)));
-                self.store.call(&session_id, &call_id, &command);
-                self.note(format!("{call_id} in {session_id}: {command}"));
-                self.calls.push((session_id, call_id));
-                self.issued += 1;
-            }
-        } else if draw < 17 && !self.calls.is_empty() && self.random.one_in(6) {
-            let (session_id, call_id) = self.calls[self.random.index(self.calls.len())].clone();
-            let mode = [pb::CancelMode::Interrupt, pb::CancelMode::Terminate, pb::CancelMode::Kill];
-            self.store.cancel(&session_id, &call_id, mode[self.random.index(3)]);
-            self.note(format!("cancel {call_id}"));
-        } else if draw == 19 && self.random.one_in(6) && !self.closed.contains(&session_id) {
-            self.close(&session_id);
-        }
-    }
-
-    fn close(&mut self, session_id: &str) {
-        if self.store.session_is(session_id).0 && !self.closed.iter().any(|closed| closed == session_id) {
-            self.store.close(session_id);
-            self.note(format!("close {session_id}"));
-            self.closed.push(session_id.to_owned());
-        }
-    }
-
-    /// What hangs is cancelled, and sessions without open calls are closed.
-    fn close_what_is_done(&mut self) {
-        for (session_id, call_id) in self.calls.clone() {
-            if !self.is_final(&call_id) && self.store.known(&call_id).is_some_and(|known| !known.cancelled) {
-                self.store.cancel(&session_id, &call_id, pb::CancelMode::Kill);
-            }
-        }
-        for session_id in self.sessions.clone() {
-            let open = self.calls.iter().any(|(owner, call_id)| *owner == session_id && !self.is_final(call_id));
-            if !open {
-                self.close(&session_id);
-            }
-        }
-    }
-
-    fn is_final(&self, call_id: &str) -> bool {
-        self.store.known(call_id).is_none_or(|known| known.outcome.is_some() || known.refused.is_some())
-    }
-
     // --- the wire ---
 
     fn dial(&mut self) -> Result<(), String> {
@@ -445,266 +309,4 @@ impl World {
             Ok(())
         })
     }
-
-    // --- faults ---
-
-    /// A process begins, and may die while it recovers what the one before it has left.
-    fn begin(&mut self) -> Result<(), String> {
-        let dies = !self.quiet && self.enabled.contains(&Fault::RunnerDiesWriting) && self.random.one_in(3);
-        let dies_at = dies.then(|| self.random.index(14));
-        let Some(opened) = self.machine.open(dies_at)? else {
-            self.machine = self.machine.after_process_crash();
-            self.note("runner died while it recovered");
-            return Ok(());
-        };
-        if opened.1.term < self.highest_term {
-            return Err(format!(
-                "I4: term {} was obeyed, and the next runner knows of {}",
-                self.highest_term, opened.1.term
-            ));
-        }
-        self.tally.counts[1] += 1;
-        let instance = format!("instance-{}", self.tally.counts[1]);
-        self.note(format!(
-            "{instance} begins with {} sessions, {} calls",
-            opened.1.sessions.len(),
-            opened.1.calls.len()
-        ));
-        self.life = Some(Life::begin(opened, Arc::clone(&self.host), instance, credentials(), boottime_ns));
-        Ok(())
-    }
-
-    /// The runner dies; with `writing`, at that operation of writing what waits.
-    fn die(&mut self, writing: Option<usize>) {
-        self.hang_up();
-        let Some(life) = self.life.take() else { return };
-        self.note(format!("runner dies with {} records waiting, writing {writing:?}", life.journal.waiting()));
-        if let Some(operation) = writing {
-            life.journal.die(operation);
-        }
-        drop(life);
-        let random = &mut self.random;
-        self.host.lock().unwrap().runner_died(boottime_ns(), |bound| random.index(bound));
-        self.machine = self.machine.after_process_crash();
-    }
-
-    async fn fault(&mut self, fault: Fault) -> Result<(), String> {
-        let happened = match fault {
-            Fault::Cut => {
-                self.note("link cut");
-                let any = self.current.is_some();
-                self.hang_up();
-                any
-            }
-            Fault::Stall | Fault::OneWay => {
-                let both = fault == Fault::Stall;
-                let way = self.random.index(2);
-                match self.current {
-                    Some(current) => {
-                        let stalled = &mut self.wires[current].stalled;
-                        *stalled = if both { [true; 2] } else { [way == 0, way == 1] };
-                        self.note(format!("link stalls, both ways: {both}, else {way}"));
-                        // It is found to be dead, or goes on, before the next fault of this kind.
-                        let wait = Duration::from_secs(self.random.below(45));
-                        for _ in 0..self.random.below(60) {
-                            self.step().await?;
-                        }
-                        self.pass(wait, false).await;
-                        match self.current {
-                            Some(_) if wait >= Duration::from_secs(30) => self.hang_up(),
-                            Some(current) => self.wires[current].stalled = [false; 2],
-                            None => {}
-                        }
-                        true
-                    }
-                    None => false,
-                }
-            }
-            Fault::RunnerDies => {
-                let alive = self.life.is_some();
-                self.die(None);
-                alive
-            }
-            Fault::RunnerDiesWriting => {
-                let waits = self.life.as_ref().is_some_and(|life| life.journal.waiting() > 0);
-                let operation = self.random.index(6);
-                self.die(Some(operation));
-                waits
-            }
-            Fault::PowerCut => {
-                let operation = self.random.index(6);
-                self.die(Some(operation));
-                self.note("power fails");
-                let random = &mut self.random;
-                self.machine = self.machine.after_power_cut(|bound| random.index(bound));
-                self.host.lock().unwrap().power_cut();
-                true
-            }
-            Fault::FailOver => {
-                self.store.fail_over();
-                self.note(format!("replica of term {} takes over", self.store.term()));
-                true
-            }
-            Fault::StaleReplica => {
-                self.hang_up();
-                self.next_is_stale = true;
-                self.highest_term > 1
-            }
-            Fault::TimeJump => {
-                let time = Duration::from_secs(60 * self.random.below(200));
-                self.note(format!("asleep for {} s", time.as_secs()));
-                self.pass(time, true).await;
-                true
-            }
-            Fault::TimePasses => {
-                let time = Duration::from_secs(self.random.below(50));
-                self.pass(time, false).await;
-                true
-            }
-            Fault::SandboxDies => {
-                let sandbox_id = if self.random.one_in(3) { self.some_sandbox() } else { None };
-                if let Some(sandbox_id) = &sandbox_id {
-                    self.note(format!("{sandbox_id} dies"));
-                    self.host.lock().unwrap().lose(sandbox_id, "killed");
-                }
-                sandbox_id.is_some()
-            }
-            Fault::SyncFails => match self.life.as_ref().filter(|_| self.random.one_in(3)) {
-                Some(life) => {
-                    life.journal.fail_sync();
-                    self.note("the next sync fails");
-                    true
-                }
-                None => false,
-            },
-        };
-        if happened {
-            *self.tally.faults.entry(fault).or_default() += 1;
-        }
-        Ok(())
-    }
-
-    // --- the oracle ---
-
-    /// What must hold at every moment.
-    fn look(&mut self) -> Result<(), String> {
-        let host = Arc::clone(&self.host);
-        let host = host.lock().unwrap();
-        if let Some(problem) = host.violations.first() {
-            return Err(format!("I1: {problem}"));
-        }
-        // Results are told although they cannot be written down. When then their sandbox is gone as well, all that the next
-        // runner knows is that it does not know.
-        let in_doubt = self.tally.faults.contains_key(&Fault::SyncFails);
-        let excused = |problem: &&String| in_doubt && problem.contains("ended twice");
-        if let Some(problem) = self.store.complaints().iter().find(|problem| !excused(problem)) {
-            return Err(format!("I2, I3: the orchestrator complains: {problem}"));
-        }
-        let Some(life) = &mut self.life else { return Ok(()) };
-        if life.connector.highest_term() < self.highest_term {
-            return Err("I4: the term went back".into());
-        }
-        self.highest_term = life.connector.highest_term();
-        if life.connector.unheard() > 1024 {
-            return Err("I6: more than 1024 reports wait for the connector".into());
-        }
-        for update in std::mem::take(&mut life.told) {
-            let Update::CallFinished { call_id, result, .. } = update else { continue };
-            let outcome = result.end.outcome.clone();
-            let begun = host.ledger.get(&call_id).copied().unwrap_or(0);
-            // A sandbox that was closed is as gone as one that was lost, when nobody has heard how.
-            let owner = self.calls.iter().find(|(_, id)| id == call_id.as_str()).map(|(owner, _)| owner);
-            let closed = owner.is_some_and(|owner| self.closed.contains(owner));
-            check_honesty(&call_id, &outcome, begun, host.losses > 0 || closed)?;
-            let before = self.outcomes.insert(call_id.clone(), outcome.clone());
-            let unknown = in_doubt && matches!(outcome, Outcome::Indeterminate { .. });
-            if before.as_ref().is_some_and(|before| *before != outcome) && !unknown {
-                return Err(format!("I2: {call_id} ended with {before:?}, and now with {outcome:?}"));
-            }
-        }
-        Ok(())
-    }
-
-    fn is_done(&self) -> bool {
-        let delivered =
-            self.life.as_ref().is_some_and(|life| life.connector.is_live() && life.connector.is_delivered());
-        delivered
-            && self.calls.iter().all(|(_, call_id)| self.is_final(call_id))
-            && self.sessions.iter().all(|session_id| self.store.session_is(session_id).1)
-    }
-
-    /// What must hold in the end.
-    fn last_look(&mut self) -> Result<(), String> {
-        let host = Arc::clone(&self.host);
-        let host = host.lock().unwrap();
-        for (session_id, call_id) in &self.calls {
-            let Some(known) = self.store.known(call_id) else { return Err(format!("I2: {call_id} is unknown")) };
-            let id = CallId::new(call_id).map_err(|error| error.to_string())?;
-            let begun = host.ledger.get(&id).copied().unwrap_or(0);
-            let end = match (&known.outcome, &known.refused) {
-                (Some(Kind::Exited(_)), _) if begun != 1 => {
-                    return Err(format!("I1: {call_id} has exited and began {begun} times"));
-                }
-                (Some(Kind::Exited(_)), _) => "exited",
-                (Some(Kind::Cancelled(_)), _) => "cancelled",
-                (Some(Kind::NeverStarted(_)), _) => "never started",
-                (Some(Kind::Indeterminate(_)), _) => "indeterminate",
-                (Some(_), _) => return Err(format!("{call_id} has ended as no call here can")),
-                (None, Some(code)) if begun > 0 || known.accepted => {
-                    return Err(format!("I2: {call_id} was refused with {code}, after it was taken or had begun"));
-                }
-                (None, Some(_)) => "refused",
-                (None, None) => return Err(format!("I2: {call_id} has no end")),
-            };
-            let asked = known.cancelled || self.closed.contains(session_id);
-            if end == "cancelled" && !asked {
-                return Err(format!("I4: {call_id} was cancelled, and nobody had asked for it"));
-            }
-            if known.has_holes && host.losses == 0 && !self.closed.contains(session_id) {
-                return Err(format!("I2: output of {call_id} is missing"));
-            }
-            if !known.sent && begun > 0 {
-                return Err(format!("I1: {call_id} began, and was never sent"));
-            }
-            *self.tally.ends.entry(end).or_default() += 1;
-        }
-        let alive = host.sandboxes.iter().find(|(_, sandbox)| sandbox.alive);
-        match alive {
-            Some((id, sandbox)) => Err(format!("I7: {id} lives, and its session {} is over", sandbox.session_id)),
-            None => Ok(()),
-        }
-    }
-
-    fn state(&self) -> String {
-        let open: Vec<_> = self
-            .calls
-            .iter()
-            .filter(|(_, call_id)| !self.is_final(call_id))
-            .map(|(owner, call_id)| (owner, call_id, self.store.known(call_id)))
-            .collect();
-        let sessions: Vec<_> = self.sessions.iter().filter(|id| !self.store.session_is(id).1).collect();
-        let life = self.life.as_ref().map(|life| {
-            let connector = &life.connector;
-            (connector.is_live(), connector.is_delivered(), life.pending(), life.journal.waiting())
-        });
-        let owed = self.life.as_ref().map(|life| life.connector.owed()).unwrap_or_default();
-        format!(
-            "open calls {open:?}, open sessions {sessions:?}, runner (live, delivered, pending, waiting) {life:?}, owed {owed}"
-        )
-    }
-}
-
-/// I1 and I5: what a caller is told has to agree with what has happened.
-fn check_honesty(call_id: &CallId, outcome: &Outcome, begun: u32, lost: bool) -> Result<(), String> {
-    let nothing = matches!(outcome, Outcome::NeverStarted { .. } | Outcome::Cancelled { before_start: true, .. });
-    if nothing && begun > 0 {
-        return Err(format!("I1: {call_id} began, and its caller was told {outcome:?}"));
-    }
-    if !nothing && begun == 0 && !matches!(outcome, Outcome::Indeterminate { .. }) {
-        return Err(format!("I1: {call_id} never began, and its caller was told {outcome:?}"));
-    }
-    if matches!(outcome, Outcome::Indeterminate { .. }) && !lost {
-        return Err(format!("I5: nothing was lost, and the end of {call_id} is said to be unknown"));
-    }
-    Ok(())
 }

@@ -8,14 +8,12 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use proto::runner::v1 as pb;
 use proto::runner::v1::outcome::Kind;
-use runner::daemon::{Daemon, End, Parts};
-use runner::dev::{LinkSettings, Orchestrator};
+use runner::daemon::End;
+use runner::dev::LinkSettings;
 use runner::journal::Volatile;
-use runner::shutdown::Signals;
-use runner::systemd::{Environment, Notifier};
 
-use crate::fake::{FakeSandboxes, Fakes};
-use crate::world::{DEFAULTS, Options, RESERVE, SIGNALS, World, settings, within};
+use crate::process::Process;
+use crate::world::{Options, World, within};
 
 fn bash(command: &str) -> pb::call::Input {
     pb::call::Input::Bash(pb::BashInput { command: Some(command.into()), ..Default::default() })
@@ -95,31 +93,8 @@ async fn how_far_a_drain_has_come_is_told_again_on_a_new_link() {
 
 #[tokio::test]
 async fn second_signal_ends_what_runs_and_its_result_is_delivered_before_the_goodbye() {
-    let _alone = SIGNALS.lock().await;
-    let orchestrator = Orchestrator::start(LinkSettings::default()).await.unwrap();
-    let directory = tempfile::tempdir().unwrap();
-    let files = orchestrator.write_client_files(directory.path(), "runner-1").unwrap();
-    let fakes = Arc::new(Fakes::default());
-    let daemon = Daemon::start(Parts {
-        sandboxes: Arc::new(FakeSandboxes(Arc::clone(&fakes))),
-        journal: Arc::new(Volatile),
-        recovered: Default::default(),
-        reserve: RESERVE,
-        defaults: DEFAULTS,
-        link: Some(settings(orchestrator.address().port(), files)),
-        admin: None,
-        drain_time: Duration::from_secs(3600),
-        idle: Default::default(),
-        pressure: Default::default(),
-    })
-    .unwrap();
-    let signals = Signals::listen().unwrap();
-    let running = tokio::spawn(async move {
-        let notifier = Notifier::new(&Environment::default(), 0).unwrap();
-        daemon.run(signals, &notifier).await
-    });
-    let request = pb::OpenSession { session_id: "s".into(), ..Default::default() };
-    let session = within("session", orchestrator.open_session(request)).await.unwrap();
+    let process = Process::start(Arc::new(Volatile)).await;
+    let (orchestrator, session) = (&process.orchestrator, &process.session);
     session.send("c", bash("print 10; hang"));
     within("started", session.started("c")).await.unwrap();
 
@@ -134,7 +109,7 @@ async fn second_signal_ends_what_runs_and_its_result_is_delivered_before_the_goo
     assert!(matches!(finished.message.outcome.unwrap().kind, Some(Kind::Cancelled(_))));
     let goodbye = within("goodbye", orchestrator.goodbye()).await.unwrap();
     assert!(!goodbye.sandboxes_kept && goodbye.back_within.is_none());
-    assert_eq!(within("end", running).await.unwrap().unwrap(), End::Done);
-    assert_eq!(fakes.closed.load(Ordering::SeqCst), 1);
+    assert_eq!(within("end", process.running).await.unwrap().unwrap(), End::Done);
+    assert_eq!(process.fakes.closed.load(Ordering::SeqCst), 1);
     assert_eq!(orchestrator.complaints(), Vec::<String>::new());
 }

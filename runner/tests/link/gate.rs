@@ -5,15 +5,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use proto::runner::v1 as pb;
-use runner::daemon::{Daemon, Parts, Unasked};
-use runner::dev::{LinkSettings, Orchestrator};
+use runner::daemon::Unasked;
+use runner::dev::LinkSettings;
 use runner::journal::{Condition, Journal, JournalError, Record};
-use runner::shutdown::Signals;
-use runner::systemd::{Environment, Notifier};
 use runner::work::BoxFuture;
 
-use crate::fake::{FakeSandboxes, Fakes};
-use crate::world::{DEFAULTS, Options, RESERVE, SIGNALS, World, settings, within};
+use crate::process::Process;
+use crate::world::{Options, World, within};
 
 /// Writes nowhere, slowly; from a given moment on it refuses.
 #[derive(Default)]
@@ -112,31 +110,9 @@ async fn broken_journal_accepts_nothing_and_runs_nothing() {
 /// F-33: a broken journal stays so in this process, and another one reads it again. So it ends when nobody needs it any more.
 #[tokio::test]
 async fn runner_with_a_broken_journal_serves_its_session_to_the_end_and_then_ends() {
-    let _alone = SIGNALS.lock().await;
-    let orchestrator = Orchestrator::start(LinkSettings::default()).await.unwrap();
-    let directory = tempfile::tempdir().unwrap();
-    let files = orchestrator.write_client_files(directory.path(), "runner-1").unwrap();
     let journal = Arc::new(Slow::default());
-    let daemon = Daemon::start(Parts {
-        sandboxes: Arc::new(FakeSandboxes(Arc::new(Fakes::default()))),
-        journal: Arc::clone(&journal) as Arc<dyn Journal>,
-        recovered: Default::default(),
-        reserve: RESERVE,
-        defaults: DEFAULTS,
-        link: Some(settings(orchestrator.address().port(), files)),
-        admin: None,
-        drain_time: Duration::from_secs(3600),
-        idle: Default::default(),
-        pressure: Default::default(),
-    })
-    .unwrap();
-    let signals = Signals::listen().unwrap();
-    let running = tokio::spawn(async move {
-        let notifier = Notifier::new(&Environment::default(), 0).unwrap();
-        daemon.run(signals, &notifier).await
-    });
-    let request = pb::OpenSession { session_id: "s".into(), ..Default::default() };
-    let session = within("session", orchestrator.open_session(request)).await.unwrap();
+    let process = Process::start(Arc::clone(&journal) as Arc<dyn Journal>).await;
+    let session = &process.session;
     let command = pb::BashInput { command: Some("print 10; hang".into()), ..Default::default() };
     session.send("c", pb::call::Input::Bash(command));
     within("started", session.started("c")).await.unwrap();
@@ -145,10 +121,10 @@ async fn runner_with_a_broken_journal_serves_its_session_to_the_end_and_then_end
     within("end of input", session.stdin("c", 0, b"", true)).await.unwrap();
     let finished = within("c", session.outcome("c")).await.unwrap();
     assert!(matches!(finished.message.outcome.unwrap().kind, Some(pb::outcome::Kind::Exited(_))));
-    assert!(!running.is_finished(), "its session is open");
+    assert!(!process.running.is_finished(), "its session is open");
     within("close", session.close(Duration::ZERO)).await.unwrap();
 
-    let ended = within("end", running).await.unwrap();
+    let ended = within("end", process.running).await.unwrap();
     assert!(matches!(ended, Err(Unasked::JournalBroken(reason)) if reason == "disk full"));
-    within("goodbye", orchestrator.goodbye()).await.unwrap();
+    within("goodbye", process.orchestrator.goodbye()).await.unwrap();
 }

@@ -19,6 +19,7 @@ mod gate;
 mod greeting;
 mod local;
 mod mistakes;
+mod process;
 mod proxy;
 mod raw;
 mod rotation;

@@ -26,9 +26,6 @@ pub const RESERVE: Reserve =
 pub const DEFAULTS: ResourceLimits =
     ResourceLimits { cpu_millis: 1000, memory_bytes: 1 << 28, disk_bytes: 1 << 28, pids: 128 };
 
-/// Held by tests that listen to signals: all of this process hear the same ones.
-pub static SIGNALS: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
-
 pub struct World {
     pub orchestrator: Orchestrator,
     pub fakes: Arc<Fakes>,

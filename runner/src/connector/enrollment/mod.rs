@@ -33,8 +33,8 @@ use store::{Set, Store};
 /// Time for one request, with everything that belongs to it.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long after its end a certificate is still good for being renewed, where the service agrees (reliability: grace
-/// renewal). Later a new token is needed.
+/// How long after its end a certificate is still good for being renewed, where the service agrees. Later a new token is
+/// needed.
 pub const RENEWAL_GRACE: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Longest token that is taken, in bytes.
