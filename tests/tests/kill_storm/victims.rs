@@ -103,10 +103,13 @@ impl<'a> Killer<'a> {
     /// Starts again what has ended and is due, and lets late frames pass when there is a new link.
     pub(crate) async fn tend(&mut self) {
         let before = self.daemon.restarts;
-        self.daemon.tend_launcher().await;
-        if self.daemon.restarts != before && std::mem::take(&mut self.launcher_ends) {
-            // What was opened while it was ending is gone as well.
+        if self.launcher_ends {
+            // What was opened while it was ending is gone as well, and that may be told as soon as the next one is there.
             self.account.hits_all();
+        }
+        self.daemon.tend_launcher().await;
+        if self.daemon.restarts != before {
+            self.launcher_ends = false;
         }
         match self.away {
             Some((_, due)) if Instant::now() < due => {}
