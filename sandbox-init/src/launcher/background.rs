@@ -21,7 +21,7 @@ use super::nested;
 use super::policy_file::Limits;
 use super::shape::Shape;
 use super::spawn::{Blank, Private, Range, Unmade, Workshop, make_blank};
-use crate::sys::socket::{Packet, receive, send};
+use crate::sys::socket::{Packet, receive_what_fits, send};
 use crate::tree;
 
 /// Launcher to background process.
@@ -30,7 +30,7 @@ pub struct Order {
     /// Make a blank with this name; empty: no.
     #[prost(string, tag = "1")]
     pub make: String,
-    /// Remove what this name holds; empty: no.
+    /// Remove what this name holds; empty: no. Its mount namespace may follow as a descriptor, to be dissolved first.
     #[prost(string, tag = "2")]
     pub remove: String,
     /// Id slot.
@@ -83,6 +83,9 @@ pub struct Report {
     /// Size of the upper among the descriptors; 0: there is none.
     #[prost(uint64, tag = "11")]
     pub upper_bytes: u64,
+    /// Whether a mount namespace is among the descriptors.
+    #[prost(bool, tag = "12")]
+    pub has_mounts: bool,
 }
 
 /// Largest order or report.
@@ -113,6 +116,8 @@ pub struct Background {
 #[derive(Debug)]
 struct Removal {
     order: Order,
+    /// The last reference to its mounts, unless it lives.
+    mounts: Vec<OwnedFd>,
     since: Instant,
 }
 
@@ -131,9 +136,10 @@ impl Background {
             let timeout = if removals.is_empty() { PollTimeout::NONE } else { PollTimeout::from(2_u8) };
             let mut interest = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
             match poll(&mut interest, timeout) {
-                Ok(0) => removals.retain(|removal| !self.remove(removal)),
-                Ok(_) => match receive(&self.socket, PACKET_BYTES) {
-                    Ok(Some(packet)) => self.obey(&packet, &mut removals),
+                Ok(0) => removals.retain_mut(|removal| !self.remove(removal)),
+                // Without room for a descriptor the mounts are dissolved here and now.
+                Ok(_) => match receive_what_fits(&self.socket, PACKET_BYTES) {
+                    Ok(Some(packet)) => self.obey(packet, &mut removals),
                     Err(Errno::EINTR) => {}
                     Ok(None) | Err(_) => break,
                 },
@@ -142,11 +148,11 @@ impl Background {
             }
             // Whoever wants a sandbox waits for a blank; nobody waits for a removal, until ids or disk run short.
             if removals.iter().any(|removal| removal.since.elapsed() > OVERDUE) {
-                removals.retain(|removal| !self.remove(removal));
+                removals.retain_mut(|removal| !self.remove(removal));
             }
         }
         while removals.iter().any(|removal| removal.since.elapsed() < PATIENCE) {
-            removals.retain(|removal| !self.remove(removal));
+            removals.retain_mut(|removal| !self.remove(removal));
             std::thread::sleep(Duration::from_millis(2));
         }
         if self.embedded {
@@ -154,10 +160,10 @@ impl Background {
         }
     }
 
-    fn obey(&self, packet: &Packet, removals: &mut Vec<Removal>) {
+    fn obey(&self, packet: Packet, removals: &mut Vec<Removal>) {
         let Ok(order) = Order::decode(packet.bytes.as_slice()) else { return };
         if !order.remove.is_empty() {
-            removals.push(Removal { order, since: Instant::now() });
+            removals.push(Removal { order, mounts: packet.descriptors, since: Instant::now() });
         } else if !order.make.is_empty() {
             self.make(&order);
         }
@@ -207,6 +213,10 @@ impl Background {
                 descriptors.push(directory.as_raw_fd());
             }
         }
+        if let Some(mounts) = &blank.mounts {
+            report.has_mounts = true;
+            descriptors.push(mounts.as_raw_fd());
+        }
         if let Some(upper) = &blank.upper {
             report.upper_bytes = upper.bytes;
             descriptors.push(upper.mount.as_raw_fd());
@@ -224,7 +234,8 @@ impl Background {
     }
 
     /// One try. True when there is nothing left to do.
-    fn remove(&self, removal: &Removal) -> bool {
+    fn remove(&self, removal: &mut Removal) -> bool {
+        removal.mounts.clear();
         let order = &removal.order;
         self.tree.kill(&order.remove);
         if !self.end(order) || !self.tree.remove(&order.remove) {
@@ -342,6 +353,7 @@ pub fn blank_from(report: Report, descriptors: Vec<OwnedFd>) -> Option<Blank> {
     } else {
         None
     };
+    let mounts = if report.has_mounts { Some(descriptors.next()?) } else { None };
     let limits = report.limits.map(Limits::from);
     let upper = match report.upper_bytes {
         0 => None,
@@ -353,6 +365,7 @@ pub fn blank_from(report: Report, descriptors: Vec<OwnedFd>) -> Option<Blank> {
         pid: nix::unistd::Pid::from_raw(report.pid),
         pidfd,
         boot,
+        mounts,
         private,
         group,
         limits,

@@ -111,6 +111,7 @@ pub fn make_blank(image: BorrowedFd<'_>, name: String, range: Range) -> Result<B
             pid,
             pidfd,
             boot: ours,
+            mounts: None,
             private: None,
             group: None,
             limits: None,

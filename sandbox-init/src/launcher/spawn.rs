@@ -42,6 +42,9 @@ pub struct Blank {
     pub pidfd: OwnedFd,
     /// Our end of the boot socket.
     pub boot: OwnedFd,
+    /// Its mount namespace, where it has one. Held so that process 1, when it ends, is not the one who dissolves it, which
+    /// waits for all processors and for every page of a filesystem in memory: whoever waits for that end would wait as well.
+    pub mounts: Option<OwnedFd>,
     /// What it has of its own where namespaces can be made.
     pub private: Option<Private>,
     /// Its cgroups; `None` where the host has none for us.
@@ -180,7 +183,7 @@ pub fn make_blank(workshop: &Workshop<'_>, name: String, range: Range) -> Result
         Cloned::Parent { pid, pidfd } => (pid, pidfd),
     };
     drop(theirs);
-    let user_namespace =
+    let (user_namespace, mount_namespace) =
         release(workshop.tree, &name, range, pid, &gate_write).map_err(|source| Unmade { pid: Some(pid), source })?;
     let private = Some(Private { user_namespace, files });
     Ok(Blank {
@@ -189,6 +192,7 @@ pub fn make_blank(workshop: &Workshop<'_>, name: String, range: Range) -> Result
         pid,
         pidfd,
         boot: ours,
+        mounts: Some(mount_namespace),
         private,
         group,
         limits: None,
@@ -197,23 +201,23 @@ pub fn make_blank(workshop: &Workshop<'_>, name: String, range: Range) -> Result
     })
 }
 
-/// Gives process 1 its ids and its v1 groups and lets it go on. Returns its user namespace.
-fn release(tree: &Tree, name: &str, range: Range, pid: Pid, gate: &OwnedFd) -> Result<OwnedFd, SpawnError> {
+/// Gives process 1 its ids and its v1 groups and lets it go on. Returns its user and its mount namespace.
+fn release(tree: &Tree, name: &str, range: Range, pid: Pid, gate: &OwnedFd) -> Result<(OwnedFd, OwnedFd), SpawnError> {
     let id_map = format!("0 {} {}\n", range.base, range.count);
     write_file(&format!("/proc/{pid}/uid_map"), &id_map)?;
     write_file(&format!("/proc/{pid}/gid_map"), &id_map)?;
     // With CAP_SYS_RESOURCE this also takes back the floor that a service manager gave the launcher: the workload could
     // otherwise make itself as hard to kill as the launcher. Without it there is no such floor.
     let _ = write_file(&format!("/proc/{pid}/oom_score_adj"), "0");
-    let user_namespace = open(
-        PathBuf::from(format!("/proc/{pid}/ns/user")).as_path(),
-        OFlag::O_RDONLY | OFlag::O_CLOEXEC,
-        Mode::empty(),
-    )
-    .map_err(step("open the user namespace"))?;
+    let namespace = |name| {
+        let path = PathBuf::from(format!("/proc/{pid}/ns/{name}"));
+        open(path.as_path(), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())
+    };
+    let user_namespace = namespace("user").map_err(step("open the user namespace"))?;
+    let mount_namespace = namespace("mnt").map_err(step("open the mount namespace"))?;
     tree.attach_v1(name, pid.as_raw())?;
     nix::unistd::write(gate, b"g").map_err(step("release process 1"))?;
-    Ok(user_namespace)
+    Ok((user_namespace, mount_namespace))
 }
 
 /// Runs in the child: waits for the id map, becomes root of the new user namespace and executes the image.

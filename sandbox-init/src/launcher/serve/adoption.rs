@@ -43,7 +43,7 @@ impl Launcher<'_> {
         left.sort();
         left.dedup();
         for name in left.into_iter().filter(|name| !known.contains(name)) {
-            self.order(&Order { remove: name, ..Order::default() });
+            self.order(&Order { remove: name, ..Order::default() }, None);
         }
         self.store();
     }
@@ -61,6 +61,7 @@ impl Launcher<'_> {
             pidfd,
             boot: None,
             blank: None,
+            mounts: None,
             slot,
             phase: Phase::Ready { sandbox_id: record.sandbox_id.clone() },
             adopted: true,

@@ -77,7 +77,8 @@ impl Launcher<'_> {
                 (None, None)
             }
         };
-        let removed = self.remove(process.name.clone(), process.slot);
+        let mounts = process.mounts.or_else(|| process.blank?.mounts);
+        let removed = self.remove(process.name.clone(), process.slot, mounts);
         let ended = sandbox_id.map(|sandbox_id| wire::SandboxEnded { sandbox_id, wait_status: status, oom_kills });
         let farewell = Farewell { ended, answer };
         if removed && self.parts.shape == Shape::Nested {
@@ -101,16 +102,16 @@ impl Launcher<'_> {
         let (gone, living) = std::mem::take(&mut self.unwatched).into_iter().partition(Unwatched::is_gone);
         self.unwatched = living;
         for Unwatched { name, slot, .. } in gone {
-            self.remove(name, slot);
+            self.remove(name, slot, None);
         }
     }
 
     /// Has removed what a sandbox held; its ids are free when that is reported. False: there is nobody to do and report it, and
     /// nobody may wait for it.
-    pub(super) fn remove(&mut self, name: String, slot: Slot) -> bool {
+    pub(super) fn remove(&mut self, name: String, slot: Slot, mounts: Option<OwnedFd>) -> bool {
         let order =
             Order { remove: name.clone(), slot: slot.number, base: slot.base, count: slot.count, ..Order::default() };
-        self.order(&order);
+        self.order(&order, mounts);
         if !self.background_gone {
             self.removing.insert(name, slot);
         }

@@ -151,7 +151,8 @@ impl Launcher<'_> {
         let directory = self.processes.get(&number).map(|process| self.output_directory(&process.name));
         let Some(process) = self.processes.get_mut(&number) else { return };
         // Its namespaces and groups live without our descriptors.
-        let blank = process.blank.take();
+        let mut blank = process.blank.take();
+        process.mounts = blank.as_mut().and_then(|blank| blank.mounts.take());
         process.phase = Phase::Ready { sandbox_id: waiting.request.sandbox_id.clone() };
         process.record = adopts.then(|| state::start_time(process.pid)).flatten().map(|start_time| Record {
             sandbox_id: waiting.request.sandbox_id.clone(),

@@ -151,7 +151,7 @@ pub struct Launcher<'a> {
     failures: u32,
     stopping: Option<End>,
     /// Orders that the background process has not taken yet.
-    orders: VecDeque<Vec<u8>>,
+    orders: VecDeque<(Vec<u8>, Option<OwnedFd>)>,
     background_gone: bool,
     /// Out of descriptors: nobody is accepted until something closes.
     listener_rests: bool,

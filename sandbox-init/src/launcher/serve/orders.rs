@@ -2,6 +2,8 @@
 //!
 //! The talk with the background process: orders go out as it can take them, its reports lead to what waits for them.
 
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+
 use nix::errno::Errno;
 use prost::Message;
 
@@ -11,19 +13,20 @@ use crate::launcher::nested;
 use crate::sys::socket::{receive_what_fits, send};
 
 impl Launcher<'_> {
-    /// Gives one order, now or as soon as it can be taken.
-    pub(super) fn order(&mut self, order: &Order) {
+    /// Gives one order, with what it is about, now or as soon as it can be taken.
+    pub(super) fn order(&mut self, order: &Order, descriptor: Option<OwnedFd>) {
         if self.background_gone {
             return;
         }
-        self.orders.push_back(order.encode_to_vec());
+        self.orders.push_back((order.encode_to_vec(), descriptor));
         self.give_orders();
     }
 
     /// Sends what the background process can take; the rest waits, bounded by the number of slots.
     pub(super) fn give_orders(&mut self) {
-        while let Some(order) = self.orders.front() {
-            match send(&self.parts.background, order, &[]) {
+        while let Some((order, descriptor)) = self.orders.front() {
+            let descriptors: Vec<RawFd> = descriptor.iter().map(AsRawFd::as_raw_fd).collect();
+            match send(&self.parts.background, order, &descriptors) {
                 Ok(()) => {
                     self.orders.pop_front();
                 }

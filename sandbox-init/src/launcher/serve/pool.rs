@@ -52,7 +52,7 @@ impl Launcher<'_> {
                         ..Order::default()
                     };
                     self.making.insert(name, slot);
-                    self.order(&order);
+                    self.order(&order, None);
                 }
                 Err(error) => {
                     // No wait heals it: whoever has no blank on its way hears the cause.
@@ -99,6 +99,7 @@ impl Launcher<'_> {
             pidfd,
             boot: Some(boot),
             blank: Some(blank),
+            mounts: None,
             slot,
             phase: Phase::Blank,
             adopted: false,

@@ -37,6 +37,8 @@ pub(super) struct Process {
     pub(super) pidfd: OwnedFd,
     pub(super) boot: Option<OwnedFd>,
     pub(super) blank: Option<Blank>,
+    /// Its mounts, to be dissolved by the background process when it has ended; those of an adopted one end with it.
+    pub(super) mounts: Option<OwnedFd>,
     pub(super) slot: Slot,
     pub(super) phase: Phase,
     pub(super) adopted: bool,
