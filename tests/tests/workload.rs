@@ -2,8 +2,11 @@
 //! may spoil its own results; it may not keep the sandbox from working, and process 1 has to go on.
 #![forbid(unsafe_code)]
 
+use std::time::Duration;
+
+use proto::init::v1::{Cancel, CancelMode, Note, NoteKind, Tool, outcome::Kind, start_call};
 use proto::launch::v1::{CreateSandbox, KillSandbox, Limits, reply, request};
-use sandbox_runner_tests::keeper::Keeper;
+use sandbox_runner_tests::keeper::{Finished, Keeper};
 use sandbox_runner_tests::launcher::{Connection, Launcher, Setup, plain_sandbox};
 use sandbox_runner_tests::needs_root;
 use sandbox_runner_tests::rootfs::Rootfs;
@@ -95,5 +98,73 @@ fn stopped_processes_of_the_workload_do_not_hold_the_next_call() {
     let stopped = session.keeper.bash("kill -STOP -1");
 
     assert_eq!(stopped.code(), Some(0), "{stopped:?}");
+    session.assert_works();
+}
+
+/// A file of 200,000 bytes, and an edit that makes `times` as many of them.
+fn multiply(keeper: &mut Keeper, times: usize) -> serde_json::Value {
+    let made = keeper.bash("cd /workspace && head -c 200000 /dev/zero | tr '\\0' x > old && cp old file");
+    assert_eq!(made.code(), Some(0), "{made:?}");
+    json!({"file_path": "/workspace/file", "old_string": "x", "new_string": "y".repeat(times), "replace_all": true})
+}
+
+/// What the call says of the file, in its notes.
+fn told(finished: &Finished) -> Vec<NoteKind> {
+    let of_files = [NoteKind::FileReplaced, NoteKind::FileUnchanged, NoteKind::FileUncertain];
+    finished.0.notes.iter().map(Note::kind).filter(|kind| of_files.contains(kind)).collect()
+}
+
+/// What is in the directory: the size of the file, whether all of it is the old or the new letter, and drafts.
+fn found(keeper: &mut Keeper) -> (bool, u64, String) {
+    let looked = keeper.bash("cd /workspace && cmp -s old file && echo same; stat -c %s file; ls -a | grep tmp- || :");
+    let text = looked.text();
+    let (same, rest) = text.strip_prefix("same\n").map_or((false, text.as_str()), |rest| (true, rest));
+    let (size, drafts) = rest.split_once('\n').unwrap_or((rest, ""));
+    (same, size.trim().parse().unwrap_or_else(|_| panic!("no size in {looked:?}")), drafts.trim().to_owned())
+}
+
+#[test]
+fn edit_that_the_kernel_kills_for_memory_says_that_the_file_is_what_it_was_and_it_is() {
+    needs_root!();
+    let mut session = Session::start_with(with_limits(Limits { memory_bytes: 40 << 20, ..Limits::default() }));
+    let input = multiply(&mut session.keeper, 300);
+
+    let killed = session.keeper.tool("edit", &input);
+
+    let outcome = killed.0.outcome.as_ref().and_then(|outcome| outcome.kind.as_ref());
+    assert!(matches!(outcome, Some(Kind::OutOfMemory(_))), "{killed:?}");
+    assert_eq!(told(&killed), [NoteKind::FileUnchanged], "{killed:?}");
+    assert_eq!(found(&mut session.keeper), (true, 200_000, String::new()));
+    session.assert_works();
+}
+
+/// Whenever it is killed, the file is the old one or the new one, what is told is what is there, and no draft is left.
+#[test]
+fn edit_that_is_killed_at_any_moment_says_what_became_of_the_file() {
+    needs_root!();
+    const TIMES: u64 = 40;
+    let mut session = Session::start();
+    let mut killed = 0;
+    for round in 0..40_u64 {
+        let input = multiply(&mut session.keeper, 40);
+        let tool = Tool { name: "edit".to_owned(), input_json: input.to_string().into_bytes() };
+        let call_id = session.keeper.start(start_call::Work::Tool(tool), 60_000).expect("the call is taken");
+        std::thread::sleep(Duration::from_micros(round * 700));
+        let cancel = Cancel { call_id: call_id.clone(), mode: CancelMode::Kill.into() };
+        // It may be over by then.
+        session.keeper.ask(proto::init::v1::request::Body::Cancel(cancel)).expect("an answer");
+
+        let finished = session.keeper.finish(&call_id).expect("the call ends");
+
+        let (same, size, drafts) = found(&mut session.keeper);
+        let expected = match (finished.code(), &told(&finished)[..]) {
+            (Some(0), []) | (None, [NoteKind::FileReplaced]) => (false, 200_000 * TIMES),
+            (None, [NoteKind::FileUnchanged]) => (true, 200_000),
+            other => panic!("round {round}: {other:?} of {finished:?}"),
+        };
+        killed += u32::from(finished.code().is_none());
+        assert_eq!(((same, size), drafts.as_str()), (expected, ""), "round {round}: {finished:?}");
+    }
+    assert!(killed > 0, "no edit took long enough to be killed");
     session.assert_works();
 }

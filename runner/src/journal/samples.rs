@@ -226,6 +226,13 @@ pub(super) fn added_kinds() -> Vec<Record> {
         let failure = ToolFailure::new(code, "message", "remediation");
         records.extend([accepted(number, 1, 3), finished_with(number, Outcome::NeverStarted { failure, code: 125 })]);
     }
+    let kinds = [NoteKind::FileReplaced, NoteKind::FileUnchanged, NoteKind::FileUncertain];
+    let end = CallEnd {
+        notes: kinds.iter().map(|kind| Note { kind: *kind, text: "n".into() }).collect(),
+        ..CallEnd::without_output(Outcome::Exited { code: 0 })
+    };
+    let noted = CallResult { end, presented: ToolResult::text(false, "ok"), recovered: false };
+    records.push(Record::Finished { call_id: call_id(1), result: Arc::new(noted) });
     records
 }
 

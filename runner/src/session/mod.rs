@@ -22,6 +22,8 @@ mod core_placement_tests;
 #[cfg(test)]
 mod core_restore_tests;
 #[cfg(test)]
+mod core_settle_tests;
+#[cfg(test)]
 mod core_tests;
 
 pub use outputs::Outputs;

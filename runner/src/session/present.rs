@@ -62,8 +62,10 @@ pub fn command_text(input: &ToolInput, end: &CallEnd, output: Tail<'_>) -> ToolR
 #[must_use]
 pub fn tool_text(input: &ToolInput, end: &CallEnd) -> ToolResult {
     let tool = input.name();
-    let text = verdict(tool, &end.outcome, false).unwrap_or_else(|| format!("{tool}: ended without a result"));
-    ToolResult::text(true, text)
+    let mut lines =
+        vec![verdict(tool, &end.outcome, false).unwrap_or_else(|| format!("{tool}: ended without a result"))];
+    lines.extend(end.notes.iter().filter(|note| is_for_the_model(note)).map(|note| format!("[{}]", note.text)));
+    ToolResult::text(true, lines.join("\n"))
 }
 
 /// Text of a call that has no output: it never ran, or what became of it is not known.
@@ -87,7 +89,10 @@ fn is_for_the_model(note: &Note) -> bool {
         | NoteKind::PidsLimit
         | NoteKind::EgressDenied
         | NoteKind::RestKilled
-        | NoteKind::MemoryKills => true,
+        | NoteKind::MemoryKills
+        | NoteKind::FileReplaced
+        | NoteKind::FileUnchanged
+        | NoteKind::FileUncertain => true,
         // The first is told in the verdict. The second is normal: agents start servers on purpose.
         NoteKind::ShellRestarted | NoteKind::ProcessesLeft => false,
     }

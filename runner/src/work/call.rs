@@ -237,6 +237,15 @@ impl ToolInput {
         }
     }
 
+    /// Whether it may leave something behind. What may not can be done again whatever became of it.
+    #[must_use]
+    pub fn may_write(&self) -> bool {
+        match self {
+            Self::Read(_) | Self::Glob(_) | Self::Grep(_) => false,
+            Self::Bash(_) | Self::Write(_) | Self::Edit(_) | Self::Exec(_) => true,
+        }
+    }
+
     /// Checks what no tool could make sense of.
     ///
     /// What a tool itself reports to the model (a missing command, a missing path) passes: its text is part of the

@@ -90,6 +90,12 @@ pub enum NoteKind {
     RestKilled,
     /// Processes were killed for memory although the command went on.
     MemoryKills,
+    /// A tool that replaces a file was killed, and the file has the new content.
+    FileReplaced,
+    /// A tool that replaces a file was killed, and the file is what it was before.
+    FileUnchanged,
+    /// A tool that replaces a file was killed, and the file is neither.
+    FileUncertain,
 }
 
 /// Something the caller should know beside the outcome.

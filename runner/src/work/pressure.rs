@@ -69,7 +69,7 @@ impl Pressure {
     pub fn call_refusal(&self, input: &ToolInput) -> Option<ToolFailure> {
         match self.worst(Closed::Writing)? {
             shortage if shortage.closed == Closed::Calls => Some(refusal(shortage, "calls")),
-            shortage if may_write(input) => Some(refusal(shortage, "calls that may write")),
+            shortage if input.may_write() => Some(refusal(shortage, "calls that may write")),
             _ => None,
         }
     }
@@ -82,13 +82,6 @@ impl Pressure {
 
     fn worst(&self, least: Closed) -> Option<&Shortage> {
         self.shortages.iter().filter(|shortage| shortage.closed >= least).max_by_key(|shortage| shortage.closed)
-    }
-}
-
-fn may_write(input: &ToolInput) -> bool {
-    match input {
-        ToolInput::Read(_) | ToolInput::Glob(_) | ToolInput::Grep(_) => false,
-        ToolInput::Bash(_) | ToolInput::Write(_) | ToolInput::Edit(_) | ToolInput::Exec(_) => true,
     }
 }
 

@@ -6,12 +6,14 @@ use nix::errno::Errno;
 use nix::unistd::{Pid, read};
 use proto::init::v1::{CallFinished, Note};
 
+use crate::sys::child::Exit;
+
 use super::clock::Moment;
 use super::ending::Ending;
 use super::event::Key;
 use super::pipe::StdinPipe;
 use super::prepare::Plan;
-use super::slot::SlotId;
+use super::slot::{Counters, SlotId};
 use super::stream::OutputStream;
 use super::tool_worker::{Arrived, ToolWorker};
 
@@ -88,6 +90,25 @@ pub(crate) struct WorkerBody {
     pub(crate) tool: String,
     /// It is not kept after this call.
     pub(crate) is_large: bool,
+    /// The worker that was given the call has died, and this one is asked what became of it.
+    pub(crate) settling: Option<Settling>,
+}
+
+/// What is known of a call whose worker has died.
+#[derive(Debug)]
+pub(crate) struct Settling {
+    /// How it died.
+    pub(crate) exit: Exit,
+    /// Who ended it, if anybody did.
+    pub(crate) ending: Option<Ending>,
+    /// What it had used.
+    pub(crate) used: Counters,
+    /// When nobody waits for the answer any more.
+    pub(crate) until: Moment,
+    /// The answer, as far as it has arrived.
+    pub(crate) answer: Vec<u8>,
+    /// All of it is there, and the worker may be asked something else.
+    pub(crate) is_answered: bool,
 }
 
 /// A process of its own.

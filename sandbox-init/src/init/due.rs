@@ -3,7 +3,7 @@
 use nix::sys::epoll::EpollTimeout;
 
 use super::ExitReason;
-use super::call::Phase;
+use super::call::{Body, Phase};
 use super::clock::{MILLISECOND, Moment, now};
 use super::event::Key;
 use super::serve::Engine;
@@ -45,13 +45,20 @@ impl Engine {
         for call in self.calls.values() {
             let Phase::Running(running) = &call.phase else { continue };
             let ending = running.ending.map(|ending| ending.next);
-            let deadline = if ending.is_some() { ending } else { running.deadline };
+            let settling = match &running.body {
+                Body::Worker(body) => body.settling.as_ref().map(|settling| settling.until),
+                Body::Process(_) | Body::Shell(_) => None,
+            };
+            let deadline = settling.or(ending).or(running.deadline);
             let announce = (self.connection.is_some() && running.total_output() > running.announced.output)
                 .then_some(running.announced.next_output);
             let is_untold = running.announced.has_begun && !running.announced.started || call.answer_to.is_some();
             let start = (self.connection.is_some() && is_untold)
                 .then_some(running.started.saturating_add(super::report::STARTED_AFTER));
-            due = [due, deadline, running.spool_at, announce, start].into_iter().flatten().min();
+            due = [due, deadline, running.spool_at.filter(|_| settling.is_none()), announce, start]
+                .into_iter()
+                .flatten()
+                .min();
         }
         due
     }

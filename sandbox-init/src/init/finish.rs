@@ -24,6 +24,12 @@ impl Engine {
     pub(super) fn run_due_of_call(&mut self, key: Key, now: Moment) {
         let Some(call) = self.calls.get_mut(&key) else { return };
         let Phase::Running(running) = &mut call.phase else { return };
+        if let Some(settling) = running.worker().and_then(|body| body.settling.as_ref()) {
+            if settling.until <= now {
+                self.give_up_settling(key);
+            }
+            return;
+        }
         if running.spool_at.is_some_and(|moment| moment <= now) {
             running.spool_at = None;
             for output in &mut running.outputs {
@@ -101,14 +107,17 @@ impl Engine {
             call.phase = phase;
             return;
         };
+        let settling = running.worker().and_then(|body| body.settling.take());
         let used = running.slot.map(|slot| self.slots.used(slot)).unwrap_or_default();
+        let used = settling.as_ref().map_or(used, |settling| settling.used);
         let program = match &running.body {
             Body::Process(process) => Some(process.program.clone()),
             Body::Worker(body) => Some(body.tool.clone()),
             Body::Shell(_) => None,
         };
         // Whoever ended the call may have hit it, or is about to.
-        let stays = matches!(end, End::Claimed(_)) && running.ending.is_none();
+        let has_answered = matches!(end, End::Claimed(_)) || settling.is_some_and(|settling| settling.is_answered);
+        let stays = has_answered && running.ending.is_none();
         let facts = Facts {
             end,
             ender: running.ending.map(|ending| ending.ender),

@@ -44,6 +44,7 @@ pub(crate) mod process_table;
 pub(crate) mod report;
 pub(crate) mod requests;
 pub(crate) mod serve;
+mod settling;
 pub(crate) mod shell;
 pub mod slot;
 pub mod spawn;

@@ -45,8 +45,13 @@ impl Engine {
         match &call.plan.work {
             Work::Bash { .. } => self.begin_command(key),
             Work::Exec(_) | Work::Tool { .. } => {
-                if !self.begin_on_worker(key) {
-                    self.begin_process(key);
+                match self.begin_on_worker(key) {
+                    Ok(true) => {}
+                    Ok(false) => self.begin_process(key),
+                    Err(errno) => {
+                        let reason = format!("no process for the tool: {}", errno.desc());
+                        self.finish_never(key, End::NeverStarted { reason, errno: errno as i32, code: 125 });
+                    }
                 }
                 Ok(())
             }

@@ -24,7 +24,8 @@ pub enum Program {
         /// The input as JSON.
         input_json: Vec<u8>,
     },
-    /// Answers file tools on its descriptor 0, a SOCK_SEQPACKET socket, until that is closed.
+    /// Answers file tools on its descriptor 0, a SOCK_SEQPACKET socket, until that is closed. Before it replaces a file it
+    /// writes into its descriptor 3 what it is about to do.
     Worker,
 }
 

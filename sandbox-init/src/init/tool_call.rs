@@ -1,8 +1,9 @@
 //! Calls of file tools that a worker answers, and the life of that worker.
 //!
 //! The first such call makes the spare process of the next slot the worker; it stays for the calls that follow. A call that
-//! is ended ends the worker with it, and the next call has a new one. A second call at the same time, a tool that
-//! searches, and everything that goes wrong while a worker is started take the other way: a process of their own.
+//! is ended ends the worker with it, and the next call has a new one. A second reading call at the same time, a tool that
+//! searches, and a reading call whose worker cannot be started take the other way: a process of their own. What replaces a file
+//! never does, because of a worker it is known what it was about to do: see `settling`.
 
 use std::fs::File;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -22,10 +23,12 @@ use super::prepare::Work;
 use super::serve::Engine;
 use super::spawner::{Program, SpawnRequest};
 use super::stream::{OutputStream, Retention};
-use super::tool_worker::{Arrived, Look, ToolRequest, ToolWorker};
+use super::tool_worker::{Arrived, INTENTS, Look, ToolRequest, ToolWorker, memory_file};
 
 /// The tools that are short and keep nothing behind: no threads, no caches.
 const WORKER_TOOLS: [&str; 3] = ["read", "write", "edit"];
+/// Those of them that leave a file which is the old one or the new one.
+const REPLACING_TOOLS: [&str; 2] = ["write", "edit"];
 /// Results up to this length stay in memory and are sent ahead of the end of their call. Above what the runner takes with
 /// the end of a call, with room for the frame around a text of that length.
 const AHEAD_BYTES: usize = 272 * 1024;
@@ -36,28 +39,26 @@ const RETIRE_ABOVE: u64 = 4 * 1024 * 1024;
 
 impl Engine {
     /// Gives a call to the worker. `false` when it has to go the other way; then nothing of it has happened.
-    pub(super) fn begin_on_worker(&mut self, key: Key) -> bool {
-        let Some(call) = self.calls.get(&key) else { return false };
-        let Work::Tool { name, input_json } = &call.plan.work else { return false };
-        if !WORKER_TOOLS.contains(&name.as_str()) || self.worker_is_busy() {
-            return false;
+    ///
+    /// # Errors
+    /// There is no worker, and no other way.
+    pub(super) fn begin_on_worker(&mut self, key: Key) -> Result<bool, Errno> {
+        let Some(call) = self.calls.get(&key) else { return Ok(false) };
+        let Work::Tool { name, input_json } = &call.plan.work else { return Ok(false) };
+        let replaces = REPLACING_TOOLS.contains(&name.as_str());
+        if !WORKER_TOOLS.contains(&name.as_str()) || !replaces && self.worker_is_busy() {
+            return Ok(false);
         }
-        let request = ToolRequest { tool: name.clone(), input_json: input_json.clone() };
-        let worker = match self.worker.take() {
-            Some(worker) => worker,
-            None => match self.start_worker() {
-                Ok(worker) => worker,
-                Err(_) => return false,
-            },
+        let request = ToolRequest { tool: name.clone(), input_json: input_json.clone(), intent: Vec::new() };
+        let worker = match self.asked_worker(&request) {
+            Ok(worker) => worker,
+            Err(errno) if replaces => return Err(errno),
+            Err(_) => return Ok(false),
         };
-        if worker.ask(&request).is_err() {
-            self.end_worker(worker, "");
-            return false;
-        }
         let slot = worker.slot;
         let is_large = request.input_json.len() as u64 > RETIRE_ABOVE;
-        let body = WorkerBody { worker, arrived: Arrived::default(), tool: request.tool, is_large };
-        let Some(call) = self.calls.get(&key) else { return true };
+        let body = WorkerBody { worker, arrived: Arrived::default(), tool: request.tool, is_large, settling: None };
+        let Some(call) = self.calls.get(&key) else { return Ok(true) };
         let retention = self.result_retention(call.plan.retention);
         let mut running = self.new_running(&call.plan, Body::Worker(body));
         running.slot = Some(slot);
@@ -68,7 +69,25 @@ impl Engine {
             call.phase = Phase::Running(Box::new(running));
         }
         self.attend();
-        true
+        Ok(true)
+    }
+
+    /// A worker that has been given the request: the one that waits, or another one when it is gone.
+    pub(super) fn asked_worker(&mut self, request: &ToolRequest) -> Result<ToolWorker, Errno> {
+        if let Some(worker) = self.worker.take() {
+            if worker.ask(request).is_ok() {
+                return Ok(worker);
+            }
+            self.end_worker(worker, "");
+        }
+        let worker = self.start_worker()?;
+        match worker.ask(request) {
+            Ok(()) => Ok(worker),
+            Err(errno) => {
+                self.end_worker(worker, "");
+                Err(errno)
+            }
+        }
     }
 
     /// What is kept of the result of a tool: in memory, where it can be sent ahead, unless many wait already.
@@ -92,12 +111,14 @@ impl Engine {
             File::options().read(true).write(true).open("/dev/null").map(OwnedFd::from).map_err(super::serve::errno_of)
         };
         let (output, errors, start_error) = (null()?, null()?, null()?);
+        let intents = memory_file(&[])?;
+        let noted = intents.try_clone().map_err(super::serve::errno_of)?;
         let slot = self.slots.take()?;
         let request = SpawnRequest {
             program: Program::Worker,
             // It holds no directory: that of the session may be removed, which is then what the tools say.
             working_directory: b"/".to_vec(),
-            descriptors: vec![(theirs, 0), (output, 1), (errors, 2)],
+            descriptors: vec![(theirs, 0), (output, 1), (errors, 2), (noted, INTENTS)],
             slot: self.slots.directory(slot),
             terminal: false,
             start_error,
@@ -106,13 +127,13 @@ impl Engine {
             Ok(spawned) => spawned,
             Err(error) => {
                 self.slots.give_back(slot, "");
-                self.spawn_failure(&error);
-                return Err(Errno::EAGAIN);
+                return Err(Errno::from_raw(self.spawn_failure(&error).1));
             }
         };
         self.slots.set_root(slot, spawned.pid);
         let key = self.new_key();
-        let worker = ToolWorker { key, pid: spawned.pid, pidfd: spawned.pidfd, slot, socket: ours };
+        let intents = File::from(intents);
+        let worker = ToolWorker { key, pid: spawned.pid, pidfd: spawned.pidfd, slot, socket: ours, intents };
         let watched =
             self.watch(&worker.socket, Event::Worker(key)).and(self.watch(&worker.pidfd, Event::WorkerProcess(key)));
         if let Err(errno) = watched {
@@ -123,7 +144,7 @@ impl Engine {
     }
 
     /// Kills a worker. It is reaped later.
-    fn end_worker(&mut self, worker: ToolWorker, call_id: &str) {
+    pub(super) fn end_worker(&mut self, worker: ToolWorker, call_id: &str) {
         let _ = kill(worker.pid, Signal::SIGKILL);
         self.slots.give_back(worker.slot, call_id);
         self.shells.dying.insert(worker.key, worker.pidfd);
@@ -157,7 +178,7 @@ impl Engine {
         };
         match self.look_at_worker(key) {
             Look::More => {}
-            Look::Complete => self.finish(key, End::Claimed(0)),
+            Look::Complete => self.answered(key),
             Look::Nonsense | Look::Closed => {
                 let Some(body) = self.calls.get_mut(&key).and_then(Call::running).and_then(|running| running.worker())
                 else {
@@ -176,6 +197,9 @@ impl Engine {
         let Phase::Running(running) = &mut call.phase else { return Look::More };
         let Body::Worker(body) = &mut running.body else { return Look::More };
         let Some(output) = running.outputs.first_mut() else { return Look::Nonsense };
+        if let Some(settling) = &mut body.settling {
+            return settling.look(&body.worker, &mut body.arrived, &mut self.buffer);
+        }
         let (stream, spool) = (&mut output.stream, &mut self.spool);
         let look = body.worker.look(&mut body.arrived, &mut self.buffer, |bytes| stream.push(call_id, bytes, spool));
         body.is_large |= stream.total() > RETIRE_ABOVE;
@@ -208,10 +232,30 @@ impl Engine {
             }
         };
         if look == Look::Complete {
-            self.finish(key, End::Claimed(0));
+            self.answered(key);
             return self.end_idle_worker();
         }
+        let Some(call) = self.calls.get_mut(&key) else { return };
+        let Phase::Running(running) = &mut call.phase else { return };
+        if running.worker().is_some_and(|body| REPLACING_TOOLS.contains(&body.tool.as_str())) {
+            return self.settle(key, exit);
+        }
         self.finish(key, End::Process(exit));
+    }
+
+    /// The worker of a call has answered.
+    fn answered(&mut self, key: Key) {
+        let Some(running) = self.calls.get_mut(&key).and_then(Call::running) else { return };
+        if let Some(settling) = running.worker().and_then(|body| body.settling.as_mut()) {
+            settling.is_answered = true;
+            return self.settled(key);
+        }
+        // Whoever ended it came too late, and has hit a worker that has nothing to do.
+        let was_ended = running.ending.take().is_some();
+        self.finish(key, End::Claimed(0));
+        if was_ended {
+            self.end_idle_worker();
+        }
     }
 
     /// The call of a worker is over: it waits for the next one, or is gone.

@@ -9,7 +9,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io::Write as _;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -18,6 +18,7 @@ use prost::Message as _;
 
 use crate::sys::process::pidfd_signal;
 use crate::sys::socket::{Packet, receive, send};
+use crate::tool::clear_intent;
 
 use super::event::Key;
 use super::slot::SlotId;
@@ -29,6 +30,8 @@ const INLINE_BYTES: usize = 64 * 1024;
 /// Packet that says: the descriptor is a memory file that holds the request.
 const IN_FILE: &[u8] = b"file";
 const HEADER_BYTES: usize = 8;
+/// Number of the descriptor of a worker into which it writes what it is about to do.
+pub(crate) const INTENTS: RawFd = 3;
 
 /// One call of a tool.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -39,6 +42,9 @@ pub(crate) struct ToolRequest {
     /// Its input.
     #[prost(bytes = "vec", tag = "2")]
     pub(crate) input_json: Vec<u8>,
+    /// What an earlier worker was about to do with this call when it died: what became of it is asked, nothing is done again.
+    #[prost(bytes = "vec", tag = "3")]
+    pub(crate) intent: Vec<u8>,
 }
 
 /// A running worker, idle or at a call.
@@ -51,6 +57,8 @@ pub(crate) struct ToolWorker {
     pub(crate) slot: SlotId,
     /// Our end, non-blocking.
     pub(crate) socket: OwnedFd,
+    /// A memory file in which it writes down what it is about to do.
+    pub(crate) intents: File,
 }
 
 /// How far an answer has arrived.
@@ -77,6 +85,7 @@ pub(crate) enum Look {
 impl ToolWorker {
     /// Hands it a call. On failure it has not seen it.
     pub(crate) fn ask(&self, request: &ToolRequest) -> nix::Result<()> {
+        clear_intent(&self.intents)?;
         // The workload may have stopped it, which is one of its own, with everything else (`kill -STOP -1`).
         let _ = pidfd_signal(self.pidfd.as_fd(), nix::libc::SIGCONT);
         let encoded = request.encode_to_vec();

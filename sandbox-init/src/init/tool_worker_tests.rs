@@ -6,10 +6,12 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::Duration;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-use proto::init::v1::{CancelMode, InputChunk, StartCall, Stream, Tool, frame, outcome::Kind, request, start_call};
+use proto::init::v1::{
+    CancelMode, InputChunk, Note, NoteKind, StartCall, Stream, Tool, frame, outcome::Kind, request, start_call,
+};
 
 use super::testing::{Client, TestResult, TestSandbox};
-use super::tool_worker::{Arrived, Look, ToolRequest, ToolWorker, serve};
+use super::tool_worker::{Arrived, Look, ToolRequest, ToolWorker, memory_file, serve};
 
 /// Not a test: the process that [`super::local_spawner`] starts as the worker of the tests below. Answers with its pid, the
 /// tool and the input, or does what the input says.
@@ -20,9 +22,23 @@ fn worker() {
     let raw = socket.try_clone().unwrap();
     let _ = serve(&socket, |request, answer| match request.input_json.as_slice() {
         b"die" => std::process::abort(),
+        b"begin and die" if request.intent.is_empty() => {
+            File::options().write(true).open("/proc/self/fd/3").unwrap().write_all(b"\x06\0intent").unwrap();
+            std::process::abort();
+        }
+        // What became of it, and the result of the tool. Nothing is asked of this worker but that.
+        b"begin and die" if request.tool == "write" => answer.extend_from_slice(b"\x01done"),
+        b"begin and die" => answer.extend_from_slice(b"\x02"),
+        b"begin, die and forget" if request.intent.is_empty() => {
+            File::options().write(true).open("/proc/self/fd/3").unwrap().write_all(b"\x06\0intent").unwrap();
+            std::process::abort();
+        }
+        b"begin, die and forget" if request.tool == "write" => std::process::abort(),
+        b"begin, die and forget" => answer.extend_from_slice(b"\x00"),
         b"hang" => loop {
             std::thread::sleep(Duration::from_secs(1));
         },
+        b"note" => File::options().write(true).open("/proc/self/fd/3").unwrap().write_all(b"\x06\0intent").unwrap(),
         b"too much" => {
             // The length of an answer of one byte, and two.
             let mut lie = vec![1, 0, 0, 0, 0, 0, 0, 0];
@@ -73,7 +89,8 @@ fn a_second_call_at_the_same_time_has_a_process_of_its_own() {
     let mut client = sandbox.connect(1);
     let call = tool(&mut client, "read", b"hang");
     let hanging = client.start(call);
-    assert_eq!(run(&mut client, "write", "y").bytes(Stream::Result), b"write y");
+    assert_eq!(run(&mut client, "glob", "y").bytes(Stream::Result), b"glob y");
+    assert_eq!(run(&mut client, "read", "y").bytes(Stream::Result), b"read y");
     client.cancel(&hanging, CancelMode::Terminate);
     assert!(matches!(client.finish(&hanging).kind(), Kind::Cancelled(_)));
 }
@@ -105,6 +122,71 @@ fn a_worker_that_dies_is_the_end_of_its_call_only() {
     let result = run(&mut client, "read", "die");
     assert!(matches!(result.kind(), Kind::Signaled(signaled) if signaled.signal == libc::SIGABRT), "{result:?}");
     assert_ne!(pid_of_worker(&mut client), first);
+}
+
+fn kinds(result: &TestResult) -> Vec<NoteKind> {
+    result.finished.notes.iter().map(Note::kind).collect()
+}
+
+#[test]
+fn a_second_write_at_the_same_time_has_a_worker_of_its_own_because_it_may_have_to_be_settled() {
+    let sandbox = TestSandbox::start();
+    let mut client = sandbox.connect(1);
+    let call = tool(&mut client, "edit", b"hang");
+    let hanging = client.start(call);
+    let text = String::from_utf8(run(&mut client, "write", "y").bytes(Stream::Result)).unwrap();
+    assert_eq!(text.split_once(' ').unwrap().1, "write y", "the worker says its pid first");
+    let result = run(&mut client, "write", "begin and die");
+    assert_eq!(kinds(&result), [NoteKind::FileReplaced]);
+    client.cancel(&hanging, CancelMode::Kill);
+    let ended = client.finish(&hanging);
+    assert!(matches!(ended.kind(), Kind::Cancelled(_)));
+    assert_eq!(kinds(&ended), [NoteKind::FileUnchanged], "it had written down nothing");
+}
+
+#[test]
+fn a_worker_that_dies_when_the_file_is_replaced_is_the_success_of_its_call() {
+    let sandbox = TestSandbox::start();
+    let mut client = sandbox.connect(1);
+    let result = run(&mut client, "write", "begin and die");
+    assert_eq!((result.code(), result.bytes(Stream::Result)), (0, b"done".to_vec()));
+    assert_eq!(kinds(&result), [NoteKind::FileReplaced]);
+    pid_of_worker(&mut client);
+}
+
+#[test]
+fn a_worker_that_dies_before_the_file_is_replaced_is_told_with_what_ended_it_and_that_nothing_changed() {
+    let sandbox = TestSandbox::start();
+    let mut client = sandbox.connect(1);
+    for input in ["begin and die", "die"] {
+        let result = run(&mut client, "edit", input);
+        assert!(matches!(result.kind(), Kind::Signaled(signaled) if signaled.signal == libc::SIGABRT), "{result:?}");
+        assert_eq!(kinds(&result), [NoteKind::FileUnchanged], "{input}");
+    }
+    let result = run(&mut client, "read", "die");
+    assert_eq!(kinds(&result), [], "a tool that changes nothing leaves nothing to compare");
+}
+
+#[test]
+fn a_file_that_is_neither_old_nor_new_or_that_nobody_could_compare_is_not_guessed_at() {
+    let sandbox = TestSandbox::start();
+    let mut client = sandbox.connect(1);
+    for name in ["edit", "write"] {
+        let result = run(&mut client, name, "begin, die and forget");
+        assert!(matches!(result.kind(), Kind::StatusUnknown(_)), "{name}: {result:?}");
+        assert_eq!(kinds(&result), [NoteKind::FileUncertain], "{name}");
+    }
+    pid_of_worker(&mut client);
+}
+
+#[test]
+fn what_a_call_wrote_down_is_not_taken_for_the_intent_of_the_next_one() {
+    let sandbox = TestSandbox::start();
+    let mut client = sandbox.connect(1);
+    let result = run(&mut client, "write", "note");
+    assert_eq!(result.code(), 0, "{result:?}");
+    let result = run(&mut client, "write", "die");
+    assert_eq!(kinds(&result), [NoteKind::FileUnchanged]);
 }
 
 #[test]
@@ -173,7 +255,8 @@ fn an_answer_is_complete_with_its_last_byte_and_nonsense_with_one_more() {
         }
         let pidfd = OwnedFd::from(File::open("/dev/null").unwrap());
         let slot = super::slot::Slots::scan().take().unwrap();
-        let worker = ToolWorker { key: 1, pid: nix::unistd::Pid::this(), pidfd, slot, socket: ours };
+        let intents = File::from(memory_file(&[]).unwrap());
+        let worker = ToolWorker { key: 1, pid: nix::unistd::Pid::this(), pidfd, slot, socket: ours, intents };
         let (mut arrived, mut bytes) = (Arrived::default(), Vec::new());
         let look = worker.look(&mut arrived, &mut [0; 1000], |piece| bytes.extend_from_slice(piece));
         drop(theirs);
@@ -196,10 +279,13 @@ fn a_request_of_any_length_arrives() {
     });
     let slot = super::slot::Slots::scan().take().unwrap();
     let pidfd = OwnedFd::from(File::open("/dev/null").unwrap());
-    let worker = ToolWorker { key: 1, pid: nix::unistd::Pid::this(), pidfd, slot, socket: ours };
+    let intents = File::from(memory_file(&[]).unwrap());
+    let worker = ToolWorker { key: 1, pid: nix::unistd::Pid::this(), pidfd, slot, socket: ours, intents };
     for length in [0, 1, 65_000, 65_536, 70_000, 500_000] {
         let input_json: Vec<u8> = b"0123456789".iter().copied().cycle().take(length).collect();
-        worker.ask(&ToolRequest { tool: "read".to_owned(), input_json: input_json.clone() }).unwrap();
+        worker
+            .ask(&ToolRequest { tool: "read".to_owned(), input_json: input_json.clone(), intent: Vec::new() })
+            .unwrap();
         let (mut arrived, mut bytes) = (Arrived::default(), Vec::new());
         while worker.look(&mut arrived, &mut [0; 100_000], |piece| bytes.extend_from_slice(piece)) == Look::More {}
         assert_eq!(bytes, input_json);

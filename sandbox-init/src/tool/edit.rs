@@ -8,9 +8,10 @@ use std::io::Read;
 use memchr::memmem;
 
 use crate::tool::{
-    Limits,
+    Context,
     failure::ToolFailure,
     input::Input,
+    intent::Notebook,
     path::{PathError, RequestedPath, Roots, SandboxFile, errno},
     replace::{ReplaceError, replace},
     write::refuse_read_only,
@@ -34,6 +35,10 @@ impl Request {
         })
     }
 
+    pub(crate) fn into_path(self) -> RequestedPath {
+        self.path
+    }
+
     fn name(&self) -> String {
         self.path.as_str().to_owned()
     }
@@ -43,15 +48,18 @@ impl Request {
     }
 }
 
-pub(crate) fn run(request: &Request, roots: &Roots, limits: &Limits) -> Result<String, ToolFailure> {
+pub(crate) fn run(request: &Request, roots: &Roots, context: &Context) -> Result<String, ToolFailure> {
+    let limits = &context.limits;
     let place = roots.resolve(&request.path).map_err(|error| request.failure(error))?;
     refuse_read_only("edit", request.path.as_str(), &place)?;
     let opened = place.open_file().map_err(|error| request.failure(error))?;
     let status = opened.status;
     let text = load(request, opened, limits.max_text_bytes)?;
     let (changed, count) = substitute(request, text.as_bytes(), limits.max_edit_result_bytes)?;
-    match replace(&place, &changed, Some(&status)) {
-        Ok(()) => Ok(format!("edited {} ({count} replacement(s))", request.path.as_str())),
+    let done = format!("edited {} ({count} replacement(s))", request.path.as_str());
+    let written = replace(&place, &changed, Some(&status), &Notebook::new(context, &done));
+    match written {
+        Ok(()) => Ok(done),
         Err(ReplaceError::Path(source)) => Err(request.failure(source)),
         Err(ReplaceError::Changed) => Err(ToolFailure::EditConflict { path: request.name() }),
     }

@@ -10,6 +10,7 @@
 
 mod failure;
 mod input;
+mod intent;
 mod path;
 
 mod crawl;
@@ -21,11 +22,13 @@ mod read;
 mod replace;
 mod write;
 
-use std::{path::PathBuf, time::Duration};
+use std::{fs::File, path::PathBuf, sync::Arc, time::Duration};
 
 use proto::init::v1::{ContentBlock, Media, ToolResult, content_block::Kind};
 
 use crate::tool::{failure::ToolFailure, input::Input, path::Roots};
+
+pub(crate) use intent::{Found, clear as clear_intent, read as read_intent, settle};
 
 /// Where the tools may work, and how much.
 #[derive(Clone, Debug)]
@@ -39,6 +42,8 @@ pub struct Context {
     pub read_only_roots: Vec<PathBuf>,
     /// Bounds of one call.
     pub limits: Limits,
+    /// Where tools that replace a file write down what they are about to do; `None` where nobody would ask.
+    pub intents: Option<Arc<File>>,
 }
 
 impl Context {
@@ -49,6 +54,7 @@ impl Context {
             allowed_roots: Vec::new(),
             read_only_roots: Vec::new(),
             limits: Limits::default(),
+            intents: None,
         }
     }
 }
@@ -124,8 +130,8 @@ fn dispatch(name: &str, input_json: &[u8], context: &Context) -> Result<Kind, To
     })?;
     match tool {
         "read" => read::run(&read::Request::from_input(&mut input)?, &roots, &context.limits),
-        "write" => write::run(&write::Request::from_input(&mut input)?, &roots).map(Kind::Text),
-        "edit" => edit::run(&edit::Request::from_input(&mut input)?, &roots, &context.limits).map(Kind::Text),
+        "write" => write::run(&write::Request::from_input(&mut input)?, &roots, context).map(Kind::Text),
+        "edit" => edit::run(&edit::Request::from_input(&mut input)?, &roots, context).map(Kind::Text),
         "glob" => glob::run(&glob::Request::from_input(&mut input)?, &roots, &context.limits).map(Kind::Text),
         _ => grep::run(&grep::Request::from_input(&mut input)?, &roots, &context.limits).map(Kind::Text),
     }

@@ -7,6 +7,8 @@
 //!
 //! Where a rename cannot do it (the name is a mount point of its own, the directory takes no new names, the owner cannot
 //! be kept), the existing file is overwritten in place, as a shell redirection would.
+//!
+//! What is about to be done is written down before anything of it is, for the case that this process does not live to tell.
 
 use std::{
     ffi::OsString,
@@ -23,6 +25,7 @@ use nix::{
     unistd::{AccessFlags, Gid, Uid, UnlinkatFlags, faccessat, fchown, ftruncate, unlinkat},
 };
 
+use crate::tool::intent::Notebook;
 use crate::tool::path::{PathError, Place, Slot, errno, is_directory, is_regular, reopen, same_inode};
 
 const NEW_FILE: Mode = Mode::from_bits_truncate(0o644);
@@ -53,7 +56,13 @@ impl From<Errno> for ReplaceError {
 /// # Errors
 /// [`ReplaceError::Changed`] when `expected` does not hold; then, and in every other case but an overwrite in place, the
 /// file is what it was before.
-pub(crate) fn replace(place: &Place, content: &[u8], expected: Option<&FileStat>) -> Result<(), ReplaceError> {
+pub(crate) fn replace(
+    place: &Place,
+    content: &[u8],
+    expected: Option<&FileStat>,
+    notebook: &Notebook<'_>,
+) -> Result<(), ReplaceError> {
+    let new = New { content, expected, notebook };
     let existing = place.entry.as_ref().map(fstat).transpose()?;
     match &existing {
         Some(status) if is_directory(status) => return Err(Errno::EISDIR.into()),
@@ -63,17 +72,24 @@ pub(crate) fn replace(place: &Place, content: &[u8], expected: Option<&FileStat>
     let slot = place.slot.as_ref().ok_or(Errno::EISDIR)?;
     let Some((entry, status)) = place.entry.as_ref().zip(existing.as_ref()) else {
         let directory = make_directories(slot)?;
-        return by_rename(&directory, slot, content, None, None).map_err(Attempt::into_error);
+        return by_rename(&directory, slot, None, &New { expected: None, ..new }).map_err(Attempt::into_error);
     };
     // A rename would replace a write-protected file without asking; the shell would not.
     faccessat(&slot.directory, slot.name.as_os_str(), AccessFlags::W_OK, AtFlags::AT_EACCESS)?;
-    match by_rename(&slot.directory, slot, content, Some(status), expected) {
+    match by_rename(&slot.directory, slot, Some(status), &new) {
         Err(Attempt::Impossible(_)) => {
             check_unchanged(&slot.directory, slot, expected)?;
-            in_place(entry, status, slot, content)
+            in_place(entry, status, slot, &new)
         }
         outcome => outcome.map_err(Attempt::into_error),
     }
+}
+
+/// What a file is to become.
+struct New<'a> {
+    content: &'a [u8],
+    expected: Option<&'a FileStat>,
+    notebook: &'a Notebook<'a>,
 }
 
 /// How a replacement by rename can fail.
@@ -99,21 +115,17 @@ impl<E: Into<ReplaceError>> From<E> for Attempt {
     }
 }
 
-fn by_rename(
-    directory: &OwnedFd,
-    slot: &Slot,
-    content: &[u8],
-    existing: Option<&FileStat>,
-    expected: Option<&FileStat>,
-) -> Result<(), Attempt> {
+fn by_rename(directory: &OwnedFd, slot: &Slot, existing: Option<&FileStat>, new: &New<'_>) -> Result<(), Attempt> {
     let mut draft = Draft::create(directory).map_err(|error| match error {
         Errno::EACCES | Errno::EPERM => Attempt::Impossible(error),
         other => other.into(),
     })?;
-    draft.adopt(existing)?;
-    draft.file.write_all(content).map_err(|error| errno(&error))?;
+    let own = fstat(&draft.file)?;
+    new.notebook.will_rename(&draft.name, &own)?;
+    draft.adopt(existing, &own)?;
+    draft.file.write_all(new.content).map_err(|error| errno(&error))?;
     draft.file.sync_all().map_err(|error| errno(&error))?;
-    check_unchanged(directory, slot, expected)?;
+    check_unchanged(directory, slot, new.expected)?;
     match renameat(directory, draft.name.as_os_str(), directory, slot.name.as_os_str()) {
         Ok(()) => {
             draft.renamed = true;
@@ -138,10 +150,11 @@ fn same_version(one: &FileStat, other: &FileStat) -> bool {
     (one.st_size, one.st_ctime, one.st_ctime_nsec) == (other.st_size, other.st_ctime, other.st_ctime_nsec)
 }
 
-fn in_place(entry: &OwnedFd, status: &FileStat, slot: &Slot, content: &[u8]) -> Result<(), ReplaceError> {
+fn in_place(entry: &OwnedFd, status: &FileStat, slot: &Slot, new: &New<'_>) -> Result<(), ReplaceError> {
     let mut file = reopen(entry.as_fd(), status, Some(slot), OFlag::O_WRONLY)?;
+    new.notebook.will_overwrite(status, new.content)?;
     ftruncate(&file, 0)?;
-    file.write_all(content).and_then(|()| file.sync_all()).map_err(|error| errno(&error))?;
+    file.write_all(new.content).and_then(|()| file.sync_all()).map_err(|error| errno(&error))?;
     Ok(())
 }
 
@@ -169,11 +182,10 @@ impl<'a> Draft<'a> {
     }
 
     /// Takes over owner and mode of the file that is replaced; owner first, because changing it clears mode bits.
-    fn adopt(&self, existing: Option<&FileStat>) -> Result<(), Attempt> {
+    fn adopt(&self, existing: Option<&FileStat>, own: &FileStat) -> Result<(), Attempt> {
         let Some(existing) = existing else {
             return Ok(fchmod(&self.file, NEW_FILE)?);
         };
-        let own = fstat(&self.file)?;
         if (own.st_uid, own.st_gid) != (existing.st_uid, existing.st_gid) {
             fchown(&self.file, Some(Uid::from_raw(existing.st_uid)), Some(Gid::from_raw(existing.st_gid)))
                 .map_err(Attempt::Impossible)?;

@@ -3,8 +3,10 @@
 //! Follows a link at the end of the path to where it points, even if nothing is there yet, as long as that is inside.
 
 use crate::tool::{
+    Context,
     failure::ToolFailure,
     input::Input,
+    intent::Notebook,
     path::{PathError, Place, RequestedPath, Roots, lossy},
     replace::{ReplaceError, replace},
 };
@@ -19,15 +21,21 @@ impl Request {
     pub(crate) fn from_input(input: &mut Input) -> Result<Self, ToolFailure> {
         Ok(Self { path: input.required_path("file_path")?, content: input.required_text("content")? })
     }
+
+    pub(crate) fn into_path(self) -> RequestedPath {
+        self.path
+    }
 }
 
-pub(crate) fn run(request: &Request, roots: &Roots) -> Result<String, ToolFailure> {
+pub(crate) fn run(request: &Request, roots: &Roots, context: &Context) -> Result<String, ToolFailure> {
     let path = request.path.as_str();
     let failure = |source: PathError| ToolFailure::Path { tool: "write", path: path.to_owned(), source };
     let place = roots.resolve(&request.path).map_err(failure)?;
     refuse_read_only("write", path, &place)?;
-    match replace(&place, request.content.as_bytes(), None) {
-        Ok(()) => Ok(format!("wrote {} bytes to {path}", request.content.len())),
+    let done = format!("wrote {} bytes to {path}", request.content.len());
+    let written = replace(&place, request.content.as_bytes(), None, &Notebook::new(context, &done));
+    match written {
+        Ok(()) => Ok(done),
         Err(ReplaceError::Path(source)) => Err(failure(source)),
         // Without an expectation nothing can differ from it; the words of the kernel for a file that went away.
         Err(ReplaceError::Changed) => Err(failure(nix::errno::Errno::ESTALE.into())),

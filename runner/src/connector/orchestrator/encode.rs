@@ -207,6 +207,9 @@ fn note(note: &Note) -> pb::Note {
         NoteKind::ShellRestarted => pb::NoteKind::ShellRestarted,
         NoteKind::RestKilled => pb::NoteKind::RestKilled,
         NoteKind::MemoryKills => pb::NoteKind::MemoryKills,
+        NoteKind::FileReplaced => pb::NoteKind::FileReplaced,
+        NoteKind::FileUnchanged => pb::NoteKind::FileUnchanged,
+        NoteKind::FileUncertain => pb::NoteKind::FileUncertain,
     };
     pb::Note { kind: kind.into(), text: note.text.clone() }
 }

@@ -90,7 +90,9 @@ pub(super) fn call_end(finished: wire::CallFinished, output_root: &str) -> Check
 
 /// The result of a built-in tool. `None` when it is not one: the workload runs the tool, so this is its claim.
 pub(super) fn tool_result(bytes: &[u8]) -> Option<ToolResult> {
-    let decoded = wire::ToolResult::decode(bytes).ok()?;
+    // Nothing is a message without fields to the encoding, and no answer to anybody: its tool was killed.
+    let decoded =
+        Some(bytes).filter(|bytes| !bytes.is_empty()).and_then(|bytes| wire::ToolResult::decode(bytes).ok())?;
     let content = decoded.content.into_iter().map(|block| match block.kind? {
         wire::content_block::Kind::Text(text) => Some(Content::Text(text)),
         wire::content_block::Kind::Image(media) => is_media_type(&media.media_type)
@@ -196,6 +198,9 @@ fn note(note: wire::Note) -> Checked<Note> {
         Ok(wire::NoteKind::ShellRestarted) => NoteKind::ShellRestarted,
         Ok(wire::NoteKind::RestKilled) => NoteKind::RestKilled,
         Ok(wire::NoteKind::MemoryKills) => NoteKind::MemoryKills,
+        Ok(wire::NoteKind::FileReplaced) => NoteKind::FileReplaced,
+        Ok(wire::NoteKind::FileUnchanged) => NoteKind::FileUnchanged,
+        Ok(wire::NoteKind::FileUncertain) => NoteKind::FileUncertain,
         Ok(wire::NoteKind::Unspecified) | Err(_) => return Err(Violation::impossible("note.kind", note.kind)),
     };
     Ok(Note { kind, text: text("note.text", note.text)? })

@@ -80,6 +80,7 @@ impl Core {
 
     pub(super) fn write_end(&mut self, call_id: &CallId, result: Arc<CallResult>) {
         if let Some(call) = self.calls.get_mut(call_id) {
+            let result = if call.request.input.may_write() { result } else { without_effects(result) };
             call.phase = Phase::Finishing(Arc::clone(&result));
             self.actions.push(Action::WriteFinished { call_id: call_id.clone(), result });
         }
@@ -126,4 +127,18 @@ impl Core {
             session.forgotten.insert(call_id.clone());
         }
     }
+}
+
+/// A call that only looks has changed nothing, however it ended, so its caller may do the same again.
+fn without_effects(result: Arc<CallResult>) -> Arc<CallResult> {
+    let Outcome::Indeterminate { failure } = &result.end.outcome else { return result };
+    let failure = ToolFailure {
+        retryable: true,
+        retry_after: Some(std::time::Duration::from_secs(1)),
+        remediation: "send the call again under a new id, to an open session: it changes nothing".to_owned(),
+        ..failure.clone()
+    };
+    let mut result = CallResult::clone(&result);
+    result.end.outcome = Outcome::Indeterminate { failure };
+    Arc::new(result)
 }

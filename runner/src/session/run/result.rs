@@ -8,7 +8,9 @@ pub(super) async fn presented(input: &ToolInput, end: &CallEnd, call_id: &CallId
     if !matches!(input, ToolInput::Bash(_) | ToolInput::Exec(_)) {
         return match &end.result {
             Some(result) if result.size() <= limits::INLINE_RESULT_BYTES => result.clone(),
-            None if !end.streams.iter().any(|stream| stream.stream == Stream::Result) => present::tool_text(input, end),
+            None if !end.streams.iter().any(|stream| stream.stream == Stream::Result && stream.total_bytes > 0) => {
+                present::tool_text(input, end)
+            }
             // Too large for a frame: it is delivered as a stream.
             _ => ToolResult { is_error: false, content: Vec::new() },
         };

@@ -3,10 +3,12 @@
 //! Everything after the hardening runs as the workload: it holds nothing that the program it becomes may not have.
 
 use std::ffi::{CString, OsStr};
+use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::unistd::{chdir, setsid};
@@ -14,7 +16,7 @@ use prost::Message;
 use proto::init::v1::{ContentBlock, ToolResult};
 
 use super::Confinement;
-use crate::init::tool_worker::{read_all, serve};
+use crate::init::tool_worker::{INTENTS, read_all, serve};
 use crate::policy::seccomp::BpfProgram;
 use crate::stage::identity::become_workload;
 use crate::stage::nested::Neighbours;
@@ -223,7 +225,7 @@ fn run_tool(task: &Task, confinement: &Confinement) -> i32 {
         tool::run(&task.tool, &task.input_json, &context)
     };
     let Ok(output) = inherited_descriptor(1) else { return 1 };
-    let written = std::fs::File::from(output).write_all(&result.encode_to_vec());
+    let written = File::from(output).write_all(&result.encode_to_vec());
     i32::from(written.is_err())
 }
 
@@ -236,9 +238,13 @@ fn context(confinement: &Confinement) -> tool::Context {
 /// Not dumpable, other than a tool that runs alone: nobody else of the workload looks into it or changes it between calls.
 fn work(confinement: &Confinement) -> nix::Result<()> {
     nix::sys::prctl::set_dumpable(false)?;
-    let context = context(confinement);
+    let mut context = context(confinement);
     let socket = inherited_descriptor(0)?;
+    context.intents = Some(Arc::new(File::from(inherited_descriptor(INTENTS)?)));
     serve(&socket, |request, answer| {
+        if !request.intent.is_empty() {
+            return answer.extend(tool::settle(&request.tool, &request.input_json, &request.intent, &context));
+        }
         let result = tool::run(&request.tool, &request.input_json, &context);
         answer.reserve(result.encoded_len());
         // A vector takes any length.
