@@ -166,6 +166,9 @@ impl AdminService for Admin {
         let number = |(name, value): (String, u64)| pb::Number { name, value };
         let counters = self.0.sessions.counters.all().into_iter().map(number);
         let gauges = pressure.gauges.iter().map(|gauge| number((gauge.name.clone(), gauge.value)));
+        // The only one that a collector can draw a line through before it is an alarm.
+        let ends = u64::try_from(status.certificate.not_after).ok().filter(|ends| *ends > 0);
+        let certificate = ends.map(|ends| number(("certificate_not_after_seconds".to_owned(), ends)));
         let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
         Ok(Response::new(pb::StatusResponse {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -178,7 +181,7 @@ impl AdminService for Admin {
             draining: view.draining,
             receipt: Some(present::receipt(&self.0.receipt)),
             short_of: pressure.shortages.iter().map(|shortage| shortage.measured.clone()).collect(),
-            numbers: gauges.chain(counters).collect(),
+            numbers: gauges.chain(certificate).chain(counters).collect(),
             certificate_not_after: status.certificate.not_after,
             certificate_alarms: status.certificate.alarms(),
         }))

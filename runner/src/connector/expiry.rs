@@ -44,10 +44,17 @@ impl Expiry {
         }
     }
 
-    /// Whether whoever looks at the health of the runner must hear of it.
+    /// Whether an operator must hear of it.
     #[must_use]
     pub fn is_alarm(self) -> bool {
         self >= Self::Soon
+    }
+
+    /// Whether the runner is about to lose its link, or could not make a new one: work is better placed elsewhere. While there
+    /// is more time than that, a warning is enough.
+    #[must_use]
+    pub fn is_degraded(self) -> bool {
+        self >= Self::Urgent
     }
 }
 
@@ -105,6 +112,13 @@ mod tests {
         ] {
             assert_eq!(Expiry::of(0, 100 * DAY, 100 * DAY - left), expected, "{left} s left");
         }
+    }
+
+    #[test]
+    fn a_quarter_left_is_an_alarm_and_only_a_tenth_an_hour_or_nothing_left_is_ill_health() {
+        let all = [Expiry::Good, Expiry::Late, Expiry::Soon, Expiry::Urgent, Expiry::Expired];
+        assert_eq!(all.map(Expiry::is_alarm), [false, false, true, true, true]);
+        assert_eq!(all.map(Expiry::is_degraded), [false, false, false, true, true]);
     }
 
     #[test]

@@ -232,17 +232,23 @@ async fn authorities_are_replaced_by_way_of_both_without_one_failed_handshake() 
 }
 
 #[tokio::test]
-async fn certificate_that_ends_soon_is_an_alarm_in_status_and_heartbeats_until_it_is_replaced() {
+async fn certificate_that_ends_soon_is_told_in_status_and_heartbeats_and_is_ill_health_only_at_the_last() {
     let world = World::new(Options { link: fast(), ..Default::default() }).await;
     let mut status = world.connector.status.clone();
     // Of a life of a day and some hours: less than a quarter, less than a tenth.
-    for (left, expected) in [(5 * 3600, Expiry::Soon), (7200, Expiry::Urgent)] {
+    for (left, expected, health) in [
+        (5 * 3600, Expiry::Soon, pb::HealthState::Ready),
+        (7200, Expiry::Urgent, pb::HealthState::Degraded),
+        (5 * 3600, Expiry::Soon, pb::HealthState::Ready),
+        (1800, Expiry::Urgent, pb::HealthState::Degraded),
+    ] {
         put(&world.files, &world.orchestrator.authority().client("runner-1", Validity::Seconds(left)).unwrap());
         world.connector.reload.notify_one();
         certificate(&mut status, |certificate| certificate.expiry == expected).await;
         let text = expected.to_string();
         let alarm = heartbeat(&world.orchestrator, |heartbeat| heartbeat.reasons.join("").contains(&text)).await;
-        assert_eq!(alarm.health(), pb::HealthState::Degraded);
+        assert_eq!(alarm.health(), health, "{text}");
+        assert!(alarm.cert_not_after.is_some(), "{text}");
     }
     put(&world.files, &world.orchestrator.authority().client("runner-1", Validity::Now).unwrap());
     world.connector.reload.notify_one();

@@ -342,9 +342,11 @@ impl Task {
         } else {
             pb::HealthState::Ready
         };
-        let alarms = self.status.borrow().certificate.alarms();
-        let health =
-            if health == pb::HealthState::Ready && !alarms.is_empty() { pb::HealthState::Degraded } else { health };
+        let (alarms, is_degraded) = {
+            let status = self.status.borrow();
+            (status.certificate.alarms(), status.certificate.is_degraded())
+        };
+        let health = if health == pb::HealthState::Ready && is_degraded { pb::HealthState::Degraded } else { health };
         reasons.extend(alarms);
         let not_after = self.credentials.borrow().not_after;
         let heartbeat = pb::Heartbeat {

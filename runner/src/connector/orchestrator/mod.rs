@@ -161,6 +161,12 @@ impl CertificateStatus {
         }
         alarms
     }
+
+    /// Whether the runner works with less than it should: its link is about to end, or nothing would replace the certificate.
+    #[must_use]
+    pub fn is_degraded(&self) -> bool {
+        self.expiry.is_degraded() || !self.refused.is_empty() || !self.renewal.is_empty()
+    }
 }
 
 /// The running connector.
