@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use prost::Message as _;
@@ -9,9 +10,10 @@ use prost::bytes::BufMut as _;
 use proto::runner::v1 as pb;
 use proto::runner::v1::orchestrator_frame::Body;
 use proto::runner::v1::runner_frame::Body as Said;
+use runner::connector::tls::TlsFiles;
 use runner::dev::pki::{Authority, Validity};
 use runner::dev::{Connection, accept_one, listen};
-use runner::journal::{Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
+use runner::journal::{Journal, JournalError, Record, Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
 use runner::work::{CallId, CallLimits, EnvironmentRef, Network, OutputMode, RequestDigest, SessionId, SessionOpen};
 use tokio::sync::{Mutex, mpsc};
 use tokio_rustls::TlsAcceptor;
@@ -71,6 +73,8 @@ struct Link {
     /// What becomes of a session that is held, and how long that takes to decide.
     action: pb::ResumeAction,
     pause: Duration,
+    /// Of the next Welcome.
+    term: Arc<AtomicU64>,
 }
 
 impl tonic::server::NamedService for Link {
@@ -98,14 +102,14 @@ impl tonic::server::StreamingService<pb::RunnerFrame> for Link {
     type Future = BoxFuture<Response<Self::ResponseStream>, Status>;
 
     fn call(&mut self, request: Request<Streaming<pb::RunnerFrame>>) -> Self::Future {
-        let Self { frames, said, action, pause } = self.clone();
+        let Self { frames, said, action, pause, term } = self.clone();
         Box::pin(async move {
             let (sender, receiver) = mpsc::channel(16);
             let mut incoming = request.into_inner();
             tokio::spawn(async move {
                 let welcome = pb::Welcome {
                     link_id: "raw".into(),
-                    term: 1,
+                    term: term.load(Ordering::SeqCst),
                     lease_ttl: Some(prost_types::Duration { seconds: 60, nanos: 0 }),
                     heartbeat_every: Some(prost_types::Duration { seconds: 10, nanos: 0 }),
                     limits: Some(pb::LinkLimits { link_credit_bytes: 1 << 20, ..Default::default() }),
@@ -162,6 +166,9 @@ struct World {
     frames: mpsc::Sender<Frame>,
     said: mpsc::Receiver<Said>,
     runner: Runner,
+    term: Arc<AtomicU64>,
+    authority: Authority,
+    files: TlsFiles,
     _directory: tempfile::TempDir,
 }
 
@@ -190,15 +197,17 @@ impl World {
         let (frames, to_send) = mpsc::channel(16);
         // Much more than a runner says in one of these tests.
         let (speaks, said) = mpsc::channel(1024);
-        let link = Link { frames: Arc::new(Mutex::new(to_send)), said: speaks, action, pause };
+        let term = Arc::new(AtomicU64::new(1));
+        let frames_of_link = Arc::new(Mutex::new(to_send));
+        let link = Link { frames: frames_of_link, said: speaks, action, pause, term: Arc::clone(&term) };
         let serving = tonic::transport::Server::builder().serve_with_incoming_shutdown(
             link,
             ReceiverStream::new(connections),
             std::future::pending(),
         );
         tokio::spawn(serving);
-        let runner = Runner::dial(address.port(), files, options);
-        let mut world = Self { frames, said, runner, _directory: directory };
+        let runner = Runner::dial(address.port(), files.clone(), options);
+        let mut world = Self { frames, said, runner, term, authority, files, _directory: directory };
         world.hears("a greeting", |said| matches!(said, Said::Hello(_)).then_some(())).await;
         world
     }
@@ -368,4 +377,88 @@ async fn nothing_that_was_left_begins_before_it_is_decided_about() {
     tokio::time::sleep(Duration::from_millis(200)).await;
 
     assert_eq!(world.runner.fakes.executions_of("left"), 0);
+}
+
+/// Takes every record but the term of another orchestrator.
+#[derive(Default)]
+struct KeepsItsTerm {
+    refused: AtomicU64,
+}
+
+impl Journal for KeepsItsTerm {
+    fn is_durable(&self) -> bool {
+        true
+    }
+
+    fn append(&self, record: Record) -> runner::work::BoxFuture<'static, Result<(), JournalError>> {
+        let is_refused = matches!(record, Record::Term { term } if term > 1);
+        self.refused.fetch_add(u64::from(is_refused), Ordering::SeqCst);
+        let refusal = || JournalError { record: "term", reason: "disk full".into(), is_final: false };
+        Box::pin(std::future::ready(if is_refused { Err(refusal()) } else { Ok(()) }))
+    }
+}
+
+/// The number of an event.
+fn event_seq(said: &Said) -> Option<u64> {
+    match said {
+        Said::SessionOpened(event) => Some(event.event_seq),
+        Said::CallAccepted(event) => Some(event.event_seq),
+        Said::CallStarted(event) => Some(event.event_seq),
+        Said::CallFinished(event) => Some(event.event_seq),
+        _ => None,
+    }
+}
+
+/// F-55, F-33: the new link of a new certificate leads to an orchestrator of a newer term, which the journal does not take. So
+/// that one is not obeyed, and the old link goes on from where it is: nothing that was sent on it is sent again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn welcome_whose_term_cannot_be_written_down_leaves_the_old_link_where_it_is() {
+    let journal = Arc::new(KeepsItsTerm::default());
+    let options = Options { journal: Arc::clone(&journal) as Arc<dyn Journal>, ..Options::default() };
+    let mut world = World::with(options, pb::ResumeAction::Keep, Duration::ZERO).await;
+    world.open().await;
+    let call = bash("c1", "print 200000; hang");
+    world.send(|number| frame(number, 15, Body::Call(call)));
+    // Nothing of it is acknowledged.
+    let whole = |said: &Said| matches!(said, Said::Output(chunk) if chunk.offset + chunk.data.len() as u64 == 200_000);
+    let mut told = 0;
+    world
+        .hears("all output of a call", |said| {
+            told = told.max(event_seq(&said).unwrap_or_default());
+            whole(&said).then_some(())
+        })
+        .await;
+
+    world.term.store(2, Ordering::SeqCst);
+    let issued = world.authority.client("runner-1", Validity::Now).unwrap();
+    std::fs::write(&world.files.certificate, &issued.certificate_pem).unwrap();
+    std::fs::write(&world.files.key, &issued.key_pem).unwrap();
+    world.runner.connector.reload.notify_one();
+    let mut said = Vec::new();
+    within("a refused term", async {
+        while journal.refused.load(Ordering::SeqCst) == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+    // Another call of another session, so that it need not wait for the first.
+    let open = pb::OpenSession { session_id: "t".into(), epoch: 2, ..Default::default() };
+    world.send(|number| frame(number, 13, Body::OpenSession(open)));
+    let call = pb::Call { session_id: "t".into(), epoch: 2, ..bash("c2", "print 10; exit 0") };
+    world.send(|number| frame(number, 15, Body::Call(call)));
+    world
+        .hears("the end of a call", |body| {
+            let is_end = matches!(&body, Said::CallFinished(end) if end.call_id == "c2");
+            said.push(body);
+            is_end.then_some(())
+        })
+        .await;
+
+    let left = |body: &Said| matches!(body, Said::Hello(hello) if hello.reason() != pb::HelloReason::CertRotation);
+    assert!(!said.iter().any(left), "the old link was left");
+    let again = |body: &Said| matches!(body, Said::Output(chunk) if chunk.call_id == "c1");
+    assert!(!said.iter().any(again), "output was sent a second time");
+    let events: Vec<_> = said.iter().filter_map(event_seq).collect();
+    assert!(told >= 2 && events.first().is_some_and(|first| *first > told), "{events:?} after {told}");
+    assert!(events.is_sorted_by(|one, other| one < other), "{events:?}");
 }

@@ -8,11 +8,32 @@ use proto::runner::v1::runner_frame::Body;
 use tracing::{debug, info, warn};
 
 use super::codec::{BadFrame, Incoming};
-use super::link::Link;
+use super::link::{Link, Obeying};
 use super::task::{Ended, Task};
 use super::{LinkError, decode, encode};
 use crate::connector::backoff::draw;
 use crate::work::{CallId, Code, DrainMode, DrainedBy, ToolFailure, WorkItem, limits};
+
+/// The times of a Welcome.
+struct Times {
+    lease_ttl: Option<Duration>,
+    orphan_time: Option<Duration>,
+    heartbeat_every: Option<Duration>,
+    max_link_age: Option<Duration>,
+}
+
+impl Times {
+    fn of(welcome: &pb::Welcome) -> Result<Self, LinkError> {
+        let time =
+            |field, value| decode::duration(field, value).map_err(|failure| LinkError::Violation(failure.message));
+        Ok(Self {
+            lease_ttl: time("lease_ttl", welcome.lease_ttl.as_ref())?,
+            orphan_time: time("default_orphan_ttl", welcome.default_orphan_ttl.as_ref())?,
+            heartbeat_every: time("heartbeat_every", welcome.heartbeat_every.as_ref())?,
+            max_link_age: time("max_link_age", welcome.max_link_age.as_ref())?,
+        })
+    }
+}
 
 /// What names the sender's request in a refusal.
 struct Subject {
@@ -205,17 +226,7 @@ impl Task {
             let known = self.highest_term;
             return Err(LinkError::Violation(format!("term {} is older than {known}", welcome.term)));
         }
-        let time =
-            |field, value| decode::duration(field, value).map_err(|failure| LinkError::Violation(failure.message));
-        self.lease.welcomed(link.greeted_ns, time("lease_ttl", welcome.lease_ttl.as_ref())?);
-        if let Some(orphan_time) = time("default_orphan_ttl", welcome.default_orphan_ttl.as_ref())? {
-            self.orphan_time = orphan_time;
-        }
-        let every = time("heartbeat_every", welcome.heartbeat_every.as_ref())?.unwrap_or(Duration::from_secs(10));
-        link.heartbeat = tokio::time::interval(every.max(Duration::from_millis(50)));
-        link.heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let age = time("max_link_age", welcome.max_link_age.as_ref())?;
-        link.oldest_at = age.and_then(|age| link.opened_at.checked_add(age));
+        let times = Times::of(welcome)?;
         if welcome.event_ack_through >= self.outbox.next_seq() {
             let (acknowledged, next) = (welcome.event_ack_through, self.outbox.next_seq());
             let problem =
@@ -223,8 +234,36 @@ impl Task {
             return Err(LinkError::Violation(problem));
         }
         if welcome.term > self.highest_term {
-            link.obeying = Some((welcome.term, self.ports.memory.obey(welcome.term)));
+            let written = self.ports.memory.obey(welcome.term);
+            link.obeying = Some(Obeying { welcome: welcome.clone(), written });
+            return Ok(());
         }
+        self.welcomed(welcome, &times, link);
+        Ok(())
+    }
+
+    /// The journal has said whether the term of a newer orchestrator is written down. If it is not, nothing has changed: a link
+    /// that is left for this one goes on from where it is.
+    pub(super) fn obey(&mut self, welcome: &pb::Welcome, is_written: bool, link: &mut Link) -> Result<(), LinkError> {
+        if !is_written {
+            return Err(LinkError::Ended("the journal refuses to write down the term".to_owned()));
+        }
+        self.highest_term = welcome.term;
+        let times = Times::of(welcome)?;
+        self.welcomed(welcome, &times, link);
+        Ok(())
+    }
+
+    /// From here this link counts: what was sent on another one begins anew.
+    fn welcomed(&mut self, welcome: &pb::Welcome, times: &Times, link: &mut Link) {
+        self.lease.welcomed(link.greeted_ns, times.lease_ttl);
+        if let Some(orphan_time) = times.orphan_time {
+            self.orphan_time = orphan_time;
+        }
+        let every = times.heartbeat_every.unwrap_or(Duration::from_secs(10));
+        link.heartbeat = tokio::time::interval(every.max(Duration::from_millis(50)));
+        link.heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        link.oldest_at = times.max_link_age.and_then(|age| link.opened_at.checked_add(age));
         self.link_id.clone_from(&welcome.link_id);
         for call_id in self.outbox.acknowledge(welcome.event_ack_through) {
             if self.book.result_acknowledged(&call_id) {
@@ -239,7 +278,6 @@ impl Task {
         link.welcomed = true;
         link.decision_pages_left = welcome.decision_pages;
         self.live_if_decided(link);
-        Ok(())
     }
 
     pub(super) fn live_if_decided(&mut self, link: &mut Link) {

@@ -61,12 +61,19 @@ pub(super) struct Link {
     pub(super) successor: Option<Successor>,
     /// When to try again to make one.
     pub(super) next_try: Option<Instant>,
-    /// Resolves when no older orchestrator will be obeyed any more; until then this one is not either.
-    pub(super) obeying: Option<(u64, BoxFuture<'static, bool>)>,
+    /// The Welcome of a newer orchestrator, which changes nothing before its term is on the disk.
+    pub(super) obeying: Option<Obeying>,
     pub(super) reads: FuturesUnordered<Pin<Box<dyn Future<Output = Read> + Send>>>,
     output_wait: Option<Instant>,
     output_full: bool,
     progress: (u64, Instant),
+}
+
+/// A Welcome of a term that is being written down.
+pub(super) struct Obeying {
+    pub(super) welcome: pb::Welcome,
+    /// Resolves when no older orchestrator will be obeyed any more; until then this one is not either.
+    pub(super) written: BoxFuture<'static, bool>,
 }
 
 /// What a greeting said.
@@ -192,13 +199,13 @@ impl Task {
     /// Takes a frame, and with a new term waits until no older orchestrator will be obeyed any more.
     pub(super) async fn incoming_obeyed(&mut self, frame: Incoming, link: &mut Link) -> Result<(), LinkError> {
         self.incoming(frame, link)?;
-        if let Some((term, obeying)) = link.obeying.take() {
-            if !obeying.await {
-                return Err(LinkError::Ended("the journal refuses to write down the term".to_owned()));
+        match link.obeying.take() {
+            Some(Obeying { welcome, written }) => {
+                let is_written = written.await;
+                self.obey(&welcome, is_written, link)
             }
-            self.highest_term = term;
+            None => Ok(()),
         }
-        Ok(())
     }
 
     fn take_on_link(&mut self, event: Event, link: &mut Link) {

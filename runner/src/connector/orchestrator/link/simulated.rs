@@ -13,12 +13,12 @@ use super::super::codec;
 use super::super::outgoing::{Outgoing, lanes};
 use super::super::task::{Event, PENDING, Task};
 use super::super::{Capacity, Identity, LinkError, LinkStatus, Settings, Stop};
-use super::{Greeting, HANDSHAKE, Lanes, Link};
+use super::{Greeting, HANDSHAKE, Lanes, Link, Obeying};
 use crate::connector::Ports;
 use crate::connector::backoff::Backoff;
 use crate::connector::dial::Target;
 use crate::connector::tls::{Credentials, TlsFiles};
-use crate::work::{BoxFuture, Memory, OutputSource, Pressure, Progress, RunnerId, Update, WorkItem};
+use crate::work::{Memory, OutputSource, Pressure, Progress, RunnerId, Update, WorkItem};
 
 /// More than any step of the simulation tells.
 const UPDATES: usize = 1 << 14;
@@ -51,7 +51,7 @@ enum Phase {
 struct Linked {
     link: Link,
     outgoing: Outgoing,
-    obeying: Option<(u64, BoxFuture<'static, bool>)>,
+    obeying: Option<Obeying>,
 }
 
 /// The connector.
@@ -194,12 +194,9 @@ impl Connector {
     /// Whatever a link waits for beside frames: the term on the disk, the time of a heartbeat, output that was read.
     pub(crate) fn turn(&mut self) -> Result<(), Over> {
         let Phase::Linked(linked) = &mut self.phase else { return Ok(()) };
-        if let Some((term, obeying)) = &mut linked.obeying {
-            match obeying.now_or_never() {
-                None => return Ok(()),
-                Some(false) => return Err(Over::Ended("the journal refuses to write down the term".into())),
-                Some(true) => self.task.highest_term = *term,
-            }
+        if let Some(Obeying { welcome, written }) = &mut linked.obeying {
+            let Some(is_written) = written.now_or_never() else { return Ok(()) };
+            self.task.obey(welcome, is_written, &mut linked.link)?;
             linked.obeying = None;
         }
         if !linked.link.live && linked.link.opened_at.elapsed() >= HANDSHAKE {
