@@ -379,6 +379,67 @@ async fn process_1_that_reads_nothing_cannot_hold_a_request_for_ever() {
     drop(theirs);
 }
 
+/// Answers nothing before `enough` requests have come, then all of them, and from there on each at once.
+fn late_process_1(enough: usize) -> (OwnedFd, Arc<Mutex<Vec<wire::request::Body>>>) {
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let (noted, mut waiting) = (Arc::clone(&seen), Vec::new());
+    let socket = process_1(move |request| {
+        let Some(body) = request.body else { return Vec::new() };
+        let answer = match &body {
+            wire::request::Body::Hello(_) => return vec![welcome(request.request_id)],
+            wire::request::Body::Stdin(stdin) => Body::StdinAccepted(wire::StdinAccepted { accepted: stdin.offset + 1 }),
+            _ => Body::Done(wire::Done {}),
+        };
+        let mut seen = noted.lock().expect("no panic");
+        seen.push(body);
+        waiting.push(frame(request.request_id, answer));
+        if seen.len() < enough { Vec::new() } else { std::mem::take(&mut waiting) }
+    });
+    (socket, seen)
+}
+
+/// More than are let go without an answer, and more than the socket holds.
+#[tokio::test]
+async fn requests_beyond_the_bound_wait_for_their_turn_and_arrive_in_order() {
+    const COUNT: u64 = 3 * exchange::MOST_OUTSTANDING as u64;
+    let (socket, seen) = late_process_1(exchange::MOST_OUTSTANDING);
+    let patience = Patience { answer: Duration::from_secs(20), ..IMPATIENT };
+    let (control, _) = Control::from_connection(socket, 7, patience).await.expect("greeted");
+
+    let done = futures_util::future::join_all((0..COUNT).map(|moment| control.deadline(moment))).await;
+
+    assert!(done.iter().all(Result::is_ok), "{:?}", done.iter().find(|done| done.is_err()));
+    let moments: Vec<_> = seen
+        .lock()
+        .expect("no panic")
+        .iter()
+        .map(|body| match body {
+            wire::request::Body::Deadline(deadline) => deadline.boottime_ns,
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(moments, (0..COUNT).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn input_without_end_is_refused_before_it_has_a_turn_and_keeps_no_call_from_being_ended() {
+    let (socket, seen) = late_process_1(257);
+    let patience = Patience { answer: Duration::from_secs(20), ..IMPATIENT };
+    let (control, _) = Control::from_connection(socket, 7, patience).await.expect("greeted");
+    let writes = (0..300).map(|offset| control.stdin("c", offset, vec![b'x'], false));
+
+    let (accepted, cancelled) =
+        tokio::join!(futures_util::future::join_all(writes), control.cancel("c", CancelMode::Kill));
+
+    assert_eq!(cancelled, Ok(()));
+    let (first, rest) = accepted.split_at(256);
+    assert!(first.iter().zip(1..).all(|(answer, through)| *answer == Ok(through)), "{first:?}");
+    assert!(rest.iter().all(|answer| *answer == Err(ControlError::Busy { what: "requests" })), "{rest:?}");
+    let seen = seen.lock().expect("no panic");
+    assert!(matches!(&seen[256], wire::request::Body::Cancel(_)), "{:?}", seen[256]);
+    assert_eq!(seen.len(), 257, "what was refused has not been sent");
+}
+
 #[tokio::test]
 async fn call_that_is_never_ended_counts_as_overdue() {
     assert_eq!(violation_after(vec![started()]).await, Violation::Overdue);

@@ -1,12 +1,17 @@
 //! Requests to process 1 and their answers: one packet each way, matched by number, bounded in number and in patience.
+//!
+//! Requests leave in the order in which they were first polled, also when process 1 does not read for a while or owes many
+//! answers: then they wait for their turn. So nothing overtakes what was said before it. What callers can send without end, input and
+//! sizes of terminals, is refused before it has a turn; everything else is bounded by the calls of the sandbox.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use prost::Message;
 use proto::init::v1 as wire;
-use tokio::sync::{Notify, oneshot, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot, watch};
+use tokio::task::unconstrained;
 use tokio::time::Instant;
 
 use super::calls::CallTable;
@@ -16,8 +21,11 @@ use super::{ControlEnd, ControlError, LARGEST_PACKET, Patience, decode, encode};
 use crate::sandbox::packet::{PacketError, PacketSocket};
 use crate::work::{OutputChunk, Stream, limits};
 
-/// Requests without an answer yet.
-const MOST_OUTSTANDING: usize = 512;
+/// Requests without an answer yet; the next one waits for its turn.
+pub(super) const MOST_OUTSTANDING: usize = 512;
+/// Input and sizes of terminals that wait for their turn or their answer. Fewer than the places, so that they never keep the steps of
+/// a call from having one.
+const MOST_OF_CALLERS: usize = 256;
 
 /// What the askers and the reading task share.
 pub(super) struct Shared {
@@ -26,6 +34,11 @@ pub(super) struct Shared {
     pub(super) patience: Patience,
     pub(super) output_root: String,
     pub(super) next_id: AtomicU64,
+    /// Held by whoever sends next. It is handed on in the order of asking.
+    pub(super) turn: tokio::sync::Mutex<()>,
+    /// One for each request without an answer.
+    pub(super) places: Arc<Semaphore>,
+    pub(super) of_callers: Arc<Semaphore>,
     pub(super) state: Mutex<State>,
     pub(super) end: watch::Sender<Option<ControlEnd>>,
     /// Wakes whoever waits for the end of calls that nobody knows.
@@ -46,6 +59,8 @@ pub(super) struct Waiting {
     pub(super) kind: &'static str,
     pub(super) since: Instant,
     pub(super) answer: oneshot::Sender<wire::frame::Body>,
+    /// Free again with the answer, or with the end of the connection.
+    pub(super) _place: OwnedSemaphorePermit,
 }
 
 impl Shared {
@@ -63,7 +78,17 @@ impl Shared {
         self.answer(answer).await
     }
 
-    /// Sends a request; its answer is another matter.
+    /// The same for what a caller can ask for as often as it likes: refused while too many of these wait.
+    pub(super) async fn request_of_caller(
+        &self,
+        kind: &'static str,
+        body: wire::request::Body,
+    ) -> Result<wire::frame::Body, ControlError> {
+        let _held = self.of_callers.try_acquire().map_err(|_| ControlError::Busy { what: "requests" })?;
+        self.request(kind, body).await
+    }
+
+    /// Sends a request in its turn; its answer is another matter.
     pub(super) async fn ask(
         &self,
         kind: &'static str,
@@ -74,7 +99,11 @@ impl Shared {
         if packet.len() > LARGEST_PACKET {
             return Err(ControlError::TooLarge { size: packet.len() });
         }
-        let answer = self.expect_answer(request_id, kind)?;
+        // Without the budget of the task, which would have whoever has used it up wait outside of the queue.
+        let _turn = unconstrained(self.turn.lock()).await;
+        // The semaphore is never closed: with the connection every place becomes free, and what has ended is seen below.
+        let place = unconstrained(Arc::clone(&self.places).acquire_owned()).await.map_err(|_| ControlEnd::Closed)?;
+        let answer = self.expect_answer(request_id, kind, place)?;
         self.send(&packet).await?;
         Ok(answer)
     }
@@ -121,18 +150,21 @@ impl Shared {
         &self,
         request_id: u64,
         kind: &'static str,
+        place: OwnedSemaphorePermit,
     ) -> Result<oneshot::Receiver<wire::frame::Body>, ControlError> {
         let mut state = self.state();
         // Looked at under the lock that `finish` takes, so no request can slip in behind it and wait for ever.
         if let Some(end) = self.end.borrow().clone() {
             return Err(end.into());
         }
-        if state.outstanding.len() >= MOST_OUTSTANDING {
-            return Err(ControlError::Busy { what: "requests" });
-        }
         let (sender, answer) = oneshot::channel();
-        state.outstanding.insert(request_id, Waiting { kind, since: Instant::now(), answer: sender });
+        state.outstanding.insert(request_id, Waiting { kind, since: Instant::now(), answer: sender, _place: place });
         Ok(answer)
+    }
+
+    /// Places for requests of callers.
+    pub(super) fn places_of_callers() -> Arc<Semaphore> {
+        Arc::new(Semaphore::new(MOST_OF_CALLERS))
     }
 
     pub(super) async fn read_output(

@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use proto::init::v1 as wire;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::AbortHandle;
 
 use super::packet::{Descriptors, PacketSocket};
@@ -176,6 +176,9 @@ impl Control {
             patience,
             output_root: output_root.trim_end_matches('/').to_owned(),
             next_id: AtomicU64::new(1),
+            turn: tokio::sync::Mutex::default(),
+            places: Arc::new(Semaphore::new(exchange::MOST_OUTSTANDING)),
+            of_callers: Shared::places_of_callers(),
             state: Mutex::new(State { calls, ..State::default() }),
             end: watch::channel(None).0,
             stranger_gone: Notify::new(),
@@ -315,7 +318,7 @@ impl Control {
     pub async fn stdin(&self, call_id: &str, offset: u64, data: Vec<u8>, eof: bool) -> Result<u64, ControlError> {
         let highest = offset.saturating_add(data.len() as u64);
         let stdin = wire::Stdin { call_id: call_id.to_owned(), offset, data, eof };
-        match self.request("stdin", wire::request::Body::Stdin(stdin)).await? {
+        match self.shared().request_of_caller("stdin", wire::request::Body::Stdin(stdin)).await? {
             wire::frame::Body::StdinAccepted(answer) if answer.accepted <= highest => Ok(answer.accepted),
             wire::frame::Body::StdinAccepted(answer) => {
                 Err(self.violated(Violation::impossible("stdin_accepted.accepted", answer.accepted)).into())
@@ -330,7 +333,10 @@ impl Control {
     /// [`ControlError`].
     pub async fn resize(&self, call_id: &str, columns: u16, rows: u16) -> Result<(), ControlError> {
         let resize = wire::Resize { call_id: call_id.to_owned(), columns: u32::from(columns), rows: u32::from(rows) };
-        self.request_done("resize", wire::request::Body::Resize(resize)).await
+        match self.shared().request_of_caller("resize", wire::request::Body::Resize(resize)).await? {
+            wire::frame::Body::Done(_) => Ok(()),
+            _ => Err(self.violated(Violation::WrongAnswer { request: "resize" }).into()),
+        }
     }
 
     /// Reads retained output.
