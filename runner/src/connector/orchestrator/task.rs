@@ -286,7 +286,7 @@ impl Task {
                 });
             }
             Update::SessionEnded { session_id, epoch, end } => {
-                self.book.session_ended(&session_id);
+                self.book.session_ended(&session_id, epoch);
                 self.outbox.push(None, |seq| encode::session_end(seq, session_id.to_string(), epoch, &end));
             }
             Update::CallAccepted { call_id, epoch, replay, phase, .. } => {
@@ -328,7 +328,7 @@ impl Task {
             }
             Update::Refused { request, session_id, call_id, epoch, failure } => {
                 match (request, &session_id, &call_id) {
-                    (RequestKind::Open, Some(session_id), _) => self.book.open_refused(session_id),
+                    (RequestKind::Open, Some(session_id), _) => self.book.open_refused(session_id, epoch),
                     // The same id under another request is known by its first request, which goes on.
                     (RequestKind::Call, _, Some(call_id)) if failure.code != Code::CallIdReused => {
                         self.book.call_refused(call_id);

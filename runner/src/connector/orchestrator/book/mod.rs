@@ -31,6 +31,20 @@ pub(super) struct Book {
 struct BookSession {
     epoch: u64,
     ready: bool,
+    /// It is open: it was opened, or an earlier runner left it.
+    held: bool,
+    /// Opens without an answer, by epoch. The first of them may be what it is being made for.
+    asked: BTreeMap<u64, u32>,
+}
+
+impl BookSession {
+    fn asked_for(epoch: u64) -> Self {
+        Self { epoch, ready: false, held: false, asked: BTreeMap::new() }
+    }
+
+    fn open(epoch: u64, ready: bool) -> Self {
+        Self { ready, held: true, ..Self::asked_for(epoch) }
+    }
 }
 
 /// One call.
@@ -70,11 +84,13 @@ impl BookStream {
 
 impl Book {
     pub(super) fn session_opened(&mut self, session_id: SessionId, epoch: u64) {
-        self.sessions.insert(session_id, BookSession { epoch, ready: true });
+        let session = self.sessions.entry(session_id).or_insert_with(|| BookSession::asked_for(epoch));
+        (session.epoch, session.ready, session.held) = (epoch, true, true);
+        session.asked.retain(|asked, _| *asked > epoch);
     }
 
     pub(super) fn session_restored(&mut self, session_id: SessionId, epoch: u64, ready: bool) {
-        self.sessions.insert(session_id, BookSession { epoch, ready });
+        self.sessions.insert(session_id, BookSession::open(epoch, ready));
     }
 
     pub(super) fn call_restored(
@@ -91,17 +107,32 @@ impl Book {
     }
 
     pub(super) fn session_requested(&mut self, session_id: SessionId, epoch: u64) {
-        self.sessions.entry(session_id).or_insert(BookSession { epoch, ready: false });
+        let session = self.sessions.entry(session_id).or_insert_with(|| BookSession::asked_for(epoch));
+        *session.asked.entry(epoch).or_default() += 1;
     }
 
-    pub(super) fn session_ended(&mut self, session_id: &SessionId) {
-        self.sessions.remove(session_id);
+    /// The placement of this epoch is over. One that was asked for since is not.
+    pub(super) fn session_ended(&mut self, session_id: &SessionId, epoch: u64) {
+        let Some(session) = self.sessions.get_mut(session_id) else { return };
+        session.asked.retain(|asked, _| *asked > epoch);
+        match session.asked.first_key_value() {
+            None => drop(self.sessions.remove(session_id)),
+            Some((asked, _)) => (session.epoch, session.ready, session.held) = (*asked, false, false),
+        }
     }
 
-    /// A refused open leaves a session that was open before untouched.
-    pub(super) fn open_refused(&mut self, session_id: &SessionId) {
-        if self.sessions.get(session_id).is_some_and(|session| !session.ready) {
-            self.sessions.remove(session_id);
+    /// A refused open leaves a session untouched that is open, or that another open is still to be answered for: a link that
+    /// was not told of it would be told that its calls are lost, and could not cancel them.
+    pub(super) fn open_refused(&mut self, session_id: &SessionId, epoch: u64) {
+        let Some(session) = self.sessions.get_mut(session_id) else { return };
+        if let Some(count) = session.asked.get_mut(&epoch) {
+            *count -= 1;
+            session.asked.retain(|_, count| *count > 0);
+        }
+        match session.asked.first_key_value() {
+            _ if session.held || session.asked.contains_key(&session.epoch) => {}
+            Some((asked, _)) => session.epoch = *asked,
+            None => drop(self.sessions.remove(session_id)),
         }
     }
 

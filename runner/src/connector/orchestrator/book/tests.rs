@@ -165,3 +165,78 @@ fn stream_that_was_read_before_its_end_was_known_still_gets_its_mark() {
     assert_eq!(book.piece_read(&piece, 50, 0, NOW), Some((50, 0, true)));
     assert_eq!(book.next_piece(NOW + FLUSH_AFTER), Next::Idle);
 }
+
+fn session() -> SessionId {
+    SessionId::new("s").unwrap()
+}
+
+/// What a new link is told: each session with its epoch, its phase and its number of calls.
+fn told(book: &Book) -> Vec<(String, u64, &'static str, usize)> {
+    let sessions = book.resume_pages().into_iter().flat_map(|page| page.sessions);
+    sessions
+        .map(|state| (state.session_id.clone(), state.epoch, state.phase().as_str_name(), state.calls.len()))
+        .collect()
+}
+
+const OPENING: &str = "SESSION_PHASE_OPENING";
+const READY: &str = "SESSION_PHASE_READY";
+
+#[test]
+fn refused_repeat_of_an_open_takes_nothing_from_the_session_that_is_being_made() {
+    let mut book = Book::default();
+    book.session_requested(session(), 1);
+    book.call_requested(call(), session(), RequestDigest([1; 32]), false);
+    book.call_accepted(&call());
+    // With another environment: a conflict. And of an older placement.
+    book.session_requested(session(), 1);
+    book.open_refused(&session(), 1);
+    book.session_requested(session(), 0);
+    book.open_refused(&session(), 0);
+
+    assert_eq!(told(&book), [("s".to_owned(), 1, OPENING, 1)]);
+    assert_eq!(book.session_of(&call()), Some((session(), 1)), "its call can be cancelled by a new link");
+    book.session_opened(session(), 1);
+    assert_eq!(told(&book), [("s".to_owned(), 1, READY, 1)]);
+    book.session_requested(session(), 1);
+    book.open_refused(&session(), 1);
+    assert_eq!(told(&book), [("s".to_owned(), 1, READY, 1)]);
+}
+
+#[test]
+fn session_whose_every_open_was_refused_is_none() {
+    let mut book = Book::default();
+    book.session_requested(session(), 1);
+    book.session_requested(session(), 2);
+    book.open_refused(&session(), 1);
+    assert_eq!(told(&book), [("s".to_owned(), 2, OPENING, 0)], "the other one is on its way");
+    book.open_refused(&session(), 2);
+    assert_eq!(told(&book), []);
+    book.open_refused(&session(), 2);
+    assert_eq!(told(&book), []);
+}
+
+#[test]
+fn end_of_a_placement_leaves_the_one_that_was_asked_for_since() {
+    let mut book = Book::default();
+    book.session_requested(session(), 1);
+    book.session_opened(session(), 1);
+    // On its way to the sessions while they say that the first is over.
+    book.session_requested(session(), 2);
+    book.session_ended(&session(), 1);
+    assert_eq!(told(&book), [("s".to_owned(), 2, OPENING, 0)]);
+    book.session_ended(&session(), 2);
+    assert_eq!(told(&book), []);
+}
+
+#[test]
+fn repeats_that_are_answered_together_leave_nothing_behind() {
+    let mut book = Book::default();
+    book.session_restored(session(), 1, false);
+    for epoch in [1, 1, 2, 3] {
+        book.session_requested(session(), epoch);
+    }
+    book.session_opened(session(), 3);
+    assert_eq!(told(&book), [("s".to_owned(), 3, READY, 0)]);
+    book.session_ended(&session(), 3);
+    assert_eq!(told(&book), []);
+}
