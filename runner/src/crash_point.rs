@@ -4,11 +4,11 @@
 //! `SANDBOX_RUNNER_CRASH_POINTS` is read once and holds rules, separated by commas:
 //!
 //! ```text
-//! POINT[/ID][@COUNT]=end | delay:MILLISECONDS | error
+//! POINT[/ID][@COUNT]=end | panic | delay:MILLISECONDS | error
 //! ```
 //!
 //! A rule acts once, when its point is passed the COUNT-th time (1 without) for the call, session or nothing named by ID.
-//! `end` is SIGKILL to ourselves, so nothing is flushed and no destructor runs; `error` is an input/output error where one is
+//! `end` is SIGKILL to ourselves, so nothing is flushed and no destructor runs; `panic` is a panic; `error` is an input/output error where one is
 //! possible. What acted is a line in the log, so that a rule that never did is noticed.
 
 use std::io;
@@ -119,6 +119,7 @@ mod armed {
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     pub(super) enum Action {
         End,
+        Panic,
         Delay(Duration),
         Error,
     }
@@ -139,6 +140,7 @@ mod armed {
                 Action::End => {
                     let _ = kill(Pid::this(), Signal::SIGKILL);
                 }
+                Action::Panic => panic!("a crash point at {name}"),
                 Action::Delay(time) => std::thread::sleep(time),
                 Action::Error => return Err(rustix::io::Errno::IO.into()),
             }
@@ -172,6 +174,7 @@ mod armed {
         };
         let action = match action {
             "end" => Action::End,
+            "panic" => Action::Panic,
             "error" => Action::Error,
             other => Action::Delay(Duration::from_millis(other.strip_prefix("delay:")?.parse().ok()?)),
         };
@@ -219,13 +222,19 @@ mod tests {
 
     #[test]
     fn rules_are_read_and_what_makes_no_sense_is_left_out() {
-        let rules = parse("started-synced/c1@2=end,copy=error,,go=delay:20,go,go=delay:x,go@x=end,go=sometimes");
+        let rules =
+            parse("started-synced/c1@2=end,copy=error,,go=delay:20,gone=panic,go,go=delay:x,go@x=end,go=sometimes");
         let seen: Vec<_> =
             rules.iter().map(|rule| (rule.point.as_str(), rule.id.as_deref(), rule.count, rule.action)).collect();
         let delay = Action::Delay(std::time::Duration::from_millis(20));
         assert_eq!(
             seen,
-            [("started-synced", Some("c1"), 2, Action::End), ("copy", None, 1, Action::Error), ("go", None, 1, delay)]
+            [
+                ("started-synced", Some("c1"), 2, Action::End),
+                ("copy", None, 1, Action::Error),
+                ("go", None, 1, delay),
+                ("gone", None, 1, Action::Panic)
+            ]
         );
         assert_eq!(name(Point::Synced(Kind::Started)), "started-synced");
     }

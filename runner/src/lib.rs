@@ -16,6 +16,7 @@ mod crash_point;
 pub mod daemon;
 pub mod dev;
 pub mod journal;
+mod last_words;
 pub mod pressure;
 pub mod sandbox;
 pub mod session;

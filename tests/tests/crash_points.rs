@@ -338,6 +338,38 @@ async fn until_ended(daemon: &mut Daemon) {
     }
 }
 
+/// F-65: a running call that no runner can bear. Runners that are killed blame nobody; the third that panics is the last that
+/// meets it, and what the next one tells is what is known.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn running_call_that_three_runners_panicked_of_is_answered_as_poison_and_costs_its_session() {
+    needs_root!();
+    let _host = host::shared();
+    let mut site = Site::new().await;
+    site.session.send("runs", bash("echo runs >> ledger; sleep 600"));
+    within("runs", site.session.started("runs")).await.expect("started");
+    site.daemon.kill_runner();
+    for panics in 1..=3 {
+        site.daemon.crash_points = "attached=panic".to_owned();
+        let status = site.daemon.start_runner_to_its_end().await;
+        assert_eq!(status.signal(), Some(6), "F-65 {panics}: {}", site.daemon.end_of_log());
+        assert_eq!(site.begun("runs"), 1);
+    }
+
+    site.start_runner().await;
+
+    let finished = within("runs", site.session.outcome("runs")).await.expect("an end");
+    match finished.message.outcome.and_then(|outcome| outcome.kind) {
+        Some(Kind::Indeterminate(pb::Indeterminate { failure: Some(failure) })) => assert_eq!(failure.code, "POISON"),
+        other => panic!("F-65: {other:?}: {}", site.daemon.end_of_log()),
+    }
+    let after = site.daemon.session("after").await;
+    let next = within("next", after.bash("next", "echo next")).await.expect("an end");
+    assert_eq!(next.streams[&1].bytes, b"next\n");
+    within("close", after.close(Duration::ZERO)).await.expect("the session ends");
+    assert_eq!(site.daemon.orchestrator.complaints(), Vec::<String>::new());
+    site.daemon.end_with_nothing_left();
+}
+
 /// F-12: a runner that is killed in its recovery, and so is the next, twenty times in a row.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn recovery_that_is_killed_twenty_times_in_a_row_is_the_same_recovery() {

@@ -21,6 +21,7 @@ use crate::connector::orchestrator;
 use crate::daemon::settings::{self, SettingsError};
 use crate::daemon::{AdminSocket, Daemon, DaemonError, End, Parts, Unasked};
 use crate::journal::{FileJournal, Journal, OpenError, Recovered, Volatile};
+use crate::last_words;
 use crate::sandbox::HostSandboxes;
 use crate::sandbox::home::{Home, Identity};
 use crate::sandbox::identity::{IdentityError, become_identity};
@@ -272,7 +273,12 @@ async fn serve_with(config: &Config, sandboxes: HostSandboxes, ephemeral: bool) 
     // From here a signal ends in order, also while the host is being measured.
     let mut signals = Signals::listen().map_err(RunError::Signals)?;
     let identity = settings::identity(&settings::runner_id(config)?, &config.state_directory)?;
-    let (journal, recovered) = journal(config, &identity, ephemeral)?;
+    let (journal, mut recovered) = journal(config, &identity, ephemeral)?;
+    if !ephemeral {
+        let directory = settings::identity_directory(&config.state_directory);
+        recovered.panicked = last_words::hear_in(&directory);
+        last_words::leave_in(&directory);
+    }
     // Sandboxes that no session has hold calls that nobody remembers.
     let kept: Vec<_> =
         recovered.sessions.iter().filter_map(|session| session.sandbox.as_ref()).map(|(id, _)| id.clone()).collect();

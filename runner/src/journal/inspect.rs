@@ -119,6 +119,8 @@ pub struct CallReport {
     pub phase: &'static str,
     /// How often a runner was about to start it.
     pub starts: u32,
+    /// How often a runner took it over after one that panicked while it ran; `None` when a runner has lived on with it.
+    pub resumes: Option<u32>,
     /// It was cancelled.
     pub cancelled: bool,
 }
@@ -211,6 +213,7 @@ fn call(recovered: &RecoveredCall) -> CallReport {
             RecoveredPhase::Finished(_) => "finished",
         },
         starts: recovered.starts,
+        resumes: recovered.resumes,
         cancelled: recovered.cancel.is_some(),
     }
 }

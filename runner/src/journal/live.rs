@@ -38,6 +38,8 @@ pub(super) enum Step {
     SessionEnded { session_id: SessionId, epoch: u64 },
     Accepted { call_id: CallId, session_id: SessionId },
     Started { call_id: CallId },
+    Resumed { call_id: CallId },
+    Outlived { call_id: CallId },
     Cancelled { call_id: CallId, mode: CancelMode },
     Finished { call_id: CallId },
     Acknowledged { call_id: CallId },
@@ -61,6 +63,8 @@ impl Step {
                 Self::Accepted { call_id: call.call_id.clone(), session_id: call.session_id.clone() }
             }
             Record::Started { call_id } => Self::Started { call_id: call_id.clone() },
+            Record::Resumed { call_id } => Self::Resumed { call_id: call_id.clone() },
+            Record::Outlived { call_id } => Self::Outlived { call_id: call_id.clone() },
             Record::Cancelled { call_id, mode } => Self::Cancelled { call_id: call_id.clone(), mode: *mode },
             Record::Finished { call_id, .. } => Self::Finished { call_id: call_id.clone() },
             Record::Acknowledged { call_id } => Self::Acknowledged { call_id: call_id.clone() },
@@ -78,6 +82,8 @@ impl Step {
             Self::Term { term } => Record::Term { term: *term },
             Self::Floor { epoch } => Record::Floor { epoch: *epoch },
             Self::Started { call_id } => Record::Started { call_id: call_id.clone() },
+            Self::Resumed { call_id } => Record::Resumed { call_id: call_id.clone() },
+            Self::Outlived { call_id } => Record::Outlived { call_id: call_id.clone() },
             Self::Cancelled { call_id, mode } => Record::Cancelled { call_id: call_id.clone(), mode: *mode },
             Self::Remembered { session_id, call_ids } => {
                 Record::Remembered { session_id: session_id.clone(), call_ids: call_ids.clone() }
@@ -130,6 +136,8 @@ struct Call {
     accepted: Place,
     cancel: Option<CancelMode>,
     phase: Phase,
+    /// As in `RecoveredCall`.
+    resumes: Option<u32>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -186,6 +194,10 @@ impl Live {
             Step::Remembered { session_id, call_ids } => self.remembered(&session_id, call_ids),
             Step::Accepted { call_id, session_id } => self.accepted(call_id, session_id, place),
             Step::Started { call_id } => self.advance(&call_id, Phase::Started(1)),
+            Step::Resumed { call_id } => {
+                self.suspect(&call_id, |resumes| resumes.map(|times| MOST_STARTS.min(times + 1)))
+            }
+            Step::Outlived { call_id } => self.suspect(&call_id, |_| None),
             Step::Finished { call_id } => self.advance(&call_id, Phase::Finished(place)),
             Step::Cancelled { call_id, mode } => self.cancelled(call_id, mode),
             Step::Acknowledged { call_id } => self.acknowledged(call_id),
@@ -245,6 +257,11 @@ impl Live {
                 Phase::Started(times) => {
                     let started = || Kept { step: Step::Started { call_id: call_id.clone() }, place: None };
                     kept.extend((0..times).map(|_| started()));
+                    let resumed = || Kept { step: Step::Resumed { call_id: call_id.clone() }, place: None };
+                    match call.resumes {
+                        Some(times) => kept.extend((0..times).map(|_| resumed())),
+                        None => kept.push(Kept { step: Step::Outlived { call_id: call_id.clone() }, place: None }),
+                    }
                 }
                 Phase::Finished(place) => {
                     kept.push(Kept { step: Step::Finished { call_id: call_id.clone() }, place: Some(place) });
@@ -292,10 +309,12 @@ impl Live {
                 Phase::Started(times) => times,
                 Phase::Accepted | Phase::Finished(_) => 0,
             };
-            calls.push(RecoveredCall { call: *request, cancel: call.cancel, phase, starts });
+            let resumes = if starts == 0 { Some(0) } else { call.resumes };
+            calls.push(RecoveredCall { call: *request, cancel: call.cancel, phase, starts, resumes });
         }
         Ok(Recovered {
             same_boot,
+            panicked: false,
             events_through: self.events_through,
             term: self.term,
             epoch_floor: self.epoch_floor,
@@ -357,7 +376,8 @@ impl Live {
         }
         self.tombstones.remove(&call_id);
         self.seen += 1;
-        let call = Call { order: self.seen, session_id, accepted: place, cancel: None, phase: Phase::Accepted };
+        let phase = Phase::Accepted;
+        let call = Call { order: self.seen, session_id, accepted: place, cancel: None, phase, resumes: Some(0) };
         self.calls.insert(call_id, call);
         true
     }
@@ -370,6 +390,15 @@ impl Live {
             (Phase::Finished(_), _) => return false,
             (Phase::Accepted | Phase::Started(_), next) => next,
         };
+        true
+    }
+
+    /// Only a call that may have begun can be to blame.
+    fn suspect(&mut self, call_id: &CallId, then: impl FnOnce(Option<u32>) -> Option<u32>) -> bool {
+        let Some(call) = self.calls.get_mut(call_id).filter(|call| matches!(call.phase, Phase::Started(_))) else {
+            return false;
+        };
+        call.resumes = then(call.resumes);
         true
     }
 

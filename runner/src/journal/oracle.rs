@@ -46,7 +46,13 @@ fn take(state: &mut Recovered, record: &Record) {
             if !known && !over {
                 state.tombstones.retain(|id| *id != call.call_id);
                 let phase = RecoveredPhase::Accepted;
-                state.calls.push(RecoveredCall { call: (**call).clone(), cancel: None, phase, starts: 0 });
+                state.calls.push(RecoveredCall {
+                    call: (**call).clone(),
+                    cancel: None,
+                    phase,
+                    starts: 0,
+                    resumes: Some(0),
+                });
             }
         }
         Record::Started { call_id } => {
@@ -54,6 +60,14 @@ fn take(state: &mut Recovered, record: &Record) {
                 if !matches!(call.phase, RecoveredPhase::Finished(_)) {
                     (call.phase, call.starts) = (RecoveredPhase::Started, MOST_STARTS.min(call.starts + 1));
                 }
+            }
+        }
+        Record::Resumed { call_id } | Record::Outlived { call_id } => {
+            for call in state.calls.iter_mut().filter(|call| call.call.call_id == *call_id && call.starts > 0) {
+                call.resumes = match record {
+                    Record::Outlived { .. } => None,
+                    _ => call.resumes.map(|times| MOST_STARTS.min(times + 1)),
+                };
             }
         }
         Record::Cancelled { call_id, mode } => {
@@ -66,7 +80,7 @@ fn take(state: &mut Recovered, record: &Record) {
         Record::Finished { call_id, result } => {
             for call in state.calls.iter_mut().filter(|call| call.call.call_id == *call_id) {
                 if !matches!(call.phase, RecoveredPhase::Finished(_)) {
-                    (call.phase, call.starts) = (RecoveredPhase::Finished(result.clone()), 0);
+                    (call.phase, call.starts, call.resumes) = (RecoveredPhase::Finished(result.clone()), 0, Some(0));
                 }
             }
         }

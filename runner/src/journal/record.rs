@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::work::{CallId, CallResult, CancelMode, Receipt, SandboxId, SessionId, SessionOpen, ToolCall};
 
-/// How often a call is about to be started by a runner that dies then; after that it is not tried again.
+/// How often a call is about to be started by a runner that dies then; after that it is not tried again. As many runners may panic
+/// while it alone may be to blame.
 pub const MOST_STARTS: u32 = 3;
 
 /// One step of a runner, a session or a call. Names of variants and fields are part of the format of the files.
@@ -47,6 +48,17 @@ pub enum Record {
     /// A call may have effects from here. Once more for each runner that is about to start it, which it provably has not begun
     /// under the one before.
     Started {
+        /// The call.
+        call_id: CallId,
+    },
+    /// A runner is about to take over the sandbox of a call that was running, alone among those that may be to blame, when the
+    /// runner before it panicked.
+    Resumed {
+        /// The call.
+        call_id: CallId,
+    },
+    /// A runner has lived on while the call ran: it is none that runners die of.
+    Outlived {
         /// The call.
         call_id: CallId,
     },
@@ -95,6 +107,8 @@ impl Record {
             Self::SessionEnded { .. } => "session ended",
             Self::Accepted(_) => "accepted",
             Self::Started { .. } => "started",
+            Self::Resumed { .. } => "resumed",
+            Self::Outlived { .. } => "outlived",
             Self::Cancelled { .. } => "cancelled",
             Self::Finished { .. } => "finished",
             Self::Acknowledged { .. } => "acknowledged",
@@ -122,6 +136,8 @@ impl Record {
         match self {
             Self::Accepted(call) => Some(&call.call_id),
             Self::Started { call_id }
+            | Self::Resumed { call_id }
+            | Self::Outlived { call_id }
             | Self::Cancelled { call_id, .. }
             | Self::Finished { call_id, .. }
             | Self::Acknowledged { call_id } => Some(call_id),
@@ -135,6 +151,8 @@ impl Record {
 pub struct Recovered {
     /// The machine has not been started anew since, so sandboxes may live.
     pub same_boot: bool,
+    /// The runner before this one panicked. Not in the journal, which it may not have been able to write any more.
+    pub panicked: bool,
     /// Highest number of an event that may have been used.
     pub events_through: u64,
     /// Highest term that was obeyed.
@@ -171,6 +189,8 @@ pub struct RecoveredCall {
     pub phase: RecoveredPhase,
     /// How often its start was written down, up to `MOST_STARTS`; 0 unless the phase is `Started`.
     pub starts: u32,
+    /// How often a runner took it over after one that panicked, up to `MOST_STARTS`; `None` when a runner has lived on with it.
+    pub resumes: Option<u32>,
 }
 
 /// How far a call had come.

@@ -222,6 +222,9 @@ pub(super) fn added_kinds() -> Vec<Record> {
     quiet.quiet = true;
     records.push(Record::Accepted(quiet));
     records.extend([started(1), started(1), started(1), started(1)]);
+    records.extend([2, 3].into_iter().flat_map(|call| [accepted(call, 1, 3), started(call)]));
+    records.extend([Record::Resumed { call_id: call_id(2) }, Record::Resumed { call_id: call_id(2) }]);
+    records.push(Record::Outlived { call_id: call_id(3) });
     for (number, code) in (10..).zip([Code::Poison, Code::HostRebooted]) {
         let failure = ToolFailure::new(code, "message", "remediation");
         records.extend([accepted(number, 1, 3), finished_with(number, Outcome::NeverStarted { failure, code: 125 })]);
@@ -247,6 +250,8 @@ pub(super) fn any_record() -> impl Strategy<Value = Record> {
         1 => (0_u64..3, 0_u64..6).prop_map(|(session, epoch)| ended(session, epoch)),
         4 => (0_u64..12, 0_u64..3, 0_usize..90).prop_map(|(call, session, size)| accepted(call, session, size)),
         2 => (0_u64..12).prop_map(started),
+        1 => (0_u64..12).prop_map(|call| Record::Resumed { call_id: call_id(call) }),
+        1 => (0_u64..12).prop_map(|call| Record::Outlived { call_id: call_id(call) }),
         1 => (0_u64..12, mode).prop_map(|(call, mode)| cancelled(call, mode)),
         3 => (0_u64..12, 0..256).prop_map(|(call, code)| finished(call, code)),
         2 => (0_u64..12).prop_map(acknowledged),

@@ -75,15 +75,18 @@ impl HostSandboxes {
             Err(error) => error,
         };
         warn!(%sandbox_id, error = &error as &dyn std::error::Error, "sandbox was not taken over and is ended");
-        let (launcher, ended_id) = (self.launcher.clone(), sandbox_id);
-        let ending = tokio::spawn(async move {
-            if let Err(error) = launcher.kill(ended_id.as_str()).await {
-                error!(sandbox_id = %ended_id, error = &error as &dyn std::error::Error, "sandbox could not be ended");
-            }
-            launcher.stop_watching(ended_id.as_str());
-        });
+        let this = self.clone();
+        let ending = tokio::spawn(async move { this.end_unseen(&sandbox_id).await });
         let _ = tokio::time::timeout(KILL_TIME, ending).await;
         Err(failure(&error))
+    }
+
+    /// Ends a sandbox of an earlier runner that is not taken over.
+    pub(super) async fn end_unseen(&self, sandbox_id: &SandboxId) {
+        if let Err(error) = self.launcher.kill(sandbox_id.as_str()).await {
+            error!(%sandbox_id, error = &error as &dyn std::error::Error, "sandbox could not be ended");
+        }
+        self.launcher.stop_watching(sandbox_id.as_str());
     }
 
     async fn find(&self, sandbox_id: &SandboxId) -> Result<ListedSandbox, AttachError> {

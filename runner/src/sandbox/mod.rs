@@ -180,6 +180,11 @@ impl Sandboxes for HostSandboxes {
         Box::pin(async move { this.attach_live(sandbox_id, receipt, calls).await })
     }
 
+    fn discard(&self, sandbox_id: SandboxId) -> BoxFuture<'static, ()> {
+        let this = self.clone();
+        Box::pin(async move { this.end_unseen(&sandbox_id).await })
+    }
+
     fn receipt(&self) -> Receipt {
         match self.measured.get() {
             Some(measured) => measured.receipt.clone(),

@@ -333,7 +333,7 @@ fn fold(records: &[Record]) -> Recovered {
             }
             Record::Accepted(call) => {
                 let phase = RecoveredPhase::Accepted;
-                calls.push(RecoveredCall { call: (**call).clone(), cancel: None, phase, starts: 0 });
+                calls.push(RecoveredCall { call: (**call).clone(), cancel: None, phase, starts: 0, resumes: Some(0) });
             }
             Record::Started { call_id } => {
                 if let Some(at) = position(calls, call_id) {

@@ -18,10 +18,10 @@ fn session(acknowledged: &[&str]) -> RecoveredSession {
     }
 }
 
-fn held(id: &str, cancel: Option<CancelMode>, phase: RecoveredPhase) -> RecoveredCall {
+pub(super) fn held(id: &str, cancel: Option<CancelMode>, phase: RecoveredPhase) -> RecoveredCall {
     let Input::Work(WorkItem::Call(call)) = call("s", 3, id, 0) else { panic!("a call") };
     let starts = u32::from(phase == RecoveredPhase::Started);
-    RecoveredCall { call, cancel, phase, starts }
+    RecoveredCall { call, cancel, phase, starts, resumes: Some(0) }
 }
 
 fn result() -> Arc<CallResult> {
@@ -53,7 +53,7 @@ fn written(core: &mut Core, actions: &mut Vec<Action>) {
     }
 }
 
-fn outcome_of(actions: &[Action], id: &str) -> Option<Outcome> {
+pub(super) fn outcome_of(actions: &[Action], id: &str) -> Option<Outcome> {
     actions.iter().find_map(|action| match action {
         Action::WriteFinished { call_id, result } if *call_id == cid(id) => Some(result.end.outcome.clone()),
         _ => None,

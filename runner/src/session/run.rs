@@ -11,6 +11,7 @@ mod view;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -35,6 +36,8 @@ pub use view::{View, ViewCall, ViewSession};
 
 /// Sandboxes that are made at the same time.
 const PARALLEL_CREATES: usize = 4;
+/// A call that runs from one of these moments to the next is none that runners die of.
+const MINUTE: Duration = Duration::from_secs(60);
 
 /// What the session loop is made of.
 pub struct Sessions {
@@ -143,6 +146,7 @@ enum Event {
     Done(Done),
     Board,
     Tick,
+    Minute,
 }
 
 struct Loop {
@@ -178,8 +182,10 @@ impl Loop {
         mut views: mpsc::Receiver<oneshot::Sender<View>>,
         mut done: mpsc::Receiver<Done>,
     ) {
-        let mut tick = tokio::time::interval(std::time::Duration::from_secs(1));
+        let mut tick = tokio::time::interval(Duration::from_secs(1));
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut minute = tokio::time::interval_at(Instant::now() + MINUTE, MINUTE);
+        minute.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut work_open = true;
         let board = Arc::clone(&self.board);
         self.settle().await;
@@ -192,6 +198,7 @@ impl Loop {
                 () = board.changed() => Event::Board,
                 Some(reply) = views.recv() => Event::View(reply),
                 _ = tick.tick() => Event::Tick,
+                _ = minute.tick() => Event::Minute,
                 () = sleep_until(deadline), if deadline.is_some() => Event::Tick,
             };
             self.progress.tick();
@@ -205,6 +212,7 @@ impl Loop {
                 Event::Done(result) => self.done(result).await,
                 Event::Board => self.take_board().await,
                 Event::Tick => self.pass_deadlines(),
+                Event::Minute => self.inputs.push_back(Input::MinutePassed),
             }
             self.settle().await;
             if !work_open && self.core.sessions().next().is_none() {

@@ -216,6 +216,10 @@ impl Life {
                 let record = Record::Finished { call_id: call_id.clone(), result };
                 self.write(record, |written| Input::EndWritten { call_id, durable: written.is_ok() });
             }
+            Action::WriteResumed { call_id } => {
+                let record = Record::Resumed { call_id: call_id.clone() };
+                self.write(record, |written| Input::ResumeWritten { call_id, durable: written.is_ok() });
+            }
             Action::Acknowledge { call_id } => {
                 if let Some(sandbox_id) = self.calls.remove(&call_id) {
                     self.host().send(&sandbox_id, Request::Acknowledge(call_id));
@@ -236,8 +240,9 @@ impl Life {
             Action::Cancel { session_id, call_id, mode } => self.send(&session_id, Request::Cancel(call_id, mode)),
             Action::Deadline { session_id, boottime_ns } => self.send(&session_id, Request::Deadline(boottime_ns)),
             Action::CloseSandbox { session_id, .. } => self.send(&session_id, Request::Close),
-            // No call here has a standard input or waits for a limited time, and no session rests.
-            Action::Stdin { .. }
+            // No runner here panics, no call has a standard input or waits for a limited time, and no session rests.
+            Action::DiscardSandbox { .. }
+            | Action::Stdin { .. }
             | Action::Resize { .. }
             | Action::ArmStartDeadline { .. }
             | Action::ArmIdle { .. }

@@ -367,7 +367,7 @@ async fn nothing_that_was_left_begins_before_it_is_decided_about() {
     };
     let recovered = Recovered {
         sessions: vec![RecoveredSession { open, sandbox: None, acknowledged: Vec::new() }],
-        calls: vec![RecoveredCall { call, cancel: None, phase: RecoveredPhase::Accepted, starts: 0 }],
+        calls: vec![RecoveredCall { call, cancel: None, phase: RecoveredPhase::Accepted, starts: 0, resumes: Some(0) }],
         ..Recovered::default()
     };
     let options = Options { recovered, ..Options::default() };

@@ -132,6 +132,10 @@ impl Core {
 /// A call that only looks has changed nothing, however it ended, so its caller may do the same again.
 fn without_effects(result: Arc<CallResult>) -> Arc<CallResult> {
     let Outcome::Indeterminate { failure } = &result.end.outcome else { return result };
+    // Changing nothing, it has ended three runners.
+    if failure.code == Code::Poison {
+        return result;
+    }
     let failure = ToolFailure {
         retryable: true,
         retry_after: Some(std::time::Duration::from_secs(1)),

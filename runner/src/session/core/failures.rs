@@ -54,6 +54,11 @@ pub(super) fn poison(starts: u32) -> ToolFailure {
     )
 }
 
+/// Of a call that was running, so that nobody can say what it has done.
+pub(super) fn poison_while_running(panics: u32) -> String {
+    format!("the runner panicked each of {panics} times while it ran, and nothing else that is new did")
+}
+
 pub(super) fn busy(reason: &str) -> ToolFailure {
     ToolFailure::new(
         Code::QueueFull,

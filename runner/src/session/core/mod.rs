@@ -6,6 +6,7 @@
 //! is bounded by `Config`.
 
 mod begin;
+mod blame;
 mod calls;
 mod end;
 mod failures;
@@ -98,6 +99,8 @@ impl Core {
         match input {
             Input::Work(item) => self.work(item),
             Input::Recovered(recovered) => self.restore(*recovered),
+            Input::ResumeWritten { call_id, durable } => self.journalled_resume(&call_id, durable),
+            Input::MinutePassed => self.minute_passed(),
             Input::SandboxAttached { session_id, found, frozen } => self.sandbox_attached(&session_id, &found, frozen),
             Input::SandboxReady { session_id, sandbox_id, receipt } => {
                 self.sandbox_ready(&session_id, sandbox_id, receipt);

@@ -38,17 +38,24 @@ impl Core {
         for call in recovered.calls {
             self.restore_call(call);
         }
+        let suspect = if recovered.panicked && recovered.same_boot { self.suspect() } else { None };
         for (session_id, open, sandbox) in sandboxes {
+            let suspect = suspect.as_ref().filter(|(_, owner)| *owner == session_id).map(|(call_id, _)| call_id);
             match sandbox {
                 // Nothing has run in it, so another one is as good.
                 None => self.actions.push(Action::CreateSandbox(Box::new(open))),
-                Some((sandbox_id, receipt)) if recovered.same_boot => {
+                Some((sandbox_id, _)) if suspect.is_some_and(|call_id| self.is_poison(call_id)) => {
+                    self.discard(&session_id, sandbox_id, suspect);
+                }
+                Some(_) if recovered.same_boot => {
                     self.attaching += 1;
                     if let Some(session) = self.sessions.get_mut(&session_id) {
                         session.attaching = true;
                     }
-                    let calls = self.expected_of(&session_id);
-                    self.actions.push(Action::AttachSandbox { session_id, sandbox_id, receipt, calls });
+                    match suspect {
+                        Some(call_id) => self.actions.push(Action::WriteResumed { call_id: call_id.clone() }),
+                        None => self.attach(&session_id),
+                    }
                 }
                 Some(_) => self.lose(&session_id, &rebooted(&session_id), SessionEnd::HostRebooted),
             }
@@ -57,10 +64,11 @@ impl Core {
     }
 
     fn restore_call(&mut self, recovered: RecoveredCall) {
-        let RecoveredCall { call: request, cancel, phase, starts } = recovered;
+        let RecoveredCall { call: request, cancel, phase, starts, resumes } = recovered;
         let (call_id, session_id) = (request.call_id.clone(), request.session_id.clone());
         let (digest, quiet) = (request.digest, request.quiet);
-        let mut call = Call { accepted: true, restored: true, cancel, starts, ..Call::new(request, self.next_order()) };
+        let order = self.next_order();
+        let mut call = Call { accepted: true, restored: true, cancel, starts, resumes, ..Call::new(request, order) };
         let told = match &phase {
             RecoveredPhase::Accepted => CallPhase::Accepted,
             RecoveredPhase::Started => CallPhase::Started,
@@ -120,6 +128,14 @@ impl Core {
             (None, Some(within)) => self.actions.push(Action::ArmStartDeadline { call_id, within }),
             (None, None) => {}
         }
+    }
+
+    pub(super) fn attach(&mut self, session_id: &SessionId) {
+        let Some(session) = self.sessions.get(session_id) else { return };
+        let Some(sandbox_id) = session.sandbox_id.clone() else { return };
+        let (session_id, receipt) = (session_id.clone(), session.receipt.clone());
+        let calls = self.expected_of(&session_id);
+        self.actions.push(Action::AttachSandbox { session_id, sandbox_id, receipt, calls });
     }
 
     /// Calls that the sandbox of a session may hold. What provably has not begun is dropped there and handed over anew.

@@ -168,6 +168,10 @@ pub(super) struct Call {
     pub(super) start_asked: bool,
     /// How often an earlier runner has written it, and died before the call began.
     pub(super) starts: u32,
+    /// How often a runner took it over after one that panicked; `None` once a runner has lived on with it.
+    pub(super) resumes: Option<u32>,
+    /// It ran when the last minute of this process was over.
+    pub(super) seen_running: bool,
     /// The sandbox has seen it, so it must be told when the result is stored.
     pub(super) in_sandbox: bool,
     pub(super) cancel: Option<CancelMode>,
@@ -219,6 +223,8 @@ impl Call {
             start_written: false,
             start_asked: false,
             starts: 0,
+            resumes: Some(0),
+            seen_running: false,
             in_sandbox: false,
             cancel: None,
             restored: false,

@@ -72,6 +72,15 @@ pub enum Input {
         /// Its processes are stopped.
         frozen: bool,
     },
+    /// `Action::WriteResumed` is done.
+    ResumeWritten {
+        /// The call.
+        call_id: CallId,
+        /// False: the journal refused.
+        durable: bool,
+    },
+    /// Another minute of this process is over.
+    MinutePassed,
     /// A connector brought something.
     Work(WorkItem),
     /// A sandbox can take calls.
@@ -247,6 +256,17 @@ pub enum Action {
         receipt: Receipt,
         /// Calls that it may hold, and how long they may take; with `Gate::Held` when the call provably has not begun.
         calls: Vec<(CallId, Gate, Option<Duration>)>,
+    },
+    /// Write down that a sandbox is about to be taken over although the last runner may have panicked because of this call, which
+    /// runs in it: `ResumeWritten`.
+    WriteResumed {
+        /// The call.
+        call_id: CallId,
+    },
+    /// End a sandbox of an earlier runner without speaking to it.
+    DiscardSandbox {
+        /// Its name on this host.
+        sandbox_id: SandboxId,
     },
     /// End a sandbox: `SandboxClosed`.
     CloseSandbox {

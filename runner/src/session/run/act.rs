@@ -100,6 +100,13 @@ impl Loop {
                 let written = self.journal.append(Record::Started { call_id: call_id.clone() });
                 self.beside(written, |r| Done::Input(Input::StartWritten { call_id, durable: written_down(&r) }));
             }
+            Action::WriteResumed { call_id } => {
+                let written = self.journal.append(Record::Resumed { call_id: call_id.clone() });
+                self.beside(written, |r| Done::Input(Input::ResumeWritten { call_id, durable: written_down(&r) }));
+            }
+            Action::DiscardSandbox { sandbox_id } => {
+                self.beside(self.sandboxes.discard(sandbox_id), |()| Done::Nothing);
+            }
             Action::WriteFinished { call_id, result } => {
                 self.deadlines.remove(&call_id);
                 crash_point::pass(Point::Ended, call_id.as_str());
