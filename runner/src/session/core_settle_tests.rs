@@ -1,4 +1,5 @@
-//! What a call is told as when nobody can say how it ended, and which calls its caller may do again.
+//! What a call is told as when nobody can say how it ended, which calls its caller may do again, and which one is blamed for the end of
+//! a runner.
 
 use std::collections::BTreeMap;
 

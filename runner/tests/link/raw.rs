@@ -1,4 +1,5 @@
-//! Bytes that are no frame: what no generated encoder would send is answered with the field, and nothing is lost by it.
+//! What the reference orchestrator never says: bytes that are no frame are answered with the field, terms and events that cannot be end
+//! the link, and nothing is lost by any of it.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -23,6 +24,9 @@ use tonic::codegen::{BoxFuture, Context, Poll, Service, http};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::world::{Options, Runner, within};
+
+/// Of the first orchestrator.
+const TERM: u64 = 3;
 
 /// Makes the bytes of a frame from its number.
 type Frame = Box<dyn FnOnce(u64) -> Vec<u8> + Send>;
@@ -75,6 +79,7 @@ struct Link {
     pause: Duration,
     /// Of the next Welcome.
     term: Arc<AtomicU64>,
+    acknowledged: Arc<AtomicU64>,
 }
 
 impl tonic::server::NamedService for Link {
@@ -102,7 +107,7 @@ impl tonic::server::StreamingService<pb::RunnerFrame> for Link {
     type Future = BoxFuture<Response<Self::ResponseStream>, Status>;
 
     fn call(&mut self, request: Request<Streaming<pb::RunnerFrame>>) -> Self::Future {
-        let Self { frames, said, action, pause, term } = self.clone();
+        let Self { frames, said, action, pause, term, acknowledged } = self.clone();
         Box::pin(async move {
             let (sender, receiver) = mpsc::channel(16);
             let mut incoming = request.into_inner();
@@ -110,6 +115,7 @@ impl tonic::server::StreamingService<pb::RunnerFrame> for Link {
                 let welcome = pb::Welcome {
                     link_id: "raw".into(),
                     term: term.load(Ordering::SeqCst),
+                    event_ack_through: acknowledged.load(Ordering::SeqCst),
                     lease_ttl: Some(prost_types::Duration { seconds: 60, nanos: 0 }),
                     heartbeat_every: Some(prost_types::Duration { seconds: 10, nanos: 0 }),
                     limits: Some(pb::LinkLimits { link_credit_bytes: 1 << 20, ..Default::default() }),
@@ -127,7 +133,9 @@ impl tonic::server::StreamingService<pb::RunnerFrame> for Link {
                 said.try_send(Said::Hello(hello)).unwrap();
                 for (number, kind, body) in [(1, 10, Body::Welcome(welcome)), (2, 11, Body::ResumeDecisions(decisions))]
                 {
-                    sender.send(Ok(frame(number, kind, body))).await.unwrap();
+                    if sender.send(Ok(frame(number, kind, body))).await.is_err() {
+                        return;
+                    }
                     if number == 1 {
                         tokio::time::sleep(pause).await;
                     }
@@ -167,6 +175,7 @@ struct World {
     said: mpsc::Receiver<Said>,
     runner: Runner,
     term: Arc<AtomicU64>,
+    acknowledged: Arc<AtomicU64>,
     authority: Authority,
     files: TlsFiles,
     _directory: tempfile::TempDir,
@@ -197,9 +206,11 @@ impl World {
         let (frames, to_send) = mpsc::channel(16);
         // Much more than a runner says in one of these tests.
         let (speaks, said) = mpsc::channel(1024);
-        let term = Arc::new(AtomicU64::new(1));
+        let term = Arc::new(AtomicU64::new(TERM));
         let frames_of_link = Arc::new(Mutex::new(to_send));
-        let link = Link { frames: frames_of_link, said: speaks, action, pause, term: Arc::clone(&term) };
+        let acknowledged = Arc::new(AtomicU64::new(0));
+        let (told, known) = (Arc::clone(&term), Arc::clone(&acknowledged));
+        let link = Link { frames: frames_of_link, said: speaks, action, pause, term: told, acknowledged: known };
         let serving = tonic::transport::Server::builder().serve_with_incoming_shutdown(
             link,
             ReceiverStream::new(connections),
@@ -207,7 +218,7 @@ impl World {
         );
         tokio::spawn(serving);
         let runner = Runner::dial(address.port(), files.clone(), options);
-        let mut world = Self { frames, said, runner, term, authority, files, _directory: directory };
+        let mut world = Self { frames, said, runner, term, acknowledged, authority, files, _directory: directory };
         world.hears("a greeting", |said| matches!(said, Said::Hello(_)).then_some(())).await;
         world
     }
@@ -391,7 +402,7 @@ impl Journal for KeepsItsTerm {
     }
 
     fn append(&self, record: Record) -> runner::work::BoxFuture<'static, Result<(), JournalError>> {
-        let is_refused = matches!(record, Record::Term { term } if term > 1);
+        let is_refused = matches!(record, Record::Term { term } if term > TERM);
         self.refused.fetch_add(u64::from(is_refused), Ordering::SeqCst);
         let refusal = || JournalError { record: "term", reason: "disk full".into(), is_final: false };
         Box::pin(std::future::ready(if is_refused { Err(refusal()) } else { Ok(()) }))
@@ -429,7 +440,7 @@ async fn welcome_whose_term_cannot_be_written_down_leaves_the_old_link_where_it_
         })
         .await;
 
-    world.term.store(2, Ordering::SeqCst);
+    world.term.store(TERM + 1, Ordering::SeqCst);
     let issued = world.authority.client("runner-1", Validity::Now).unwrap();
     std::fs::write(&world.files.certificate, &issued.certificate_pem).unwrap();
     std::fs::write(&world.files.key, &issued.key_pem).unwrap();
@@ -461,4 +472,61 @@ async fn welcome_whose_term_cannot_be_written_down_leaves_the_old_link_where_it_
     let events: Vec<_> = said.iter().filter_map(event_seq).collect();
     assert!(told >= 2 && events.first().is_some_and(|first| *first > told), "{events:?} after {told}");
     assert!(events.is_sorted_by(|one, other| one < other), "{events:?}");
+}
+
+/// F-28: an answer of a replica that is not the one of this link renews nothing.
+#[tokio::test]
+async fn lease_answer_of_another_term_ends_the_link() {
+    for term in [TERM - 1, 0, TERM + 1] {
+        // Each link takes its time, so that what ended the last one can be seen.
+        let pause = Duration::from_millis(500);
+        let mut world = World::with(Options::default(), pb::ResumeAction::Keep, pause).await;
+        world.open().await;
+        let lease_ttl = Some(prost_types::Duration { seconds: 3600, nanos: 0 });
+
+        let answer = pb::HeartbeatAck { lease_seq: 1, lease_ttl, term };
+        world.send(move |number| frame(number, 12, Body::HeartbeatAck(answer)));
+        let refused = format!("answered in term {term} on a link of term {TERM}");
+        let mut status = world.runner.connector.status.clone();
+        within("an end", status.wait_for(|status| status.problem.contains(&refused))).await.unwrap();
+
+        world.hears("the next greeting", |said| matches!(said, Said::Hello(_)).then_some(())).await;
+        world.assert_works("c2").await;
+    }
+}
+
+/// F-28: an older replica is not obeyed, on any link that it makes.
+#[tokio::test]
+async fn welcome_of_an_older_term_is_refused_with_both_terms_until_a_newer_one_comes() {
+    let mut world = World::new().await;
+    world.open().await;
+
+    world.term.store(TERM - 1, Ordering::SeqCst);
+    world.send(|_| vec![0xff; 64]);
+    let mut status = world.runner.connector.status.clone();
+    let refused = format!("term {} is older than {TERM}", TERM - 1);
+    within("a refusal", status.wait_for(|status| status.problem.contains(&refused))).await.unwrap();
+
+    world.term.store(TERM + 1, Ordering::SeqCst);
+    within("a link", status.wait_for(|status| status.connected)).await.unwrap();
+    world.assert_works("c2").await;
+}
+
+/// F-66: a state directory that was restored from a copy. Its runner has told less than the orchestrator knows, and nothing is begun on
+/// the word of either.
+#[tokio::test]
+async fn orchestrator_that_knows_later_events_than_the_runner_is_told_that_the_state_was_set_back() {
+    let mut world = World::new().await;
+    world.open().await;
+
+    world.acknowledged.store(1_000_000, Ordering::SeqCst);
+    world.send(|_| vec![0xff; 64]);
+    let mut status = world.runner.connector.status.clone();
+    let refused = "event 1000000 is acknowledged";
+    within("a refusal", status.wait_for(|status| status.problem.contains(refused))).await.unwrap();
+    assert!(status.borrow().problem.contains("this state was set back"), "{}", status.borrow().problem);
+
+    world.acknowledged.store(0, Ordering::SeqCst);
+    within("a link", status.wait_for(|status| status.connected)).await.unwrap();
+    world.assert_works("c2").await;
 }

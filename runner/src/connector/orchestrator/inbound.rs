@@ -105,6 +105,11 @@ impl Task {
                 info!(reason = %go_away.reason, "the orchestrator asks for another link");
                 link.ended = Some(Ended::Sent(after));
             }
+            Request::HeartbeatAck(ack) if ack.term != self.highest_term => {
+                let (told, known) = (ack.term, self.highest_term);
+                let problem = format!("a heartbeat was answered in term {told} on a link of term {known}");
+                return Err(LinkError::Violation(problem));
+            }
             other => return Ok(self.order(other)),
         }
         Ok(Ok(()))

@@ -1,8 +1,9 @@
 //! The client against a scripted process 1, good and hostile.
 
 use super::*;
-use crate::work::{BashInput, CallEvent, CallId, CallLimits, Gate, Outcome, OutputMode, ToolInput};
+use crate::work::{BashInput, CallEnd, CallEvent, CallId, CallLimits, Gate, Outcome, OutputMode, ToolInput};
 use prost::Message;
+use sha2::{Digest as _, Sha256};
 
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
@@ -387,7 +388,9 @@ fn late_process_1(enough: usize) -> (OwnedFd, Arc<Mutex<Vec<wire::request::Body>
         let Some(body) = request.body else { return Vec::new() };
         let answer = match &body {
             wire::request::Body::Hello(_) => return vec![welcome(request.request_id)],
-            wire::request::Body::Stdin(stdin) => Body::StdinAccepted(wire::StdinAccepted { accepted: stdin.offset + 1 }),
+            wire::request::Body::Stdin(stdin) => {
+                Body::StdinAccepted(wire::StdinAccepted { accepted: stdin.offset + 1 })
+            }
             _ => Body::Done(wire::Done {}),
         };
         let mut seen = noted.lock().expect("no panic");
@@ -529,16 +532,16 @@ async fn large_input_arrives_in_pieces_without_gaps() {
     assert_eq!(*received.lock().expect("not poisoned"), command.as_bytes());
 }
 
-#[tokio::test]
-async fn result_of_a_tool_that_is_too_long_to_travel_along_is_fetched() {
-    let text = "x".repeat(100_000);
-    let block = wire::ContentBlock { kind: Some(wire::content_block::Kind::Text(text.clone())) };
-    let bytes = wire::ToolResult { is_error: false, content: vec![block] }.encode_to_vec();
-    let total_bytes = bytes.len() as u64;
+/// Runs a tool whose result is so long that it is read back from its spool, in which `spoil` has been at work.
+async fn fetched(text: &str, spoil: impl FnOnce(&mut Vec<u8>)) -> Box<CallEnd> {
+    let block = wire::ContentBlock { kind: Some(wire::content_block::Kind::Text(text.to_owned())) };
+    let mut bytes = wire::ToolResult { is_error: false, content: vec![block] }.encode_to_vec();
+    let (total_bytes, sha256) = (bytes.len() as u64, Sha256::digest(&bytes).to_vec());
+    spoil(&mut bytes);
     let control = connected(process_1(move |request| match request.body {
         Some(wire::request::Body::Hello(_)) => vec![welcome(request.request_id)],
         Some(wire::request::Body::ReadOutput(read)) => {
-            let from = usize::try_from(read.offset).expect("small");
+            let from = usize::try_from(read.offset).expect("small").min(bytes.len());
             let data = bytes[from..bytes.len().min(from + read.max_bytes as usize)].to_vec();
             let answer =
                 wire::OutputData { call_id: read.call_id, stream: read.stream, offset: read.offset, data, end: false };
@@ -549,7 +552,7 @@ async fn result_of_a_tool_that_is_too_long_to_travel_along_is_fetched() {
                 stream: wire::Stream::Result.into(),
                 total_bytes,
                 head_bytes: total_bytes,
-                sha256: vec![0; 32],
+                sha256: sha256.clone(),
                 ..Default::default()
             };
             let outcome = wire::Outcome { kind: Some(wire::outcome::Kind::Exited(wire::Exited { code: 0 })) };
@@ -564,13 +567,30 @@ async fn result_of_a_tool_that_is_too_long_to_travel_along_is_fetched() {
     }))
     .await;
     let recorder = Arc::new(Recorder::default());
-
     control.start_call(&call(), recorder.clone()).await.expect("prepared");
     while recorder.outcome().is_none() {
         recorder.1.notified().await;
     }
-
     let events = recorder.0.lock().expect("not poisoned");
     let Some(CallEvent::Finished(end)) = events.last() else { panic!("not finished") };
-    assert_eq!(end.result.as_ref().map(|result| result.content.clone()), Some(vec![crate::work::Content::Text(text)]));
+    end.clone()
+}
+
+#[tokio::test]
+async fn result_of_a_tool_that_is_too_long_to_travel_along_is_fetched() {
+    let text = "x".repeat(100_000);
+    let end = fetched(&text, |_| {}).await;
+    assert_eq!(end.result.map(|result| result.content), Some(vec![crate::work::Content::Text(text)]));
+}
+
+/// The end of the call stands, and its output is there for whoever compares it with the hash in the summary.
+#[tokio::test]
+async fn result_whose_spool_does_not_match_its_hash_is_not_believed() {
+    let text = "x".repeat(100_000);
+    let changed = |bytes: &mut Vec<u8>| bytes[50_000] = b'y';
+    let cut = |bytes: &mut Vec<u8>| bytes.truncate(50_000);
+    for end in [fetched(&text, changed).await, fetched(&text, cut).await] {
+        assert_eq!((&end.outcome, &end.result), (&Outcome::Exited { code: 0 }, &None));
+        assert_eq!(end.streams.len(), 1);
+    }
 }

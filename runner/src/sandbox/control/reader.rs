@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use prost::Message;
 use proto::init::v1 as wire;
+use sha2::{Digest as _, Sha256};
 use tracing::{debug, warn};
 
 use super::calls::{Begun, Ended, LARGEST_RESULT};
@@ -123,19 +124,26 @@ impl Shared {
                     end.result = decode::tool_result(&ahead);
                     None
                 }
-                None if summary.total_bytes <= LARGEST_RESULT as u64 => Some(summary.total_bytes),
+                None if summary.total_bytes <= LARGEST_RESULT as u64 => Some((summary.total_bytes, summary.sha256)),
                 None => None,
             },
             None => None,
         };
-        let Some(total) = fetch else {
+        let Some((total, sha256)) = fetch else {
             observer.observe(CallEvent::Finished(Box::new(end)));
             return;
         };
         let shared = Arc::downgrade(self);
         tokio::spawn(async move {
             if let Some(shared) = shared.upgrade() {
-                end.result = fetch_result(&shared, &call_id, total).await.and_then(|bytes| decode::tool_result(&bytes));
+                let fetched = fetch_result(&shared, &call_id, total).await.filter(|bytes| {
+                    let is_whole = <[u8; 32]>::from(Sha256::digest(bytes)) == sha256;
+                    if !is_whole {
+                        warn!(tool_call_id = %call_id, "a spool is not what was written to it, its result is not believed");
+                    }
+                    is_whole
+                });
+                end.result = fetched.and_then(|bytes| decode::tool_result(&bytes));
             }
             observer.observe(CallEvent::Finished(Box::new(end)));
         });
