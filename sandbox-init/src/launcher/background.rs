@@ -1,9 +1,10 @@
 //! Privileged: the launcher's second process, a copy of it made at start.
 //!
-//! Does everything that may block: making blanks (namespaces, v1 attaches), removing cgroups and uppers. The request loop
+//! Does everything that may block: making blanks (namespaces, v1 attaches), removing cgroups and uppers, asking for memory back. The request loop
 //! talks to it over a socket pair and never waits for it. When the launcher is gone it finishes what it began; in embedded
 //! mode, where nobody will come back for the sandboxes, it ends them and removes every trace.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use nix::sys::resource::{Resource, setrlimit};
 use nix::unistd::Pid;
 use prost::Message;
 
-use super::cgroup::{Group, Tree};
+use super::cgroup::{Group, Reclaim, Tree};
 use super::files::{Files, Owners};
 use super::forecast::{Amounts, Forecast, MemoryUpper};
 use super::host::Places;
@@ -45,6 +46,9 @@ pub struct Order {
     /// What the next request will probably ask.
     #[prost(message, optional, tag = "6")]
     pub forecast: Option<Forecast>,
+    /// Ask the kernel for the memory of the workload of this name, for as long as it stands still; empty: no.
+    #[prost(string, tag = "7")]
+    pub reclaim: String,
 }
 
 /// Background process to launcher.
@@ -83,8 +87,14 @@ pub struct Report {
     /// Size of the upper among the descriptors; 0: there is none.
     #[prost(uint64, tag = "11")]
     pub upper_bytes: u64,
+    /// Memory of the workload of this name was asked for: see `errno` and `reclaimed_bytes`.
+    #[prost(string, tag = "12")]
+    pub reclaimed: String,
+    /// Bytes that it has fewer.
+    #[prost(uint64, tag = "13")]
+    pub reclaimed_bytes: u64,
     /// Whether a mount namespace is among the descriptors.
-    #[prost(bool, tag = "12")]
+    #[prost(bool, tag = "14")]
     pub has_mounts: bool,
 }
 
@@ -132,14 +142,23 @@ impl Background {
         // What a blank inherits bounds its user namespace: pending signals are counted for the launcher's user.
         let _ = setrlimit(Resource::RLIMIT_SIGPENDING, 4096, 4096);
         let mut removals: Vec<Removal> = Vec::new();
+        // At most one for each sandbox: see `Launcher::reclaim`.
+        let mut reclaims: VecDeque<Reclaim> = VecDeque::new();
         loop {
-            let timeout = if removals.is_empty() { PollTimeout::NONE } else { PollTimeout::from(2_u8) };
+            let timeout = match (reclaims.is_empty(), removals.is_empty()) {
+                (false, _) => PollTimeout::ZERO,
+                (true, false) => PollTimeout::from(2_u8),
+                (true, true) => PollTimeout::NONE,
+            };
             let mut interest = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
             match poll(&mut interest, timeout) {
-                Ok(0) => removals.retain_mut(|removal| !self.remove(removal)),
+                Ok(0) => {
+                    removals.retain_mut(|removal| !self.remove(removal));
+                    self.reclaim_a_piece(&mut reclaims);
+                }
                 // Without room for a descriptor the mounts are dissolved here and now.
                 Ok(_) => match receive_what_fits(&self.socket, PACKET_BYTES) {
-                    Ok(Some(packet)) => self.obey(packet, &mut removals),
+                    Ok(Some(packet)) => self.obey(packet, &mut removals, &mut reclaims),
                     Err(Errno::EINTR) => {}
                     Ok(None) | Err(_) => break,
                 },
@@ -160,12 +179,22 @@ impl Background {
         }
     }
 
-    fn obey(&self, packet: Packet, removals: &mut Vec<Removal>) {
+    fn obey(&self, packet: Packet, removals: &mut Vec<Removal>, reclaims: &mut VecDeque<Reclaim>) {
         let Ok(order) = Order::decode(packet.bytes.as_slice()) else { return };
         if !order.remove.is_empty() {
             removals.push(Removal { order, mounts: packet.descriptors, since: Instant::now() });
+        } else if !order.reclaim.is_empty() {
+            reclaims.push_back(Reclaim::new(order.reclaim));
         } else if !order.make.is_empty() {
             self.make(&order);
+        }
+    }
+
+    /// Asks for a piece of memory of the oldest that stands still. Nobody waits for it, so orders come before the next piece.
+    fn reclaim_a_piece(&self, reclaims: &mut VecDeque<Reclaim>) {
+        let Some(errno) = reclaims.front_mut().and_then(|oldest| oldest.step(&self.tree)) else { return };
+        if let Some(Reclaim { name: reclaimed, bytes: reclaimed_bytes, .. }) = reclaims.pop_front() {
+            self.report(&Report { reclaimed, reclaimed_bytes, errno, ..Report::default() }, &[]);
         }
     }
 

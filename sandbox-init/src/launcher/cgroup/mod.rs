@@ -7,7 +7,7 @@
 //! done once, ahead of time, by the background process.
 //!
 //! [`hierarchy`] and [`base`] find out what this host has for us, [`making`], [`limits`] and [`ending`] are the life of one
-//! sandbox's groups, [`account`] reads what the kernel has counted in them.
+//! sandbox's groups, [`account`] reads what the kernel has counted in them, [`reclaim`] asks for memory back.
 
 mod account;
 mod base;
@@ -16,6 +16,7 @@ mod files;
 mod hierarchy;
 mod limits;
 mod making;
+mod reclaim;
 
 use std::fs;
 use std::io;
@@ -25,6 +26,7 @@ use nix::sys::statfs::TMPFS_MAGIC;
 
 pub use self::account::Account;
 pub use self::making::Group;
+pub use self::reclaim::Reclaim;
 
 /// How the host's controllers are mounted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,6 +119,12 @@ impl Tree {
             failure: None,
             spools_in_memory: false,
         }
+    }
+
+    /// Groups of version 2 in a directory of the test's own.
+    #[cfg(test)]
+    pub(super) fn unified_at(base: &Path) -> Self {
+        Self { mode: Mode::Unified, unified: Some(base.to_owned()), ..Self::nothing() }
     }
 
     /// Looks where the files of sandboxes lie. On a tmpfs what process 1 writes into its spool stays charged to it.

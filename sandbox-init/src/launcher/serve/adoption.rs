@@ -5,7 +5,7 @@
 
 use std::os::fd::OwnedFd;
 
-use super::process::{Phase, Process, Unwatched};
+use super::process::{Memory, Phase, Process, Unwatched};
 use super::{Event, Launcher};
 use crate::launcher::background::{Order, leftover_names};
 use crate::launcher::cgroup::Mode;
@@ -66,6 +66,7 @@ impl Launcher<'_> {
             phase: Phase::Ready { sandbox_id: record.sandbox_id.clone() },
             adopted: true,
             record: Some(record),
+            memory: Memory::default(),
         };
         self.processes.insert(number, process);
     }

@@ -4,7 +4,7 @@ use proto::launch::v1 as wire;
 use proto::launch::v1::reply::Body as Answer;
 
 use super::Launcher;
-use super::process::Process;
+use super::process::{Memory, Process};
 use crate::launcher::background::{chain, root_errno};
 use crate::launcher::cgroup::Tree;
 use crate::launcher::shape::Shape;
@@ -58,6 +58,10 @@ pub(super) fn inspection(tree: &Tree, process: &Process) -> Answer {
             disk_bytes: 0,
         }),
         host_pids: tree.processes(&process.name),
+        reclaim: match process.memory {
+            Memory::Reclaimed(reclaim) => Some(reclaim),
+            Memory::Kept | Memory::Asked => None,
+        },
     })
 }
 

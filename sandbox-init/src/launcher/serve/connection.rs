@@ -12,7 +12,7 @@ use prost::Message;
 use proto::launch::v1 as wire;
 use proto::launch::v1::{reply::Body as Answer, request::Body as Question};
 
-use super::answers::{host_error, inspection, unknown};
+use super::answers::{inspection, unknown};
 use super::{End, Event, Launcher};
 use crate::launcher::shape::Shape;
 use crate::launcher::validate::refusal;
@@ -154,13 +154,7 @@ impl Launcher<'_> {
                 self.answer(number, request_id, list);
             }
             Question::FreezeSandbox(freeze) => {
-                let found = self.find(&freeze.sandbox_id);
-                let result = found.map(|(_, process)| self.parts.tree.freeze(&process.name, freeze.frozen));
-                let answer = match result {
-                    None => unknown(&freeze.sandbox_id),
-                    Some(Ok(())) => Answer::Done(wire::Done {}),
-                    Some(Err(error)) => Answer::Failure(host_error(&error)),
-                };
+                let answer = self.freeze(&freeze);
                 self.answer(number, request_id, answer);
             }
             Question::InspectSandbox(inspect) => {

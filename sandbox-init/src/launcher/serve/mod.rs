@@ -6,7 +6,7 @@
 //!
 //! This file has the state and the events. What an event leads to is one module each: [`connection`] reads requests and
 //! sends answers, [`making`] turns a blank into a sandbox, [`ending`] ends one, [`orders`] is the talk with the background
-//! process, [`pool`] keeps blanks ready, and [`adoption`] is what outlives this process.
+//! process, [`pool`] keeps blanks ready, [`resting`] makes workloads stand still, and [`adoption`] is what outlives this process.
 
 mod adoption;
 mod answers;
@@ -16,6 +16,7 @@ mod making;
 mod orders;
 mod pool;
 mod process;
+mod resting;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
@@ -155,6 +156,8 @@ pub struct Launcher<'a> {
     background_gone: bool,
     /// Out of descriptors: nobody is accepted until something closes.
     listener_rests: bool,
+    /// The last errno that the operator was told of why memory stays in use; 0: none.
+    reclaim_told: i32,
 }
 
 /// Holds back the signals that the loop reads, until it does. One that comes while the launcher still starts is obeyed then:
@@ -206,6 +209,7 @@ impl<'a> Launcher<'a> {
             orders: VecDeque::new(),
             background_gone: false,
             listener_rests: false,
+            reclaim_told: 0,
             program,
             parts,
         };

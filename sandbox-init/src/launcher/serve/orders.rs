@@ -45,7 +45,9 @@ impl Launcher<'_> {
             Ok(None) | Err(_) => return self.lose_background(),
         };
         let Ok(report) = Report::decode(packet.bytes.as_slice()) else { return };
-        if !report.removed.is_empty() {
+        if !report.reclaimed.is_empty() {
+            self.reclaimed(&report);
+        } else if !report.removed.is_empty() {
             if let Some(farewell) = self.farewells.remove(&report.removed) {
                 nested::reap_orphans();
                 self.say(farewell);

@@ -11,7 +11,7 @@ use nix::sys::epoll::EpollTimeout;
 use proto::launch::v1::reply::Body as Answer;
 
 use super::answers::{host_error, no_slot_left};
-use super::process::{Phase, Process, Unwatched};
+use super::process::{Memory, Phase, Process, Unwatched};
 use super::{Event, Launcher};
 use crate::launcher::background::{Order, Report, blank_from};
 use crate::launcher::ids::Slot;
@@ -104,6 +104,7 @@ impl Launcher<'_> {
             phase: Phase::Blank,
             adopted: false,
             record: None,
+            memory: Memory::default(),
         };
         self.processes.insert(number, process);
         if self.stopping.is_some() {

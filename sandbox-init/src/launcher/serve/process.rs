@@ -43,6 +43,19 @@ pub(super) struct Process {
     pub(super) phase: Phase,
     pub(super) adopted: bool,
     pub(super) record: Option<Record>,
+    pub(super) memory: Memory,
+}
+
+/// What was asked of the kernel for the memory of a workload that stands still.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Memory {
+    /// Nothing.
+    #[default]
+    Kept,
+    /// The background process asks for it.
+    Asked,
+    /// This came of it.
+    Reclaimed(wire::Reclaim),
 }
 
 impl Process {
