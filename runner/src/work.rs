@@ -32,7 +32,7 @@ pub use pressure::{Closed, Gauge, Pressure, Resource, Shortage};
 pub use progress::Progress;
 pub use sandbox::{
     Attached, CallEvent, CallObserver, EnvironmentRef, ExpectedCall, FoundCall, Gate, Layer, Network, PreparedCall,
-    Receipt, ResourceLimits, RootfsChoice, Sandbox, SandboxRequest, Sandboxes,
+    Processes, Receipt, ResourceLimits, RootfsChoice, Sandbox, SandboxRequest, Sandboxes,
 };
 
 /// A future that can be stored behind a trait object.

@@ -1,5 +1,5 @@
 //! Sessions without calls: what runs in them stands still until the next call, is there for the next runner and launcher, and
-//! ends like any other.
+//! ends like any other. After longer only their files are there, and the next call is told so.
 //!
 //! The built daemon beside a launcher of its own, real sandboxes, and an orchestrator that checks every frame.
 #![forbid(unsafe_code)]
@@ -214,5 +214,154 @@ async fn session_that_nobody_wants_any_more_is_removed_and_its_end_says_why() {
 
     assert_eq!(ended.reason(), pb::SessionEndReason::Idle);
     assert_eq!(host::processes_with("600.261"), Vec::<u32>::new());
+    end(daemon, Vec::new()).await;
+}
+
+fn note_of(finished: &pb::CallFinished) -> Option<&str> {
+    let note = finished.notes.iter().find(|note| note.kind() == pb::NoteKind::ProcessesEnded)?;
+    Some(&note.text)
+}
+
+/// The processes of the session are gone, and its sandbox is not.
+async fn until_stopped(daemon: &Daemon, workspace: &Workspace, token: &str) {
+    until("its processes are ended", || host::processes_with(token).is_empty()).await;
+    // Process 1 and the spawner are all there is.
+    until("nothing else is there", || host::children_of(workspace.process_1).len() == 1).await;
+    assert!(workspace.lives() && daemon.sandboxes().len() == 1);
+}
+
+/// That the next call finds files and directory, no process and no variable, and is told.
+async fn assert_begins_anew(session: &Session, workspace: &Workspace, name: &str, call_id: &str) {
+    let before = workspace.read("count");
+    let command = format!("echo ${{KEPT-gone}} in $PWD, $(cat /workspace/{MARKER}); jobs -p");
+    let finished = within(call_id, session.bash(call_id, &command)).await.expect("an end");
+    let printed = finished.streams.get(&1).map_or(&[][..], |stream| &stream.bytes);
+    assert_eq!(String::from_utf8_lossy(printed).trim(), format!("gone in /tmp, {name}"));
+    let note = note_of(&finished.message).expect("it is told");
+    assert!(note.contains("variables") && note.contains("processes that earlier calls had left"), "{note}");
+    assert!(text_of(&finished.message).contains(note), "the model is told: {}", text_of(&finished.message));
+    assert_eq!(workspace.read("count"), before, "what counted lives");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn processes_of_a_session_that_stands_still_for_long_are_ended_and_its_files_stay() {
+    needs_root!();
+    let _host = host::shared();
+    let daemon = Daemon::start(options("freeze_after_seconds = 1\nstop_after_seconds = 2")).await;
+    let (session, workspace) = counting(&daemon, "files", "600.271", pb::OpenSession::default()).await;
+    printed(&session, "fills", "head -c 8M /dev/urandom > /workspace/data; sha256sum < /workspace/data").await;
+
+    until_stopped(&daemon, &workspace, "600.271").await;
+    assert_begins_anew(&session, &workspace, "files", "first").await;
+
+    // It has one process again, and the limit of its disk holds for what was kept: 64 MiB in all.
+    until("its shell is ended as well", || host::children_of(workspace.process_1).len() == 1).await;
+    let full = printed(&session, "full", "head -c 60M /dev/zero > /workspace/more; echo $?; rm /workspace/more").await;
+    assert!(full.ends_with('1'), "the limit does not count what was kept: {full}");
+
+    // A file tool is told as well, and only once.
+    until("its processes are ended", || host::children_of(workspace.process_1).len() == 1).await;
+    for (call_id, is_told) in [("read-first", true), ("read-again", false)] {
+        let read = pb::ReadInput { file_path: format!("/workspace/{MARKER}"), ..Default::default() };
+        let finished = within(call_id, session.run(call_id, pb::call::Input::Read(read))).await.expect("an end");
+        assert_eq!(text_of(&finished.message).trim(), "files");
+        assert_eq!(note_of(&finished.message).is_some(), is_told, "{call_id}");
+    }
+    end(daemon, vec![session]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn session_without_processes_is_taken_over_by_the_next_runner_and_the_next_launcher_with_its_files() {
+    needs_root!();
+    let _host = host::shared();
+    let mut daemon = Daemon::start(options("freeze_after_seconds = 1\nstop_after_seconds = 2")).await;
+    let (session, workspace) = counting(&daemon, "kept", "600.281", pb::OpenSession::default()).await;
+    let count = "(while :; do echo >> /workspace/count; sleep 0.02; done) & sleep 600.281 & export KEPT=yes; cd /tmp";
+
+    until_stopped(&daemon, &workspace, "600.281").await;
+    daemon.kill_runner();
+    daemon.start_runner().await;
+    until_stopped(&daemon, &workspace, "600.281").await;
+    assert_begins_anew(&session, &workspace, "kept", "after-runner").await;
+
+    printed(&session, "again", count).await;
+    until_stopped(&daemon, &workspace, "600.281").await;
+    daemon.replace_launcher_by_force().await;
+    assert_begins_anew(&session, &workspace, "kept", "after-launcher").await;
+
+    printed(&session, "once-more", count).await;
+    until_stopped(&daemon, &workspace, "600.281").await;
+    daemon.kill_runner();
+    daemon.replace_launcher_by_force().await;
+    daemon.start_runner().await;
+    assert_begins_anew(&session, &workspace, "kept", "after-both").await;
+    end(daemon, vec![session]).await;
+}
+
+/// F-01: the runner and the launcher die at moments that are drawn, while processes are being made to stand still and ended.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_dies_while_processes_are_being_ended_the_session_goes_on_with_its_files() {
+    needs_root!();
+    let _host = host::shared();
+    let mut daemon = Daemon::start(options("freeze_after_seconds = 1\nstop_after_seconds = 2")).await;
+    let (session, workspace) = counting(&daemon, "torn", "600.291", pb::OpenSession::default()).await;
+    for round in 0..4_u64 {
+        printed(&session, &format!("left-{round}"), "sleep 600.291 & cd /tmp").await;
+        // Around the second at which they are ended, counted from the last call.
+        tokio::time::sleep(Duration::from_millis(1900 + 60 * round)).await;
+        daemon.kill_runner();
+        if round % 2 == 1 {
+            daemon.replace_launcher_by_force().await;
+        }
+        daemon.start_runner().await;
+        let found = printed(&session, &format!("found-{round}"), &format!("cat /workspace/{MARKER}; pwd")).await;
+        assert_eq!(found, "torn\n/tmp", "round {round}");
+        assert!(workspace.lives());
+    }
+    until_stopped(&daemon, &workspace, "600.291").await;
+    end(daemon, vec![session]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn session_without_processes_keeps_its_place_ends_in_time_and_leaves_nothing() {
+    needs_root!();
+    let _host = host::shared();
+    let limits =
+        format!("{}max_sessions = 1\n[idle]\nstop_after_seconds = 1\nend_after_seconds = 4\n", small_sandboxes());
+    let daemon = Daemon::start(Options { limits, ..Options::default() }).await;
+    let (session, workspace) = counting(&daemon, "retained", "600.301", pb::OpenSession::default()).await;
+    until_stopped(&daemon, &workspace, "600.301").await;
+
+    let other = pb::OpenSession { session_id: "other".into(), ..Default::default() };
+    let refused = within("other", daemon.orchestrator.open_session(other.clone())).await.expect_err("no place");
+    assert!(refused.to_string().contains("sessions: 1 asked, 1 of 1"), "{refused}");
+    let ended = within("the end", session.over()).await.expect("an end");
+
+    assert_eq!(ended.reason(), pb::SessionEndReason::Idle);
+    assert!(!workspace.lives() && daemon.sandboxes().is_empty());
+    let other = pb::OpenSession { session_id: "next".into(), ..other };
+    let next = within("next", daemon.orchestrator.open_session(other)).await.expect("its place is free");
+    end(daemon, vec![next]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn session_without_processes_ends_when_lease_and_orphan_time_are_over() {
+    needs_root!();
+    let _host = host::shared();
+    let link = LinkSettings {
+        lease_ttl: Duration::from_secs(3),
+        heartbeat_every: Duration::from_millis(300),
+        ..LinkSettings::default()
+    };
+    let daemon = Daemon::start(Options { link, ..options("stop_after_seconds = 1") }).await;
+    let orphan_ttl = Some(prost_types::Duration { seconds: 1, nanos: 0 });
+    let request = pb::OpenSession { orphan_ttl, ..Default::default() };
+    let (_session, workspace) = counting(&daemon, "alone", "600.311", request).await;
+    until_stopped(&daemon, &workspace, "600.311").await;
+
+    daemon.wire.hold_what_goes_to_the_runner();
+    until("it ends by itself", || daemon.sandboxes().is_empty()).await;
+    assert!(!workspace.lives());
+    daemon.wire.release();
     end(daemon, Vec::new()).await;
 }

@@ -4,8 +4,8 @@
 
 use std::time::Duration;
 
-use proto::init::v1::{Cancel, CancelMode, Note, NoteKind, Tool, outcome::Kind, start_call};
-use proto::launch::v1::{CreateSandbox, KillSandbox, Limits, reply, request};
+use proto::init::v1::{Cancel, CancelMode, Note, NoteKind, StopWork, Tool, frame, outcome::Kind, request as init_request, start_call};
+use proto::launch::v1::{CreateSandbox, FreezeSandbox, InspectSandbox, KillSandbox, Limits, reply, request};
 use sandbox_runner_tests::keeper::{Finished, Keeper};
 use sandbox_runner_tests::launcher::{Connection, Launcher, Setup, plain_sandbox};
 use sandbox_runner_tests::needs_root;
@@ -166,5 +166,35 @@ fn edit_that_is_killed_at_any_moment_says_what_became_of_the_file() {
         assert_eq!(((same, size), drafts.as_str()), (expected, ""), "round {round}: {finished:?}");
     }
     assert!(killed > 0, "no edit took long enough to be killed");
+    session.assert_works();
+}
+
+#[test]
+fn work_that_multiplies_and_does_not_listen_is_ended_running_or_not_and_the_sandbox_goes_on() {
+    needs_root!();
+    let mut session = Session::start_with(with_limits(Limits { pids: 64, ..Limits::default() }));
+    for frozen in [false, true] {
+        let command = "grow() { trap '' HUP INT TERM; while :; do (grow) & sleep 0.02; done; }; grow </dev/null >/dev/null 2>&1 &";
+        let begun = session.keeper.bash(command);
+        assert_eq!(begun.code(), Some(0), "{begun:?}");
+        let freeze = |frozen| request::Body::FreezeSandbox(FreezeSandbox { sandbox_id: "workload".to_owned(), frozen });
+        let answer = session.connection.ask(freeze(frozen)).expect("an answer");
+        assert!(matches!(answer.body, Some(reply::Body::Done(_))), "{answer:?}");
+
+        let stopped = session.keeper.ask(init_request::Body::StopWork(StopWork {})).expect("an answer");
+
+        assert!(matches!(stopped, frame::Body::Done(_)), "{stopped:?}");
+        let inspect = request::Body::InspectSandbox(InspectSandbox { sandbox_id: "workload".to_owned() });
+        match session.connection.ask(inspect).expect("an answer").body {
+            Some(reply::Body::Inspection(seen)) => {
+                assert_eq!(seen.host_pids.len(), 2, "more than process 1 and the spawner: {seen:?}");
+            }
+            other => panic!("no inspection: {other:?}"),
+        }
+        session.connection.ask(freeze(false)).expect("an answer");
+        // The very next process: one in a slot that was killed would be killed as well.
+        let next = session.keeper.bash("echo on");
+        assert_eq!((next.code(), next.text().trim()), (Some(0), "on"), "{next:?}");
+    }
     session.assert_works();
 }

@@ -13,6 +13,7 @@ pub(super) fn session(session: &ViewSession, sandbox_id: Option<String>) -> pb::
         SessionStage::Opening => "opening",
         SessionStage::Ready => "ready",
         SessionStage::Frozen => "frozen",
+        SessionStage::Stopped => "stopped",
         SessionStage::Closing => "closing",
     };
     pb::Session {

@@ -116,8 +116,10 @@ pub struct LimitsSection {
 /// `[idle]`
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct IdleSection {
-    /// Seconds without a call after which the processes of a session are stopped.
+    /// Seconds without a call after which the processes of a session are made to stand still.
     pub freeze_after_seconds: Option<u64>,
+    /// Seconds without a call after which the processes of a session are ended and its files stay.
+    pub stop_after_seconds: Option<u64>,
     /// Seconds without a call after which a session is ended.
     pub end_after_seconds: Option<u64>,
 }
@@ -234,6 +236,7 @@ impl IdleSection {
     fn read(section: &mut Reader<'_>) -> Self {
         Self {
             freeze_after_seconds: section.take("freeze_after_seconds", NUMBER),
+            stop_after_seconds: section.take("stop_after_seconds", NUMBER),
             end_after_seconds: section.take("end_after_seconds", NUMBER),
         }
     }
@@ -331,6 +334,7 @@ mod tests {
             host_reserve_pids = 8
             [idle]
             freeze_after_seconds = 9
+            stop_after_seconds = 19
             end_after_seconds = 10
             [pressure]
             disk_low_bytes = 11
@@ -351,7 +355,9 @@ mod tests {
         assert_eq!(read.runner.labels["zone"], "a");
         assert_eq!(read.runner.launcher_socket.as_deref(), Some(Path::new("/r/l")));
         assert_eq!(read.limits.host_reserve_pids, Some(8));
-        assert_eq!((read.idle.freeze_after_seconds, read.idle.end_after_seconds), (Some(9), Some(10)));
+        let idle = read.idle;
+        let times = [idle.freeze_after_seconds, idle.stop_after_seconds, idle.end_after_seconds];
+        assert_eq!(times, [9, 19, 10].map(Some));
         let pressure = read.pressure;
         assert_eq!((pressure.disk_low_bytes, pressure.disk_critical_bytes), (Some(11), Some(12)));
         let stalls = [pressure.memory_stall_percent, pressure.io_stall_percent, pressure.cpu_stall_percent];

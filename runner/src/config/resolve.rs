@@ -167,22 +167,29 @@ impl Check<'_> {
     }
 
     fn idle(&mut self, section: &IdleSection) -> Idle {
-        let IdleSection { freeze_after_seconds, end_after_seconds } = *section;
-        for (key, value) in
-            [("idle.freeze_after_seconds", freeze_after_seconds), ("idle.end_after_seconds", end_after_seconds)]
-        {
+        let IdleSection { freeze_after_seconds, stop_after_seconds, end_after_seconds } = *section;
+        let times = [
+            ("idle.freeze_after_seconds", freeze_after_seconds),
+            ("idle.stop_after_seconds", stop_after_seconds),
+            ("idle.end_after_seconds", end_after_seconds),
+        ];
+        for (key, value) in times {
             if value.is_some_and(|seconds| !(1..=LONGEST_IDLE_SECONDS).contains(&seconds)) {
                 let fix = format!("write 1 to {LONGEST_IDLE_SECONDS}, or leave it out for never");
                 self.report(key, "is no useful time", fix);
             }
         }
-        if let (Some(freeze), Some(end)) = (freeze_after_seconds, end_after_seconds)
-            && end <= freeze
-        {
-            let what = format!("{end} is not more than idle.freeze_after_seconds, which is {freeze}");
-            self.report("idle.end_after_seconds", what, "write the larger of the two here, or leave the other out");
+        // Each with the one before it that is there.
+        let given: Vec<_> = times.into_iter().filter_map(|(key, value)| Some((key, value?))).collect();
+        for pair in given.windows(2) {
+            if let [(before, sooner), (key, later)] = pair
+                && later <= sooner
+            {
+                let what = format!("{later} is not more than {before}, which is {sooner}");
+                self.report(key, what, "write the larger of the two here, or leave the other out");
+            }
         }
-        Idle { freeze_after_seconds, end_after_seconds }
+        Idle { freeze_after_seconds, stop_after_seconds, end_after_seconds }
     }
 
     fn pressure(&mut self, section: &PressureSection) -> Pressure {
@@ -332,9 +339,13 @@ mod tests {
 
     #[test]
     fn times_of_idle_sessions_are_checked_against_each_other() {
+        let idle =
+            |freeze, stop, end| Idle { freeze_after_seconds: freeze, stop_after_seconds: stop, end_after_seconds: end };
         let config = resolved("[idle]\nfreeze_after_seconds = 60\nend_after_seconds = 3600\n").expect("good");
-        assert_eq!(config.idle, Idle { freeze_after_seconds: Some(60), end_after_seconds: Some(3600) });
-        assert_eq!(resolved("").expect("good").idle, Idle { freeze_after_seconds: None, end_after_seconds: None });
+        assert_eq!(config.idle, idle(Some(60), None, Some(3600)));
+        let config = resolved("[idle]\nstop_after_seconds = 60\n").expect("good");
+        assert_eq!(config.idle, idle(None, Some(60), None));
+        assert_eq!(resolved("").expect("good").idle, idle(None, None, None));
 
         let problems =
             resolved("[idle]\nfreeze_after_seconds = 0\nend_after_seconds = 9999999\n").expect_err("problems");
@@ -342,6 +353,10 @@ mod tests {
         assert!(problems[1].contains("idle.end_after_seconds: is no useful time"), "{problems:?}");
         let problems = resolved("[idle]\nfreeze_after_seconds = 60\nend_after_seconds = 60\n").expect_err("problems");
         assert!(problems[0].contains("60 is not more than idle.freeze_after_seconds"), "{problems:?}");
+        let text = "[idle]\nfreeze_after_seconds = 9\nstop_after_seconds = 9\nend_after_seconds = 8\n";
+        let problems = resolved(text).expect_err("problems");
+        assert!(problems[0].contains("idle.stop_after_seconds: 9 is not more than idle.freeze_after"), "{problems:?}");
+        assert!(problems[1].contains("idle.end_after_seconds: 8 is not more than idle.stop_after"), "{problems:?}");
     }
 
     #[test]

@@ -97,8 +97,10 @@ pub struct Capacity {
 /// What becomes of sessions without calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Idle {
-    /// When their processes are stopped, unless a session says otherwise; absent: never.
+    /// When their processes are made to stand still, unless a session says otherwise; absent: never.
     pub freeze_after_seconds: Option<u64>,
+    /// When their processes are ended and their files stay, unless a session wants them for longer; absent: never.
+    pub stop_after_seconds: Option<u64>,
     /// When they are ended; absent: never.
     pub end_after_seconds: Option<u64>,
 }

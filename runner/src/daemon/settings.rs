@@ -85,6 +85,7 @@ pub fn defaults(config: &Config) -> ResourceLimits {
 pub fn idle(config: &Config) -> IdlePolicy {
     IdlePolicy {
         freeze_after: config.idle.freeze_after_seconds.map(Duration::from_secs),
+        stop_after: config.idle.stop_after_seconds.map(Duration::from_secs),
         end_after: config.idle.end_after_seconds.map(Duration::from_secs),
     }
 }

@@ -77,11 +77,11 @@ pub(super) fn cancelled(number: u64, mode: CancelMode) -> Record {
 }
 
 fn finished_with(number: u64, outcome: Outcome) -> Record {
-    let result = CallResult {
-        end: CallEnd::without_output(outcome),
-        presented: ToolResult::text(false, "ok"),
-        recovered: false,
-    };
+    finished_as(number, CallEnd::without_output(outcome))
+}
+
+fn finished_as(number: u64, end: CallEnd) -> Record {
+    let result = CallResult { end, presented: ToolResult::text(false, "ok"), recovered: false };
     Record::Finished { call_id: call_id(number), result: Arc::new(result) }
 }
 
@@ -236,6 +236,9 @@ pub(super) fn added_kinds() -> Vec<Record> {
     };
     let noted = CallResult { end, presented: ToolResult::text(false, "ok"), recovered: false };
     records.push(Record::Finished { call_id: call_id(1), result: Arc::new(noted) });
+    let mut end = CallEnd::without_output(Outcome::Exited { code: 0 });
+    end.notes.push(Note { kind: NoteKind::ProcessesEnded, text: "note".into() });
+    records.extend([accepted(12, 1, 3), finished_as(12, end)]);
     records
 }
 

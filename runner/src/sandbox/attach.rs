@@ -15,7 +15,7 @@ use super::HostSandboxes;
 use super::control::{Control, ControlEnd, ControlError, Patience, Resumed};
 use super::launch::{Ended, LaunchError, ListedSandbox};
 use super::live::{Known, LiveSandbox};
-use crate::work::{Attached, CallId, Code, ExpectedCall, FoundCall, Gate, Receipt, SandboxId, ToolFailure};
+use crate::work::{Attached, CallId, Code, ExpectedCall, FoundCall, Gate, Processes, Receipt, SandboxId, ToolFailure};
 
 /// How long the launcher may take to say where a sandbox is. It may be restarted at the same time, as an upgrade of both does.
 const FIND_TIME: Duration = Duration::from_secs(15);
@@ -68,9 +68,9 @@ impl HostSandboxes {
             Err(error) => Err(error),
         };
         let error = match result {
-            Ok((sandbox, found, frozen)) => {
+            Ok(TakenOver { sandbox, found, processes }) => {
                 info!(%sandbox_id, pid = sandbox.pid(), calls = found.len(), "sandbox taken over");
-                return Ok(Attached { sandbox: Arc::new(sandbox), found, frozen });
+                return Ok(Attached { sandbox: Arc::new(sandbox), found, processes });
             }
             Err(error) => error,
         };
@@ -106,13 +106,13 @@ impl HostSandboxes {
         ended: watch::Receiver<Option<Ended>>,
         receipt: Receipt,
         calls: Vec<ExpectedCall>,
-    ) -> Result<(LiveSandbox, BTreeMap<CallId, FoundCall>, bool), AttachError> {
+    ) -> Result<TakenOver, AttachError> {
         let ListedSandbox { socket_name, pid, id_count, output_directory, frozen, .. } = listed;
         let path = self.socket_directory.join(socket_name);
         let held: Vec<CallId> =
             calls.iter().filter(|call| call.gate == Gate::Held).map(|call| call.call_id.clone()).collect();
         let patience = Patience::default();
-        let Resumed { control, greeting, mut found } =
+        let Resumed { control, greeting, mut found, stopped } =
             Control::attach(&path, &output_directory, self.generation, patience, calls).await?;
         if greeting.sandbox_id != sandbox_id.as_str() {
             return Err(AttachError::WrongSandbox { found: format!("{:.80?}", greeting.sandbox_id) });
@@ -125,7 +125,12 @@ impl HostSandboxes {
             }
         }
         let known = Known { sandbox_id: sandbox_id.clone(), pid, id_count, ended, frozen };
-        Ok((LiveSandbox::new(self.launcher.clone(), known, control, receipt), found, frozen))
+        let processes = match (stopped, frozen) {
+            (true, _) => Processes::Ended,
+            (false, true) => Processes::Frozen,
+            (false, false) => Processes::Run,
+        };
+        Ok(TakenOver { sandbox: LiveSandbox::new(self.launcher.clone(), known, control, receipt), found, processes })
     }
 
     /// Ends every sandbox that the launcher holds, also those that were `kept` until now and not taken over.
@@ -166,6 +171,13 @@ impl HostSandboxes {
             }
         }
     }
+}
+
+/// A sandbox that was taken over, and how it was found.
+struct TakenOver {
+    sandbox: LiveSandbox,
+    found: BTreeMap<CallId, FoundCall>,
+    processes: Processes,
 }
 
 /// What a caller is told; the rest is in the log.

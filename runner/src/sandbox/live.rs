@@ -197,6 +197,14 @@ impl Parts {
         Err(ToolFailure::new(Code::SandboxCreateFailed, what, remediation))
     }
 
+    /// Ends the workload, unless the sandbox itself is being ended.
+    async fn stop(&self) -> Result<(), ToolFailure> {
+        if *self.phase.borrow() != Phase::Ready {
+            return Err(failure(ControlError::Ended(ControlEnd::Closed)));
+        }
+        self.control.stop_work().await.map_err(failure)
+    }
+
     async fn close(&self, grace: Duration) {
         let first = self.phase.send_if_modified(|phase| {
             let ready = *phase == Phase::Ready;
@@ -295,6 +303,11 @@ impl Sandbox for LiveSandbox {
     fn freeze(&self, frozen: bool) -> BoxFuture<'static, Result<(), ToolFailure>> {
         let parts = Arc::clone(&self.parts);
         Box::pin(async move { parts.freeze(frozen).await })
+    }
+
+    fn stop(&self) -> BoxFuture<'static, Result<(), ToolFailure>> {
+        let parts = Arc::clone(&self.parts);
+        Box::pin(async move { parts.stop().await })
     }
 
     fn close(&self, grace: Duration) -> BoxFuture<'static, ()> {

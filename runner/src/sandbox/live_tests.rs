@@ -95,6 +95,18 @@ async fn closing_kills_once_and_is_no_loss() {
 }
 
 #[tokio::test]
+async fn work_is_ended_without_the_sandbox_and_not_any_more_when_that_is_closed() {
+    let kills = Arc::new(AtomicUsize::new(0));
+    let sandbox = live(&kills).await;
+
+    sandbox.stop().await.expect("process 1 has done it");
+    assert_eq!(kills.load(Ordering::SeqCst), 0, "the sandbox was ended with its work");
+    sandbox.close(Duration::ZERO).await;
+
+    assert_eq!(sandbox.stop().await.expect_err("it is over").code, Code::SandboxLost);
+}
+
+#[tokio::test]
 async fn dropping_the_last_reference_removes_the_sandbox() {
     let kills = Arc::new(AtomicUsize::new(0));
     let sandbox = live(&kills).await;

@@ -7,10 +7,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::core::{Action, Config, Core, Input};
+use super::core::{Action, Config, Core, IdlePolicy, Input};
 use super::core_tests::{call, cancel, cid, close, core, ended, open, sid};
 use crate::journal::{MOST_STARTS, Record, Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
 use crate::work::*;
@@ -28,6 +29,8 @@ enum Step {
     Answer(usize),
     /// A running call ends.
     End(usize),
+    /// A session has had nothing to do for as long as it may.
+    Idle(usize),
     /// The lease lapses unnoticed, or is renewed.
     Lapse(bool),
     /// The runner is killed: how much of what was not reported as durable is kept, which actions were carried out all the
@@ -45,6 +48,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (0..10_u8).prop_map(Step::Acknowledge),
         24 => (0..64_usize).prop_map(Step::Answer),
         5 => (0..8_usize).prop_map(Step::End),
+        3 => (0..2_usize).prop_map(Step::Idle),
         1 => any::<bool>().prop_map(Step::Lapse),
         2 => (0..8_usize, any::<u64>(), prop::bool::weighted(0.1)).prop_map(|(n, o, b)| Step::Kill(n, o, b)),
     ]
@@ -71,6 +75,8 @@ struct World {
     open: Vec<(Action, usize)>,
     /// Living sandboxes by session: their number, and their calls.
     sandboxes: BTreeMap<SessionId, BTreeMap<CallId, InSandbox>>,
+    /// What their processes do; those that run are not named.
+    resting: BTreeMap<SessionId, Processes>,
     begun: BTreeMap<CallId, u32>,
     /// Placements whose end was told.
     over: BTreeSet<(SessionId, u64)>,
@@ -133,6 +139,9 @@ impl World {
                 | Action::AttachSandbox { .. }
                 | Action::CloseSandbox { .. }
                 | Action::Prepare { .. }
+                | Action::Freeze { .. }
+                | Action::Stop { .. }
+                | Action::Thaw { .. }
                 | Action::Abort { .. } => self.open.push((action, at)),
                 _ => {}
             }
@@ -166,12 +175,14 @@ impl World {
     fn reach(&mut self, action: &Action) -> Result<(), TestCaseError> {
         match action {
             Action::Prepare { session_id, call } => {
+                prop_assert_eq!(self.resting.get(session_id), None, "{} given to what stands still", call.call_id);
                 if let Some(calls) = self.sandboxes.get_mut(session_id) {
                     let known = calls.entry(call.call_id.clone()).or_insert(InSandbox::Prepared);
                     prop_assert!(*known == InSandbox::Prepared, "{} was handed over again", call.call_id);
                 }
             }
             Action::Go { session_id, call_id } => {
+                prop_assert_eq!(self.resting.get(session_id), None, "{} let go where everything stands still", call_id);
                 let known = self.sandboxes.get_mut(session_id).and_then(|calls| calls.get_mut(call_id));
                 if let Some(known) = known.filter(|known| **known == InSandbox::Prepared) {
                     *known = InSandbox::Running;
@@ -195,7 +206,19 @@ impl World {
             }
             Action::CloseSandbox { session_id, .. } | Action::ReleaseSandbox { session_id } => {
                 self.sandboxes.remove(session_id);
+                self.resting.remove(session_id);
             }
+            Action::Freeze { session_id } | Action::Stop { session_id } => {
+                let calls = self.sandboxes.get(session_id).into_iter().flatten();
+                let mut open = calls.filter(|(_, state)| matches!(state, InSandbox::Prepared | InSandbox::Running));
+                prop_assert_eq!(open.next(), None, "stopped while there is a call");
+                let ends = matches!(action, Action::Stop { .. });
+                let processes = if ends { Processes::Ended } else { Processes::Frozen };
+                if self.sandboxes.contains_key(session_id) {
+                    self.resting.insert(session_id.clone(), processes);
+                }
+            }
+            Action::Thaw { session_id } => drop(self.resting.remove(session_id)),
             _ => {}
         }
         Ok(())
@@ -211,6 +234,7 @@ impl World {
             Action::CreateSandbox(open) => {
                 let (session_id, receipt) = (open.session_id, Receipt::default());
                 self.sandboxes.insert(session_id.clone(), BTreeMap::new());
+                self.resting.remove(&session_id);
                 let sandbox_id = SandboxId::new(session_id.as_str()).expect("an id");
                 vec![Input::SandboxReady { session_id, sandbox_id, receipt }]
             }
@@ -245,6 +269,9 @@ impl World {
                 vec![Input::Prepared { call_id: call.call_id }]
             }
             Action::Abort { call_id, .. } => vec![Input::Aborted { call_id }],
+            Action::Freeze { session_id } => vec![Input::Frozen { session_id, result: Ok(()) }],
+            Action::Stop { session_id } => vec![Input::Stopped { session_id, result: Ok(()) }],
+            Action::Thaw { session_id } => vec![Input::Thawed { session_id, result: Ok(()) }],
             _ => Vec::new(),
         })
     }
@@ -253,7 +280,7 @@ impl World {
     fn attach(
         &mut self,
         session_id: SessionId,
-        expected: &[(CallId, Gate, Option<std::time::Duration>)],
+        expected: &[(CallId, Gate, Option<Duration>)],
     ) -> Result<Vec<Input>, TestCaseError> {
         let Some(calls) = self.sandboxes.get_mut(&session_id) else {
             return Ok(vec![Input::SandboxLost { session_id, reason: "not there".into() }]);
@@ -278,7 +305,8 @@ impl World {
             };
             found.insert(call_id.clone(), known);
         }
-        inputs.insert(0, Input::SandboxAttached { session_id, found, frozen: false });
+        let processes = self.resting.get(&session_id).copied().unwrap_or(Processes::Run);
+        inputs.insert(0, Input::SandboxAttached { session_id, found, processes });
         Ok(inputs)
     }
 
@@ -286,7 +314,15 @@ impl World {
     /// carried out before.
     fn kill(&mut self, kept: usize, done: u64, with_machine: bool) -> Result<Recovered, TestCaseError> {
         for (number, (action, _)) in std::mem::take(&mut self.open).into_iter().enumerate() {
-            let sandbox = matches!(action, Action::Prepare { .. } | Action::Abort { .. } | Action::CloseSandbox { .. });
+            let sandbox = matches!(
+                action,
+                Action::Prepare { .. }
+                    | Action::Abort { .. }
+                    | Action::CloseSandbox { .. }
+                    | Action::Freeze { .. }
+                    | Action::Stop { .. }
+                    | Action::Thaw { .. }
+            );
             if sandbox && done >> (number % 64) & 1 == 1 {
                 self.reach(&action)?;
             }
@@ -301,6 +337,8 @@ impl World {
         let kept: BTreeSet<_> =
             recovered.sessions.iter().filter(|s| s.sandbox.is_some()).map(|s| s.open.session_id.clone()).collect();
         self.sandboxes.retain(|session_id, _| kept.contains(session_id));
+        let sandboxes = &self.sandboxes;
+        self.resting.retain(|session_id, _| sandboxes.contains_key(session_id));
         Ok(recovered)
     }
 }
@@ -363,9 +401,14 @@ fn fold(records: &[Record]) -> Recovered {
     recovered
 }
 
+fn config() -> Config {
+    let [freeze_after, stop_after, end_after] = [1, 2, 3].map(|seconds| Some(Duration::from_secs(seconds)));
+    Config { idle: IdlePolicy { freeze_after, stop_after, end_after }, ..Config::default() }
+}
+
 fn live(steps: Vec<Step>) -> Result<(), TestCaseError> {
     let mut world = World::default();
-    let mut core = core(Config::default());
+    let mut core = core(config());
     let name = |world: &World, session: usize, call: u8| {
         format!("c{call}-{session}-{}", world.epochs.get(&session).copied().unwrap_or(0))
     };
@@ -401,6 +444,7 @@ fn live(steps: Vec<Step>) -> Result<(), TestCaseError> {
                 world.answer(action)?
             }
             Step::End(number) => world.end(number),
+            Step::Idle(session) => vec![Input::IdlePassed { session_id: sid(SESSIONS[session]) }],
             Step::Lapse(true) => {
                 world.lapsed = true;
                 Vec::new()
@@ -408,7 +452,7 @@ fn live(steps: Vec<Step>) -> Result<(), TestCaseError> {
             Step::Lapse(false) => vec![world.renew()],
             Step::Kill(kept, done, with_machine) => {
                 let recovered = world.kill(kept, done, with_machine)?;
-                core = super::core_tests::core(Config::default());
+                core = super::core_tests::core(config());
                 vec![Input::Recovered(Box::new(recovered)), resume()]
             }
         };
@@ -433,7 +477,7 @@ impl World {
     fn renew(&mut self) -> Input {
         self.lapsed = false;
         self.renewals += 1;
-        Input::Work(WorkItem::Lease { until_ns: self.renewals, orphan_time: std::time::Duration::ZERO })
+        Input::Work(WorkItem::Lease { until_ns: self.renewals, orphan_time: Duration::ZERO })
     }
 
     /// Number `number` of the running calls ends.

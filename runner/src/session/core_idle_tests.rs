@@ -11,10 +11,15 @@ use crate::journal::{Recovered, RecoveredSession};
 use crate::work::*;
 
 const FREEZE: Duration = Duration::from_secs(60);
+const STOP: Duration = Duration::from_secs(300);
 const END: Duration = Duration::from_secs(600);
 
 fn with(freeze_after: Option<Duration>, end_after: Option<Duration>) -> Core {
-    core(Config { idle: IdlePolicy { freeze_after, end_after }, ..Config::default() })
+    policy(freeze_after, None, end_after)
+}
+
+fn policy(freeze_after: Option<Duration>, stop_after: Option<Duration>, end_after: Option<Duration>) -> Core {
+    core(Config { idle: IdlePolicy { freeze_after, stop_after, end_after }, ..Config::default() })
 }
 
 fn armed(actions: &[Action]) -> Option<Duration> {
@@ -38,6 +43,14 @@ fn thawed(result: Result<(), ToolFailure>) -> Input {
 
 fn refused() -> Result<(), ToolFailure> {
     Err(ToolFailure::new(Code::SandboxCreateFailed, "no", "none"))
+}
+
+fn stopped(result: Result<(), ToolFailure>) -> Input {
+    Input::Stopped { session_id: sid("s"), result }
+}
+
+fn stops(actions: &[Action]) -> bool {
+    actions.contains(&Action::Stop { session_id: sid("s") })
 }
 
 fn freezes(actions: &[Action]) -> bool {
@@ -163,14 +176,119 @@ fn a_session_may_ask_for_another_time_or_for_none() {
         (None, None, None),
     ] {
         let mut core = with(operator.map(Duration::from_secs), None);
-        let Input::Work(WorkItem::Open(mut request)) = open("s", 1) else { panic!("a request") };
-        request.idle_timeout = asked.map(Duration::from_secs);
-        core.handle(Input::Work(WorkItem::Open(request)));
-        let (session_id, receipt) = (sid("s"), Receipt::default());
-        core.handle(Input::SandboxReady { session_id, sandbox_id: sandbox_id(), receipt });
-        let actions = core.handle(Input::ReadyWritten { session_id: sid("s"), durable: true });
+        let actions = ready_with(&mut core, asked);
         assert_eq!(armed(&actions), expected.map(Duration::from_secs), "{asked:?} {operator:?}");
     }
+}
+
+/// The session is open, and has asked for this time.
+fn ready_with(core: &mut Core, idle_timeout: Option<u64>) -> Vec<Action> {
+    let Input::Work(WorkItem::Open(mut request)) = open("s", 1) else { panic!("a request") };
+    request.idle_timeout = idle_timeout.map(Duration::from_secs);
+    core.handle(Input::Work(WorkItem::Open(request)));
+    let (session_id, receipt) = (sid("s"), Receipt::default());
+    core.handle(Input::SandboxReady { session_id, sandbox_id: sandbox_id(), receipt });
+    core.handle(Input::ReadyWritten { session_id: sid("s"), durable: true })
+}
+
+/// A session without processes.
+fn without_processes(core: &mut Core) {
+    at_rest(core);
+    assert!(stops(&core.handle(passed())));
+    core.handle(stopped(Ok(())));
+    assert_eq!(stage(core), Some(SessionStage::Stopped));
+}
+
+#[test]
+fn a_session_stands_still_then_loses_its_processes_and_is_ended_at_last() {
+    let mut core = policy(Some(FREEZE), Some(STOP), Some(END));
+    ready(&mut core, "s", 1);
+    assert!(freezes(&core.handle(passed())));
+    assert_eq!(armed(&core.handle(frozen(Ok(())))), Some(STOP - FREEZE));
+    assert!(stops(&core.handle(passed())));
+    assert_eq!(armed(&core.handle(stopped(Ok(())))), Some(END - STOP));
+    assert!(closes(&core.handle(passed())));
+}
+
+#[test]
+fn a_session_without_processes_waits_with_its_next_call_until_it_is_woken() {
+    let mut core = policy(Some(FREEZE), Some(STOP), None);
+    without_processes(&mut core);
+
+    let actions = core.handle(call("s", 1, "c", 0));
+    assert!(thaws(&actions) && prepared(&actions).is_empty(), "where they stood still, so would new ones: {actions:?}");
+    assert_eq!(prepared(&core.handle(thawed(Ok(())))), ["c"]);
+    run(&mut core, "c");
+    assert_eq!(armed(&finish(&mut core, "c")), Some(FREEZE), "it begins anew after its last call");
+}
+
+#[test]
+fn processes_can_be_ended_without_having_stood_still() {
+    let mut core = policy(None, Some(STOP), Some(END));
+    ready(&mut core, "s", 1);
+    let actions = core.handle(passed());
+    assert!(stops(&actions) && !freezes(&actions));
+    let call = core.handle(call("s", 1, "c", 0));
+    assert!(!thaws(&call) && prepared(&call).is_empty(), "the two requests may overtake each other: {call:?}");
+    assert!(thaws(&core.handle(stopped(Ok(())))));
+    assert_eq!(prepared(&core.handle(thawed(Ok(())))), ["c"]);
+}
+
+#[test]
+fn processes_that_do_not_end_are_left_alone_until_after_the_next_call() {
+    let mut core = policy(Some(FREEZE), Some(STOP), None);
+    at_rest(&mut core);
+    core.handle(passed());
+    assert_eq!(armed(&core.handle(stopped(refused()))), None);
+    assert!(!stops(&core.handle(passed())), "not before the next call");
+    assert!(thaws(&core.handle(call("s", 1, "c", 0))), "some of it may stand still");
+    assert_eq!(prepared(&core.handle(thawed(Ok(())))), ["c"]);
+    run(&mut core, "c");
+    finish(&mut core, "c");
+    assert!(freezes(&core.handle(passed())));
+    core.handle(frozen(Ok(())));
+    assert!(stops(&core.handle(passed())));
+}
+
+/// (asked by the session, freeze and stop of the operator, first step and its time)
+#[test]
+fn a_session_keeps_its_processes_for_as_long_as_it_has_asked_for() {
+    for (asked, freeze, stop, expected) in [
+        (None, Some(60), Some(300), Some((false, 60))),
+        (None, None, Some(300), Some((true, 300))),
+        (Some(100), None, Some(300), Some((false, 100))),
+        (Some(400), Some(60), Some(300), Some((true, 400))),
+        (Some(0), Some(60), Some(300), None),
+    ] {
+        let mut core = policy(freeze.map(Duration::from_secs), stop.map(Duration::from_secs), None);
+        let actions = ready_with(&mut core, asked);
+        assert_eq!(armed(&actions), expected.map(|(_, after)| Duration::from_secs(after)), "{asked:?} {freeze:?}");
+        let first = core.handle(passed());
+        assert_eq!(stops(&first), expected.is_some_and(|(stops, _)| stops), "{asked:?} {freeze:?}");
+    }
+}
+
+#[test]
+fn a_session_without_processes_is_taken_over_as_such_and_woken_by_its_next_call() {
+    let mut core = policy(Some(FREEZE), Some(STOP), Some(END));
+    let Input::Work(WorkItem::Open(open)) = open("s", 1) else { panic!("a request") };
+    let sandbox = Some((sandbox_id(), Receipt::default()));
+    let sessions = vec![RecoveredSession { open, sandbox, acknowledged: Vec::new() }];
+    core.handle(Input::Recovered(Box::new(Recovered { same_boot: true, sessions, ..Recovered::default() })));
+    let found = BTreeMap::new();
+    let attached = Input::SandboxAttached { session_id: sid("s"), found, processes: Processes::Ended };
+    assert_eq!(armed(&core.handle(attached)), Some(END - STOP));
+    assert_eq!(stage(&core), Some(SessionStage::Stopped));
+    core.handle(Input::Work(WorkItem::Resume { session_id: None }));
+    assert!(thaws(&core.handle(call("s", 1, "c", 0))));
+}
+
+#[test]
+fn a_session_without_processes_is_closed_like_any_other() {
+    let mut core = policy(Some(FREEZE), Some(STOP), None);
+    without_processes(&mut core);
+    assert!(closes(&core.handle(close("s", 1))));
+    assert!(core.handle(stopped(Ok(()))).is_empty() && core.handle(passed()).is_empty());
 }
 
 #[test]
@@ -197,7 +315,8 @@ fn a_session_that_is_taken_over_at_rest_stays_so_until_its_next_call() {
     let sandbox = Some((sandbox_id(), Receipt::default()));
     let sessions = vec![RecoveredSession { open, sandbox, acknowledged: Vec::new() }];
     core.handle(Input::Recovered(Box::new(Recovered { same_boot: true, sessions, ..Recovered::default() })));
-    let attached = Input::SandboxAttached { session_id: sid("s"), found: BTreeMap::new(), frozen: true };
+    let attached =
+        Input::SandboxAttached { session_id: sid("s"), found: BTreeMap::new(), processes: Processes::Frozen };
     assert_eq!(armed(&core.handle(attached)), Some(END - FREEZE));
     assert_eq!(stage(&core), Some(SessionStage::Frozen));
     assert!(!thaws(&core.handle(call("s", 1, "c", 0))), "no orchestrator has renewed the lease");

@@ -65,6 +65,8 @@ struct Model {
     acknowledged: BTreeSet<CallId>,
     /// Sessions whose processes stand still, or are about to.
     frozen: BTreeSet<SessionId>,
+    /// Sessions whose processes are ended, or are about to be.
+    stopped: BTreeSet<SessionId>,
     arrival: BTreeMap<SessionId, Vec<CallId>>,
 }
 
@@ -79,15 +81,15 @@ impl Model {
                 Action::Freeze { session_id } => {
                     prop_assert!(self.frozen.insert(session_id.clone()), "{session_id} stopped twice");
                 }
+                Action::Stop { session_id } => {
+                    prop_assert!(self.stopped.insert(session_id.clone()), "processes of {session_id} ended twice");
+                }
                 Action::Tell(Update::SessionEnded { session_id, .. }) => {
                     self.frozen.remove(session_id);
+                    self.stopped.remove(session_id);
                 }
                 Action::Prepare { session_id, call } => {
-                    prop_assert!(
-                        !self.frozen.contains(session_id),
-                        "{} given to a sandbox that stands still",
-                        call.call_id
-                    );
+                    prop_assert!(!self.rests(session_id), "{} given to a sandbox that stands still", call.call_id);
                     prop_assert!(self.prepared.insert(call.call_id.clone()), "{} prepared twice", call.call_id);
                     prop_assert!(gated || self.accepted.contains(&call.call_id), "ungated start before acceptance");
                     let order = self.arrival.get(session_id).cloned().unwrap_or_default();
@@ -96,7 +98,7 @@ impl Model {
                     prop_assert!(!later.iter().any(|id| self.prepared.contains(id)), "order of {session_id} is broken");
                 }
                 Action::Go { session_id, call_id } => {
-                    prop_assert!(!self.frozen.contains(session_id), "{call_id} let go where everything stands still");
+                    prop_assert!(!self.rests(session_id), "{call_id} let go where everything stands still");
                     prop_assert!(self.gone.insert(call_id.clone()), "gate of {call_id} opened twice");
                     prop_assert!(self.accepted.contains(call_id) && self.start_written.contains(call_id));
                     prop_assert!(gated);
@@ -119,6 +121,10 @@ impl Model {
             }
         }
         Ok(())
+    }
+
+    fn rests(&self, session_id: &SessionId) -> bool {
+        self.frozen.contains(session_id) || self.stopped.contains(session_id)
     }
 
     fn answer(&mut self, action: Action, well: bool, gated: bool) -> Option<Input> {
@@ -161,7 +167,12 @@ impl Model {
             }
             Action::Abort { call_id, .. } => Input::Aborted { call_id },
             Action::Freeze { session_id } => Input::Frozen { session_id, result: answered(well) },
+            Action::Stop { session_id } => Input::Stopped { session_id, result: answered(well) },
             Action::Thaw { session_id } => {
+                // What could not be woken may be there in part, and its processes are ended again.
+                if self.stopped.remove(&session_id) && !well {
+                    self.frozen.insert(session_id.clone());
+                }
                 if well {
                     self.frozen.remove(&session_id);
                 }
@@ -190,6 +201,7 @@ fn answerable(action: &Action) -> bool {
             | Action::Prepare { .. }
             | Action::Abort { .. }
             | Action::Freeze { .. }
+            | Action::Stop { .. }
             | Action::Thaw { .. }
     )
 }
@@ -260,7 +272,8 @@ fn check_bounds(core: &Core, config: &Config) -> Result<(), TestCaseError> {
 }
 
 fn check(steps: &[Step], gated: bool) -> Result<(), TestCaseError> {
-    let idle = IdlePolicy { freeze_after: Some(Duration::from_secs(1)), end_after: Some(Duration::from_secs(2)) };
+    let [freeze_after, stop_after, end_after] = [1, 2, 3].map(|seconds| Some(Duration::from_secs(seconds)));
+    let idle = IdlePolicy { freeze_after, stop_after, end_after };
     let config =
         Config { gated, queued_per_session: 3, queued_per_runner: 5, running_per_runner: 2, idle, ..Config::default() };
     let mut core = core(config);

@@ -73,8 +73,11 @@ fn takeover_of_a_session_that_is_being_opened_or_taken_over_from_an_earlier_runn
     let mut attaching = core(Config::default());
     attaching.handle(Input::Recovered(Box::new(left(Vec::new()))));
     attaching.handle(open("s", 9));
-    let attached =
-        attaching.handle(Input::SandboxAttached { session_id: sid("s"), found: BTreeMap::new(), frozen: false });
+    let attached = attaching.handle(Input::SandboxAttached {
+        session_id: sid("s"),
+        found: BTreeMap::new(),
+        processes: Processes::Run,
+    });
     assert_eq!(placements_told(&attached), Vec::<u64>::new(), "{attached:?}");
     assert_eq!(placements_told(&attaching.handle(written())), [9]);
 }

@@ -38,7 +38,7 @@ pub(super) fn attached(recovered: Recovered, found: &[(&str, FoundCall)]) -> (Co
     let mut core = core(Config::default());
     let mut actions = core.handle(Input::Recovered(Box::new(recovered)));
     let found: BTreeMap<_, _> = found.iter().map(|(id, found)| (cid(id), *found)).collect();
-    actions.extend(core.handle(Input::SandboxAttached { session_id: sid("s"), found, frozen: false }));
+    actions.extend(core.handle(Input::SandboxAttached { session_id: sid("s"), found, processes: Processes::Run }));
     actions.extend(core.handle(Input::Work(WorkItem::Resume { session_id: None })));
     written(&mut core, &mut actions);
     (core, actions)
@@ -93,7 +93,8 @@ fn accepted_call_is_handed_over_in_its_turn_once_it_may_be() {
     let mut core = core(Config::default());
     core.handle(Input::Recovered(Box::new(left(calls))));
 
-    let before = core.handle(Input::SandboxAttached { session_id: sid("s"), found: BTreeMap::new(), frozen: false });
+    let before =
+        core.handle(Input::SandboxAttached { session_id: sid("s"), found: BTreeMap::new(), processes: Processes::Run });
     let mut after = core.handle(Input::Work(WorkItem::Resume { session_id: None }));
     assert!(!is_handed_over(&after, "a"), "an earlier runner may have died of it, so this one is counted first");
     written(&mut core, &mut after);
@@ -143,7 +144,7 @@ fn restart_without_a_lease_is_not_counted_against_a_call_that_waits_at_its_gate(
     core.handle(Input::Recovered(Box::new(left(vec![held("a", None, RecoveredPhase::Started)]))));
     let found = BTreeMap::from([(cid("a"), FoundCall::Prepared)]);
 
-    let attached = core.handle(Input::SandboxAttached { session_id: sid("s"), found, frozen: false });
+    let attached = core.handle(Input::SandboxAttached { session_id: sid("s"), found, processes: Processes::Run });
     let resumed = core.handle(Input::Work(WorkItem::Resume { session_id: None }));
 
     assert!(!attached.contains(&Action::WriteStarted { call_id: cid("a") }), "{attached:?}");
@@ -154,7 +155,7 @@ fn restart_without_a_lease_is_not_counted_against_a_call_that_waits_at_its_gate(
 fn cancel_ends_a_restored_call_whose_start_is_being_written_down() {
     let mut core = core(Config::default());
     core.handle(Input::Recovered(Box::new(left(vec![held("a", None, RecoveredPhase::Accepted)]))));
-    core.handle(Input::SandboxAttached { session_id: sid("s"), found: BTreeMap::new(), frozen: false });
+    core.handle(Input::SandboxAttached { session_id: sid("s"), found: BTreeMap::new(), processes: Processes::Run });
     core.handle(Input::Work(WorkItem::Resume { session_id: None }));
 
     let cancelled = core.handle(super::core_tests::cancel("s", 3, "a", CancelMode::Kill));
@@ -170,7 +171,8 @@ fn call_that_never_arrived_is_answered_when_its_session_is_closed_meanwhile() {
     core.handle(Input::Recovered(Box::new(left(vec![held("a", None, RecoveredPhase::Started)]))));
     core.handle(super::core_tests::close("s", 3));
 
-    let actions = core.handle(Input::SandboxAttached { session_id: sid("s"), found: BTreeMap::new(), frozen: false });
+    let actions =
+        core.handle(Input::SandboxAttached { session_id: sid("s"), found: BTreeMap::new(), processes: Processes::Run });
 
     assert!(matches!(outcome_of(&actions, "a"), Some(Outcome::Cancelled { before_start: true, .. })), "{actions:?}");
     assert!(actions.iter().any(|action| matches!(action, Action::CloseSandbox { .. })));
@@ -406,7 +408,7 @@ fn session_that_is_closed_while_its_sandbox_is_taken_over_begins_nothing_and_end
     let mut actions = core.handle(super::core_tests::close("s", 3));
 
     let found = BTreeMap::from([(cid("gated"), FoundCall::Prepared)]);
-    actions.extend(core.handle(Input::SandboxAttached { session_id: sid("s"), found, frozen: false }));
+    actions.extend(core.handle(Input::SandboxAttached { session_id: sid("s"), found, processes: Processes::Run }));
     actions.extend(core.handle(Input::Aborted { call_id: cid("gated") }));
 
     for id in ["gated", "absent", "queued"] {
@@ -424,7 +426,7 @@ fn gate_of_an_earlier_runner_is_opened_only_when_an_orchestrator_has_confirmed_t
     core.handle(Input::Recovered(Box::new(left(vec![held("a", None, RecoveredPhase::Started)]))));
     let found = BTreeMap::from([(cid("a"), FoundCall::Prepared)]);
 
-    let attached = core.handle(Input::SandboxAttached { session_id: sid("s"), found, frozen: false });
+    let attached = core.handle(Input::SandboxAttached { session_id: sid("s"), found, processes: Processes::Run });
     let alone = core.handle(Input::Work(WorkItem::Suspend { session_id: Some(sid("s")) }));
     let lease = core.handle(Input::Work(WorkItem::Resume { session_id: None }));
     let decided = core.handle(Input::Work(WorkItem::Resume { session_id: Some(sid("s")) }));

@@ -92,7 +92,8 @@ fn is_for_the_model(note: &Note) -> bool {
         | NoteKind::MemoryKills
         | NoteKind::FileReplaced
         | NoteKind::FileUnchanged
-        | NoteKind::FileUncertain => true,
+        | NoteKind::FileUncertain
+        | NoteKind::ProcessesEnded => true,
         // The first is told in the verdict. The second is normal: agents start servers on purpose.
         NoteKind::ShellRestarted | NoteKind::ProcessesLeft => false,
     }

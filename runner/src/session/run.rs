@@ -243,15 +243,16 @@ impl Loop {
                 warn!(%session_id, error = %failure, "sandbox could not be created");
                 self.inputs.push_back(Input::SandboxFailed { session_id, failure });
             }
-            Done::Attached(session_id, Ok(Attached { sandbox, found, frozen })) => {
-                info!(%session_id, sandbox_id = %sandbox.sandbox_id(), calls = found.len(), frozen, "sandbox taken over");
+            Done::Attached(session_id, Ok(Attached { sandbox, found, processes })) => {
+                let (sandbox_id, calls) = (sandbox.sandbox_id(), found.len());
+                info!(%session_id, %sandbox_id, calls, ?processes, "sandbox taken over");
                 crash_point::pass(Point::Attached, session_id.as_str());
                 for call_id in found.keys() {
                     self.outputs.insert_call(call_id.clone(), Arc::clone(&sandbox));
                 }
                 self.keep(session_id.clone(), sandbox);
                 self.attaching.remove(&session_id);
-                self.inputs.push_back(Input::SandboxAttached { session_id, found, frozen });
+                self.inputs.push_back(Input::SandboxAttached { session_id, found, processes });
                 self.settle().await;
                 self.take_board().await;
             }

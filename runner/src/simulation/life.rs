@@ -123,7 +123,7 @@ impl Life {
                             self.calls.insert(call_id.clone(), sandbox_id.clone());
                         }
                         self.sandboxes.insert(session_id.clone(), sandbox_id);
-                        self.handle(Input::SandboxAttached { session_id, found, frozen: false });
+                        self.handle(Input::SandboxAttached { session_id, found, processes: Processes::Run });
                     }
                     None => self.handle(Input::SandboxLost { session_id, reason: "not there".into() }),
                 }
@@ -247,6 +247,7 @@ impl Life {
             | Action::ArmStartDeadline { .. }
             | Action::ArmIdle { .. }
             | Action::Freeze { .. }
+            | Action::Stop { .. }
             | Action::Thaw { .. } => {}
         }
     }

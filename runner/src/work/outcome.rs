@@ -96,6 +96,8 @@ pub enum NoteKind {
     FileUnchanged,
     /// A tool that replaces a file was killed, and the file is neither.
     FileUncertain,
+    /// Every process of the sandbox was ended before this call, because there was none for long.
+    ProcessesEnded,
 }
 
 /// Something the caller should know beside the outcome.

@@ -203,14 +203,25 @@ pub enum FoundCall {
     Finished,
 }
 
+/// What the processes of the workload of a sandbox do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Processes {
+    /// They run.
+    Run,
+    /// They stand still, as `Sandbox::freeze` does it.
+    Frozen,
+    /// There are none, as `Sandbox::stop` does it. Those that come must be let go on first, as after `Frozen`.
+    Ended,
+}
+
 /// A sandbox of an earlier runner, taken over.
 pub struct Attached {
     /// The sandbox.
     pub sandbox: Arc<dyn Sandbox>,
     /// Every expected call that it knows. One that is absent never reached it, or was acknowledged.
     pub found: BTreeMap<CallId, FoundCall>,
-    /// Its processes are stopped, as `Sandbox::freeze` does it.
-    pub frozen: bool,
+    /// What its processes do.
+    pub processes: Processes,
 }
 
 impl fmt::Debug for Attached {
@@ -311,10 +322,15 @@ pub trait Sandbox: Send + Sync {
     /// Moves the moment, by CLOCK_BOOTTIME, at which the sandbox ends by itself.
     fn deadline(&self, boottime_ns: u64) -> BoxFuture<'static, Result<(), ToolFailure>>;
 
-    /// Stops every process of the workload, or lets all of them go on. What keeps the sandbox goes on in any case: its calls
+    /// Makes every process of the workload stand still, or lets all of them go on. What keeps the sandbox goes on in any case: its calls
     /// can be asked about, and it ends at its deadline. Repeating it changes nothing. An error leaves open which of the two
     /// is the case.
     fn freeze(&self, frozen: bool) -> BoxFuture<'static, Result<(), ToolFailure>>;
+
+    /// Ends every process of the workload, also where it stands still, while no call is prepared or running. The sandbox, its
+    /// files and the output of its calls stay. The next call, before which `freeze(false)` has to be asked for, begins with a
+    /// new shell, and its notes say what is gone. After an error some processes may be gone.
+    fn stop(&self) -> BoxFuture<'static, Result<(), ToolFailure>>;
 
     /// Ends the sandbox: politely first when `grace` is not zero. Returns when nothing of it is left but spools of
     /// unacknowledged calls. Running calls report their end through their observers before this returns.

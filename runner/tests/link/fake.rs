@@ -279,6 +279,10 @@ impl Sandbox for Fake {
         ready(Ok(()))
     }
 
+    fn stop(&self) -> BoxFuture<'static, Result<(), ToolFailure>> {
+        ready(Ok(()))
+    }
+
     fn close(&self, _grace: Duration) -> BoxFuture<'static, ()> {
         self.fakes.closed.fetch_add(1, Ordering::SeqCst);
         let calls: Vec<_> = self.calls.lock().unwrap().values().cloned().collect();

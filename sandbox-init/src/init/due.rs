@@ -35,6 +35,7 @@ impl Engine {
             self.orphan_at(),
             self.next_sweep,
             self.shutdown.map(|shutdown| shutdown.kill_at),
+            self.stop.and_then(|stop| stop.due()),
             self.shell_at(),
             // No spare is made on the way out: its moment would pass and the loop never sleep again.
             self.spare_at.filter(|_| self.shutdown.is_none() && self.shells.wanted),
@@ -89,6 +90,7 @@ impl Engine {
         for key in running {
             self.run_due_of_call(key, now);
         }
+        self.look_at_stop(now);
         if self.next_sweep.is_some_and(|sweep| sweep <= now) {
             self.next_sweep = self.slots.sweep().then(|| now.saturating_add(SWEEP_INTERVAL));
         }

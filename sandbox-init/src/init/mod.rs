@@ -50,6 +50,7 @@ pub mod slot;
 pub mod spawn;
 pub mod spawner;
 pub(crate) mod spool;
+mod stop_work;
 pub(crate) mod stream;
 pub(crate) mod terminal;
 pub(crate) mod tool_call;
@@ -61,6 +62,8 @@ mod reconnect_tests;
 mod serve_tests;
 #[cfg(test)]
 mod shell_tests;
+#[cfg(test)]
+mod stop_work_tests;
 #[cfg(test)]
 mod terminal_tests;
 #[cfg(test)]

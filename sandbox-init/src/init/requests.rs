@@ -27,7 +27,7 @@ const ACKNOWLEDGED_LIMIT: usize = 1024;
 /// Longest time between SIGTERM and SIGKILL at the end of the sandbox.
 const SHUTDOWN_GRACE_LIMIT_MS: u64 = 60_000;
 /// How long after the arrival of a runner a shell is started that nobody has asked for yet.
-const SHELL_DELAY: u64 = 20 * MILLISECOND;
+pub(super) const SHELL_DELAY: u64 = 20 * MILLISECOND;
 
 impl Engine {
     /// Handles one request and answers it.
@@ -48,6 +48,10 @@ impl Engine {
                 Ok(Some(body)) => Ok(body),
                 Err(refusal) => Err(refusal),
             },
+            Some(request::Body::StopWork(_)) => match self.stop_work(request_id) {
+                Ok(()) => return,
+                Err(refusal) => Err(refusal),
+            },
             Some(body) => self.act(body),
         };
         let body = result.unwrap_or_else(|refusal| {
@@ -57,7 +61,7 @@ impl Engine {
         self.send_answer(request_id, body);
     }
 
-    fn send_answer(&mut self, request_id: u64, body: frame::Body) {
+    pub(super) fn send_answer(&mut self, request_id: u64, body: frame::Body) {
         let frame = Frame { request_id, generation: self.generation, body: Some(body) };
         let sent = self.connection.as_mut().map(|connection| connection.answer(&frame));
         if matches!(sent, Some(Err(_))) {
@@ -68,8 +72,8 @@ impl Engine {
     fn act(&mut self, body: request::Body) -> Result<frame::Body, Refusal> {
         let done = Ok(frame::Body::Done(Done {}));
         match body {
-            // Handled before, both.
-            request::Body::Hello(_) | request::Body::StartCall(_) => done,
+            // Handled before, all of them.
+            request::Body::Hello(_) | request::Body::StartCall(_) | request::Body::StopWork(_) => done,
             request::Body::InputChunk(chunk) => self.staging.add(chunk).and(done),
             request::Body::Go(go) => self.go(&go.call_id).and(done),
             request::Body::Abort(abort) => self.abort(&abort.call_id).and(done),
@@ -118,7 +122,8 @@ impl Engine {
                 }
             }
         }
-        self.shells.wanted = true;
+        self.forget_who_stopped();
+        self.shells.wanted = self.stop.is_none();
         self.shells.not_before = now().saturating_add(SHELL_DELAY);
         Ok(frame::Body::Welcome(Welcome {
             major: PROTOCOL_MAJOR,
@@ -155,6 +160,9 @@ impl Engine {
         if self.shutdown.is_some() {
             return Err(Refusal::Busy("the sandbox is shutting down".to_owned()));
         }
+        if self.stop.is_some_and(|stop| stop.is_under_way()) {
+            return Err(Refusal::Busy("the processes of the sandbox are being ended".to_owned()));
+        }
         if self.calls.len() >= CALLS_LIMIT {
             return Err(Refusal::Busy(format!("{CALLS_LIMIT} calls are not acknowledged yet")));
         }
@@ -163,7 +171,7 @@ impl Engine {
         if !immediately {
             return Ok(Some(prepared));
         }
-        if let Err(refusal) = self.begin(key) {
+        if let Err(refusal) = self.begin_after_stop(key) {
             self.calls.remove(&key);
             return Err(refusal);
         }
@@ -179,7 +187,7 @@ impl Engine {
             return Ok(());
         }
         let key = self.find_key(call_id, "prepared", |phase| matches!(phase, Phase::Prepared))?;
-        self.begin(key)
+        self.begin_after_stop(key)
     }
 
     fn abort(&mut self, call_id: &str) -> Result<(), Refusal> {
@@ -339,7 +347,12 @@ impl Engine {
             // A long list is of no use to anybody and might not fit into a packet.
             pids: pids.iter().filter_map(|pid| u32::try_from(pid.as_raw()).ok()).take(64).collect(),
         });
-        SnapshotReply { calls: calls.collect(), shell_generation: self.shells.generation, slots: slots.collect() }
+        SnapshotReply {
+            calls: calls.collect(),
+            shell_generation: self.shells.generation,
+            slots: slots.collect(),
+            stopped: self.stop.is_some_and(|stop| stop.is_over()),
+        }
     }
 
     fn shut_down(&mut self, grace_ms: u64) {

@@ -24,6 +24,7 @@ use super::shell::{CallDirectory, Shell};
 use super::slot::Slots;
 use super::spawner::Spawner;
 use super::spool::SpoolDirectory;
+use super::stop_work::Stop;
 use super::tool_worker::ToolWorker;
 use super::{Context, ExitReason};
 
@@ -62,6 +63,8 @@ pub(crate) struct Engine {
     pub(super) orphan_timeout: Option<Duration>,
     pub(super) alone_since: Option<Moment>,
     pub(super) shutdown: Option<Shutdown>,
+    /// The work was ended, and no call has come since.
+    pub(super) stop: Option<Stop>,
     pub(super) next_sweep: Option<Moment>,
     /// Until then the loop does not sleep while a call runs.
     attentive_until: Moment,
@@ -159,6 +162,7 @@ impl Engine {
             orphan_timeout: context.orphan_timeout,
             alone_since: Some(now()),
             shutdown: None,
+            stop: None,
             next_sweep: None,
             attentive_until: 0,
             spare_at: None,

@@ -82,4 +82,7 @@ pub trait Spawner {
         let _ = slot;
         None
     }
+
+    /// Ends the process that [`Spawner::park`] has made, if there is one: no call is expected.
+    fn unpark(&mut self) {}
 }

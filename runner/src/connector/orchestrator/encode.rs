@@ -210,6 +210,7 @@ fn note(note: &Note) -> pb::Note {
         NoteKind::FileReplaced => pb::NoteKind::FileReplaced,
         NoteKind::FileUnchanged => pb::NoteKind::FileUnchanged,
         NoteKind::FileUncertain => pb::NoteKind::FileUncertain,
+        NoteKind::ProcessesEnded => pb::NoteKind::ProcessesEnded,
     };
     pb::Note { kind: kind.into(), text: note.text.clone() }
 }

@@ -31,6 +31,8 @@ pub struct Resumed {
     pub greeting: Greeting,
     /// Every expected call that it knows.
     pub found: BTreeMap<CallId, FoundCall>,
+    /// It says that every process of the workload was ended, and no call has begun since.
+    pub stopped: bool,
 }
 
 impl fmt::Debug for Resumed {
@@ -86,15 +88,15 @@ impl Control {
         let (control, greeting) = Self::greet(socket, output_root, generation, patience, calls).await?;
         let asked = control.request("snapshot", wire::request::Body::Snapshot(wire::Snapshot {})).await;
         let settled = control.shared().state().settled.take();
-        let mut settled = match (asked, settled) {
-            (Ok(wire::frame::Body::Snapshot(_)), Some(settled)) => settled,
+        let (mut settled, stopped) = match (asked, settled) {
+            (Ok(wire::frame::Body::Snapshot(reply)), Some(settled)) => (settled, reply.stopped),
             (Err(ControlError::Ended(end)), _) => return Err(end.into()),
             _ => return Err(control.violated(Violation::WrongAnswer { request: "snapshot" }).into()),
         };
         control.end_strangers(std::mem::take(&mut settled.strangers)).await?;
         let known = |call_id: CallId| Some((settled.found.remove(call_id.as_str())?, call_id));
         let found = call_ids.into_iter().filter_map(known).map(|(phase, call_id)| (call_id, phase)).collect();
-        Ok(Resumed { control, greeting, found })
+        Ok(Resumed { control, greeting, found, stopped })
     }
 
     async fn end_strangers(&self, strangers: Vec<(String, Disposal)>) -> Result<(), ControlError> {

@@ -44,7 +44,7 @@ fn shown(request_id: u64, calls: &[(&str, wire::CallPhase)]) -> Vec<u8> {
         streams: Vec::new(),
     };
     let calls = calls.iter().map(call).collect();
-    frame(request_id, Body::Snapshot(wire::SnapshotReply { calls, shell_generation: SHELLS, slots: Vec::new() }))
+    frame(request_id, Body::Snapshot(wire::SnapshotReply { calls, shell_generation: SHELLS, ..Default::default() }))
 }
 
 fn done(request_id: u64) -> Vec<u8> {
@@ -97,6 +97,20 @@ async fn over(recorder: &Recorder) {
         }
     };
     tokio::time::timeout(Duration::from_secs(20), heard).await.expect("the end is told");
+}
+
+#[tokio::test]
+async fn sandbox_without_processes_is_known_as_such() {
+    for stopped in [true, false] {
+        let socket = process_1(move |request| match request.body {
+            Some(Ask::Hello(_)) => vec![welcome(request.request_id)],
+            _ => {
+                let reply = wire::SnapshotReply { shell_generation: SHELLS, stopped, ..Default::default() };
+                vec![frame(request.request_id, Body::Snapshot(reply))]
+            }
+        });
+        assert_eq!(attach(socket, Vec::new()).await.expect("taken over").stopped, stopped);
+    }
 }
 
 #[tokio::test]

@@ -201,6 +201,7 @@ fn note(note: wire::Note) -> Checked<Note> {
         Ok(wire::NoteKind::FileReplaced) => NoteKind::FileReplaced,
         Ok(wire::NoteKind::FileUnchanged) => NoteKind::FileUnchanged,
         Ok(wire::NoteKind::FileUncertain) => NoteKind::FileUncertain,
+        Ok(wire::NoteKind::ProcessesEnded) => NoteKind::ProcessesEnded,
         Ok(wire::NoteKind::Unspecified) | Err(_) => return Err(Violation::impossible("note.kind", note.kind)),
     };
     Ok(Note { kind, text: text("note.text", note.text)? })

@@ -381,6 +381,14 @@ impl Control {
         self.request_done("shutdown", wire::request::Body::Shutdown(shutdown)).await
     }
 
+    /// Ends every process of the workload, also where it stands still; the files stay. Returns when nothing of it is there.
+    ///
+    /// # Errors
+    /// [`ControlError`]; after a refusal some of it may be gone.
+    pub async fn stop_work(&self) -> Result<(), ControlError> {
+        self.request_done("stop_work", wire::request::Body::StopWork(wire::StopWork {})).await
+    }
+
     async fn request_done(&self, kind: &'static str, body: wire::request::Body) -> Result<(), ControlError> {
         match self.request(kind, body).await? {
             wire::frame::Body::Done(_) => Ok(()),

@@ -1,8 +1,8 @@
-//! A session without calls: after a while its processes are stopped, the next call lets them go on, and one that nobody wants
-//! any more is ended.
+//! A session without calls: after a while its processes stand still, after a longer one they are ended and its files stay, the
+//! next call lets it go on, and one that nobody wants any more is ended.
 //!
-//! Nothing is handed to a sandbox that stands still: a call waits in its queue until the processes go on, which is asked for
-//! when it arrives. What is stopped is the workload only, so a sandbox whose runner is lost ends at its deadline all the same.
+//! Nothing is handed to a sandbox that stands still or has no processes: a call waits in its queue until it goes on, which is
+//! asked for when it arrives. Only the workload is meant: a sandbox whose runner is lost ends at its deadline all the same.
 
 use std::time::Duration;
 
@@ -14,27 +14,42 @@ impl Core {
     /// Begins to count, or counts on, where a session has nothing to do.
     pub(super) fn arm_idle(&mut self, session_id: &SessionId) {
         let Some(session) = self.sessions.get(session_id).filter(|session| session.is_idle()) else { return };
-        let (freeze_after, end_after) = (self.freeze_after(session), self.config.idle.end_after);
-        let within = match session.rest {
-            Rest::Awake => freeze_after.or(end_after),
-            Rest::Frozen => end_after.map(|end| end.saturating_sub(freeze_after.unwrap_or_default())),
+        let (freeze, stop, end) = (self.freeze_after(session), self.stop_after(session), self.config.idle.end_after);
+        let (counted, next) = match session.rest {
+            Rest::Awake => (None, freeze.or(stop).or(end)),
+            Rest::Frozen => (freeze, stop.or(end)),
+            Rest::Stopped => (stop, end),
             // Whatever comes of it counts on.
-            Rest::Freezing | Rest::Waking => None,
+            Rest::Freezing | Rest::Stopping | Rest::Waking => return,
         };
-        if let Some(within) = within {
+        if let Some(next) = next {
+            let within = next.saturating_sub(counted.unwrap_or_default());
             self.actions.push(Action::ArmIdle { session_id: session_id.clone(), within });
         }
     }
 
-    /// When it is to be stopped; `None` when it is not, or is ended before.
+    /// When its processes are to stand still; `None` when they are not, or something else comes first.
     fn freeze_after(&self, session: &Session) -> Option<Duration> {
         let asked = session.open_request.idle_timeout.or(self.config.idle.freeze_after);
+        let next = self.stop_after(session).or(self.config.idle.end_after);
         asked
             .filter(|after| !after.is_zero() && !session.stays_awake)
-            .filter(|after| self.config.idle.end_after.is_none_or(|end| *after < end))
+            .filter(|after| next.is_none_or(|next| *after < next))
     }
 
-    /// Sessions without calls that may be stopped need not wait for it when others wait for memory: they would ask for more.
+    /// When its processes are to be ended; `None` when they are not, or it is ended before. A session that has asked for them
+    /// to run for longer keeps them for as long, and one that wants them never to stand still keeps them to its end.
+    fn stop_after(&self, session: &Session) -> Option<Duration> {
+        let stop = self.config.idle.stop_after.filter(|_| !session.keeps_processes)?;
+        let after = match session.open_request.idle_timeout {
+            Some(asked) if asked.is_zero() => return None,
+            Some(asked) => stop.max(asked),
+            None => stop,
+        };
+        self.config.idle.end_after.is_none_or(|end| after < end).then_some(after)
+    }
+
+    /// Sessions without calls that may stand still need not wait for it when others wait for memory: they would ask for more.
     pub(super) fn freeze_under_pressure(&mut self) {
         if !self.pressure.is_short_of(Resource::Memory) {
             return;
@@ -52,14 +67,18 @@ impl Core {
 
     pub(super) fn idle_passed(&mut self, session_id: &SessionId) {
         let Some(session) = self.sessions.get(session_id).filter(|session| session.is_idle()) else { return };
-        let freezes = self.freeze_after(session).is_some();
+        let (freezes, stops) = (self.freeze_after(session).is_some(), self.stop_after(session).is_some());
         match session.rest {
             Rest::Awake if freezes => {
                 self.set_rest(session_id, Rest::Freezing);
                 self.actions.push(Action::Freeze { session_id: session_id.clone() });
             }
-            Rest::Awake | Rest::Frozen => self.end_idle(session_id),
-            Rest::Freezing | Rest::Waking => {}
+            Rest::Awake | Rest::Frozen if stops => {
+                self.set_rest(session_id, Rest::Stopping);
+                self.actions.push(Action::Stop { session_id: session_id.clone() });
+            }
+            Rest::Awake | Rest::Frozen | Rest::Stopped => self.end_idle(session_id),
+            Rest::Freezing | Rest::Stopping | Rest::Waking => {}
         }
     }
 
@@ -82,6 +101,17 @@ impl Core {
         self.arm_idle(session_id);
     }
 
+    /// After an error some of its processes may be there, standing still or not: it is woken like one that is frozen.
+    pub(super) fn stopped(&mut self, session_id: &SessionId, result: &Result<(), ToolFailure>) {
+        let Some(session) = self.sessions.get_mut(session_id).filter(|session| session.rest == Rest::Stopping) else {
+            return;
+        };
+        session.keeps_processes = result.is_err();
+        session.rest = if result.is_ok() { Rest::Stopped } else { Rest::Frozen };
+        self.start_in(session_id);
+        self.arm_idle(session_id);
+    }
+
     /// A call came, or was there when the sandbox was taken over.
     pub(super) fn wake(&mut self, session_id: &SessionId) {
         self.set_rest(session_id, Rest::Waking);
@@ -94,7 +124,7 @@ impl Core {
         };
         match result {
             Ok(()) => {
-                (session.rest, session.stays_awake) = (Rest::Awake, false);
+                (session.rest, session.stays_awake, session.keeps_processes) = (Rest::Awake, false, false);
                 self.start_in(session_id);
             }
             // What waits has provably not begun; the next call tries again.

@@ -101,7 +101,9 @@ impl Core {
             Input::Recovered(recovered) => self.restore(*recovered),
             Input::ResumeWritten { call_id, durable } => self.journalled_resume(&call_id, durable),
             Input::MinutePassed => self.minute_passed(),
-            Input::SandboxAttached { session_id, found, frozen } => self.sandbox_attached(&session_id, &found, frozen),
+            Input::SandboxAttached { session_id, found, processes } => {
+                self.sandbox_attached(&session_id, &found, processes);
+            }
             Input::SandboxReady { session_id, sandbox_id, receipt } => {
                 self.sandbox_ready(&session_id, sandbox_id, receipt);
             }
@@ -133,6 +135,7 @@ impl Core {
             Input::StartDeadline { call_id } => self.start_deadline(&call_id),
             Input::IdlePassed { session_id } => self.idle_passed(&session_id),
             Input::Frozen { session_id, result } => self.frozen(&session_id, &result),
+            Input::Stopped { session_id, result } => self.stopped(&session_id, &result),
             Input::Thawed { session_id, result } => self.thawed(&session_id, result),
         }
         self.drain_idle_sessions();

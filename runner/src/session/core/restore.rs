@@ -13,7 +13,7 @@ use super::{
     Action, Call, CallId, CallPhase, Code, Core, Phase, Replay, Session, SessionEnd, SessionId, SessionPhase, Update,
 };
 use crate::journal::{MOST_STARTS, Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
-use crate::work::{FoundCall, Gate};
+use crate::work::{FoundCall, Gate, Processes};
 
 impl Core {
     pub(super) fn restore(&mut self, recovered: Recovered) {
@@ -159,10 +159,14 @@ impl Core {
         &mut self,
         session_id: &SessionId,
         found: &BTreeMap<CallId, FoundCall>,
-        frozen: bool,
+        processes: Processes,
     ) {
         let Some(session) = self.sessions.get_mut(session_id) else { return };
-        session.rest = if frozen { Rest::Frozen } else { Rest::Awake };
+        session.rest = match processes {
+            Processes::Run => Rest::Awake,
+            Processes::Frozen => Rest::Frozen,
+            Processes::Ended => Rest::Stopped,
+        };
         let closing = match &session.phase {
             SessionPhase::Closing(ending) => Some(ending.grace),
             SessionPhase::Opening | SessionPhase::Recording | SessionPhase::Ready => None,

@@ -30,8 +30,10 @@ pub(super) struct Session {
     pub(super) suspended: bool,
     /// Whether its processes run.
     pub(super) rest: Rest,
-    /// They could not be stopped, so that is not tried again before the next call.
+    /// They could not be made to stand still, so that is not tried again before the next call.
     pub(super) stays_awake: bool,
+    /// They could not be ended, so that is not tried again before the next call.
+    pub(super) keeps_processes: bool,
     /// Waiting calls, in order.
     pub(super) queue: VecDeque<CallId>,
     /// Calls between preparation and end.
@@ -49,11 +51,15 @@ pub(super) struct Session {
 pub(super) enum Rest {
     /// They do.
     Awake,
-    /// They are being stopped.
+    /// They are about to stand still.
     Freezing,
     /// They stand still, and nothing can begin.
     Frozen,
-    /// They are about to go on, because something wants to begin.
+    /// They are being ended.
+    Stopping,
+    /// There are none, and nothing can begin: where they stood still, so would what is new.
+    Stopped,
+    /// What is there is about to go on, because something wants to begin.
     Waking,
 }
 
@@ -95,6 +101,8 @@ pub enum SessionStage {
     Ready,
     /// It takes calls, and its processes stand still until one comes.
     Frozen,
+    /// It takes calls, and has files but no processes until one comes.
+    Stopped,
     /// It takes nothing more.
     Closing,
 }
@@ -114,6 +122,7 @@ impl Session {
             suspended: false,
             rest: Rest::Awake,
             stays_awake: false,
+            keeps_processes: false,
             queue: VecDeque::new(),
             active: HashSet::new(),
             open: 0,
@@ -135,7 +144,7 @@ impl Session {
     pub(super) fn must_wake(&self) -> bool {
         matches!(self.phase, SessionPhase::Ready)
             && !self.suspended
-            && self.rest == Rest::Frozen
+            && matches!(self.rest, Rest::Frozen | Rest::Stopped)
             && !(self.queue.is_empty() && self.active.is_empty())
     }
 
@@ -147,6 +156,7 @@ impl Session {
     pub(super) fn stage(&self) -> SessionStage {
         match self.phase {
             SessionPhase::Opening | SessionPhase::Recording => SessionStage::Opening,
+            SessionPhase::Ready if self.rest == Rest::Stopped => SessionStage::Stopped,
             SessionPhase::Ready if self.rest == Rest::Frozen && !self.stays_awake => SessionStage::Frozen,
             SessionPhase::Ready => SessionStage::Ready,
             SessionPhase::Closing(_) => SessionStage::Closing,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::journal::{Record, Recovered};
 use crate::work::{
-    CallId, CallPhase, CallResult, CancelMode, FoundCall, Gate, PreparedCall, Receipt, SandboxId, SessionId,
+    CallId, CallPhase, CallResult, CancelMode, FoundCall, Gate, PreparedCall, Processes, Receipt, SandboxId, SessionId,
     SessionOpen, ToolCall, ToolFailure, Update, WorkItem,
 };
 
@@ -36,8 +36,10 @@ pub struct Config {
 /// What becomes of a session without calls, counted from the end of the last one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct IdlePolicy {
-    /// When its processes are stopped, unless the session says otherwise; `None`: never.
+    /// When its processes are made to stand still, unless the session says otherwise; `None`: never.
     pub freeze_after: Option<Duration>,
+    /// When its processes are ended and its files stay, unless the session wants them for longer; `None`: never.
+    pub stop_after: Option<Duration>,
     /// When it is ended; `None`: never.
     pub end_after: Option<Duration>,
 }
@@ -69,8 +71,8 @@ pub enum Input {
         session_id: SessionId,
         /// The calls that it knows.
         found: BTreeMap<CallId, FoundCall>,
-        /// Its processes are stopped.
-        frozen: bool,
+        /// What its processes do.
+        processes: Processes,
     },
     /// `Action::WriteResumed` is done.
     ResumeWritten {
@@ -228,6 +230,13 @@ pub enum Input {
         /// The session.
         session_id: SessionId,
         /// Whether its processes stand still.
+        result: Result<(), ToolFailure>,
+    },
+    /// `Action::Stop` is done, or failed.
+    Stopped {
+        /// The session.
+        session_id: SessionId,
+        /// Whether none of its processes is there.
         result: Result<(), ToolFailure>,
     },
     /// `Action::Thaw` is done, or failed.
@@ -408,8 +417,13 @@ pub enum Action {
         /// From now.
         within: Duration,
     },
-    /// Stop the processes of a sandbox: `Frozen`.
+    /// Make the processes of a sandbox stand still: `Frozen`.
     Freeze {
+        /// Its session.
+        session_id: SessionId,
+    },
+    /// End the processes of a sandbox, and keep the sandbox: `Stopped`.
+    Stop {
         /// Its session.
         session_id: SessionId,
     },

@@ -201,12 +201,27 @@ impl Loop {
                     counters
                         .add(if result.is_ok() { "sessions_frozen_total" } else { "sessions_not_frozen_total" }, &[]);
                     match &result {
-                        Ok(()) => tracing::info!(%session_id, "session has nothing to do, its processes are stopped"),
+                        Ok(()) => tracing::info!(%session_id, "session has nothing to do, its processes stand still"),
                         Err(failure) => {
                             tracing::warn!(%session_id, error = %failure, "processes of an idle session go on");
                         }
                     }
                     Done::Input(Input::Frozen { session_id, result })
+                });
+            }
+            Action::Stop { session_id } => {
+                let Some(sandbox) = self.outputs.session(&session_id) else { return };
+                let counters = self.counters.clone();
+                self.beside(sandbox.stop(), move |result| {
+                    counters
+                        .add(if result.is_ok() { "sessions_stopped_total" } else { "sessions_not_stopped_total" }, &[]);
+                    match &result {
+                        Ok(()) => tracing::info!(%session_id, "session has nothing to do, its processes are ended"),
+                        Err(failure) => {
+                            tracing::warn!(%session_id, error = %failure, "processes of an idle session do not end");
+                        }
+                    }
+                    Done::Input(Input::Stopped { session_id, result })
                 });
             }
             Action::Thaw { session_id } => {

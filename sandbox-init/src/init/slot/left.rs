@@ -28,6 +28,15 @@ impl Slots {
         }
     }
 
+    /// Gives back the slot that was made ahead, with the process in it. One that is about to be killed is of no use: whoever is
+    /// cloned into a group whose kill file was written at any time before is killed at once (Linux 6.18).
+    pub(crate) fn drop_spare(&mut self) {
+        self.parked = None;
+        if let Some(spare) = self.spare.take() {
+            self.give_back(spare, "");
+        }
+    }
+
     /// Whether a slot was given back since the last sweep.
     pub(crate) fn is_unswept(&self) -> bool {
         self.is_unswept

@@ -97,6 +97,11 @@ impl Slots {
         }
     }
 
+    /// Whether a process is in any slot.
+    pub(crate) fn has_processes(&self) -> bool {
+        self.slots.keys().any(|id| !self.processes(*id).is_empty())
+    }
+
     /// Sends a signal to every process of every slot but these.
     pub(crate) fn signal_all_but(&self, others: &[SlotId], signal: Signal) {
         for id in self.slots.keys().filter(|id| !others.contains(id)) {

@@ -159,6 +159,15 @@ impl Spawner for SpawnerClient {
         }
         self.spare.as_ref().map(|spare| spare.pid)
     }
+
+    fn unpark(&mut self) {
+        if self.ordered.is_some() {
+            self.spare = self.collect().ok();
+        }
+        if let Some(spare) = self.spare.take() {
+            let _ = pidfd_signal(spare.pidfd.as_fd(), libc::SIGKILL);
+        }
+    }
 }
 
 impl SpawnerClient {

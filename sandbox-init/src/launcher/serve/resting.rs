@@ -38,7 +38,7 @@ impl Launcher<'_> {
         } else if !gone {
             process.memory = Memory::Asked;
             let order = Order { reclaim: process.name.clone(), ..Order::default() };
-            self.order(&order);
+            self.order(&order, None);
         }
     }
 
