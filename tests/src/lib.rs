@@ -10,6 +10,7 @@
 //! - [`rootfs`]: a directory that can be the root of a sandbox and holds the prober
 //! - [`daemon`]: a launcher as a service, a runner with its configuration, and an orchestrator
 //! - [`faultproxy`]: the wire between the last two, which can be broken
+//! - [`claude`]: the other end of the work queue of Claude Managed Agents
 //! - [`canary`]: files, a process and listeners on the host that no sandbox may reach
 //! - [`host`]: everything a sandbox could leave behind, counted from outside
 //! - [`launcher`]: a launcher of our own and a hostile runner's end of its socket
@@ -21,6 +22,7 @@
 #![forbid(unsafe_code)]
 
 pub mod canary;
+pub mod claude;
 pub mod daemon;
 pub mod faultproxy;
 pub mod host;
