@@ -41,8 +41,6 @@ pub enum How {
     Silence,
     /// It has its effect and is never answered.
     SilenceAfterEffect,
-    /// For polls: what is delivered stays in the queue, so that the next poll gets it as well.
-    DeliverTwice,
 }
 
 impl Fault {

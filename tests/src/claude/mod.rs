@@ -47,6 +47,7 @@ mod history;
 mod memory;
 pub mod official;
 mod plane;
+mod queue;
 mod request;
 mod route;
 mod script;
@@ -54,6 +55,7 @@ mod serve;
 mod session;
 mod skill;
 mod stream;
+mod thread;
 mod work;
 
 use std::sync::Arc;
@@ -72,8 +74,9 @@ pub use request::{Credential, Fate, Incoming, Recorded};
 pub use route::{Access, Endpoint};
 pub use script::Step;
 pub use serve::Guard;
-pub use session::{Call, CallState, Frame, Logged, NewSession, Session, Status, Thread};
+pub use session::{Call, CallState, Frame, Logged, NewSession, Session, Status};
 pub use skill::Skill;
+pub use thread::Thread;
 pub use work::{NO_HEARTBEAT, Secret, Token, Work, WorkState};
 
 use serve::Shared;

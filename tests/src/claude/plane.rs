@@ -109,6 +109,8 @@ pub struct ControlPlane {
     pub memory_stores: Vec<MemoryStore>,
     /// Faults that are still to happen.
     pub faults: Vec<Fault>,
+    /// So many deliveries are still to leave their item in the queue, so that the next poll gets it as well.
+    pub duplicate_deliveries: u32,
     /// Every request, in the order in which they arrived.
     pub record: Vec<Recorded>,
     /// Breaches of the protocol that were noticed. Empty after a run of a worker that keeps it.
@@ -163,6 +165,7 @@ impl ControlPlane {
             skills: Vec::new(),
             memory_stores: Vec::new(),
             faults: Vec::new(),
+            duplicate_deliveries: 0,
             record: Vec::new(),
             breaches: Vec::new(),
             begun: Instant::now(),

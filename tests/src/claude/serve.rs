@@ -129,7 +129,6 @@ async fn answer(shared: Arc<Shared>, request: Request<HyperBody>) -> Result<Resp
         shared.lock().record[number].fate = fate;
         Err(broken())
     };
-    let mut keep = false;
     match &how {
         Some(How::LoseRequest) => return lost(Fate::RequestLost),
         Some(How::Silence) => {
@@ -139,7 +138,6 @@ async fn answer(shared: Arc<Shared>, request: Request<HyperBody>) -> Result<Resp
                 .unwrap_or_else(|never| match never {}));
         }
         Some(How::Delay(time)) => tokio::time::sleep(*time).await,
-        Some(How::DeliverTwice) => keep = true,
         _ => {}
     }
     let outcome = match admitted {
@@ -149,7 +147,7 @@ async fn answer(shared: Arc<Shared>, request: Request<HyperBody>) -> Result<Resp
             _ => Ok(Reply::Empty),
         },
         Ok((route, credential)) if route.endpoint == Endpoint::Poll => {
-            poll(&shared, &route, &incoming, keep).await.map(Reply::Json).inspect(|_| drop(credential))
+            poll(&shared, &route, &incoming).await.map(Reply::Json).inspect(|_| drop(credential))
         }
         Ok((route, credential)) => shared.lock().serve(&route, &incoming, &credential),
     };
@@ -225,7 +223,7 @@ fn admit(shared: &Shared, incoming: Incoming) -> (usize, Admitted, Option<How>) 
 }
 
 /// Waits for an item as long as the poll allows.
-async fn poll(shared: &Shared, route: &Route, incoming: &Incoming, keep: bool) -> Result<Value, ApiError> {
+async fn poll(shared: &Shared, route: &Route, incoming: &Incoming) -> Result<Value, ApiError> {
     let block = incoming.number("block_ms", 1, BLOCK)?;
     let reclaim = incoming.number("reclaim_older_than_ms", 1, u64::from(u32::MAX))?.unwrap_or(RECLAIM);
     let reclaim = Duration::from_millis(reclaim);
@@ -239,7 +237,7 @@ async fn poll(shared: &Shared, route: &Route, incoming: &Incoming, keep: bool) -
         {
             let mut plane = shared.lock();
             if plane.is_due(environment_id, reclaim) {
-                return plane.poll(environment_id, reclaim, keep);
+                return plane.poll(environment_id, reclaim);
             }
         }
         let left = deadline.saturating_duration_since(Instant::now());

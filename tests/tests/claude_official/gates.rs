@@ -1,0 +1,77 @@
+//! Calls that wait for a verdict, end with their thread, or are interrupted.
+
+use std::time::Duration;
+
+use sandbox_runner_tests::claude::{CallState, Endpoint, Fate, ToolUse, Verdict};
+use sandbox_runner_tests::needs_official_sdk;
+use serde_json::json;
+
+use crate::{MAX_IDLE, World};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn interrupt_is_not_looked_at_and_the_turn_ends_with_the_call() {
+    let python = needs_official_sdk!();
+    let world = World::new(&python).await;
+    let (session, ids) = world.calls(vec![ToolUse::bash("touch begun; sleep 2; echo done")]);
+    world.file("begun").await;
+    world.mock.interrupt(&session, None);
+    assert_eq!(world.text(&session, &ids[0]).await, "done");
+    world.mock.turn_over(&session).await;
+    world.mock.stopped(&session).await;
+    let idle = world.mock.lock().session(&session).events("session.status_idle").last().copied().cloned().unwrap();
+    assert_eq!(idle["stop_reason"]["type"], "end_turn");
+    world.assert_no_breach();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn gated_call_waits_for_its_verdict_and_a_denied_one_never_runs() {
+    let python = needs_official_sdk!();
+    let world = World::new(&python).await;
+    let mark = |name: &str, permission| ToolUse::bash(&format!("echo {name} >> log")).permission(Some(permission));
+    let uses = vec![
+        mark("allowed", "ask"),
+        mark("refused", "ask"),
+        mark("novel", "some_new_value"),
+        mark("denied", "deny"),
+        mark("free", "allow"),
+        ToolUse::custom("lookup", json!({"order": 7})),
+    ];
+    let (session, ids) = world.calls(uses);
+    world.mock.result_of(&session, &ids[4]).await;
+    // Longer than the idle time: what waits for somebody keeps the worker.
+    tokio::time::sleep(Duration::from_secs_f64(MAX_IDLE * 2.0)).await;
+    world.mock.confirm(&session, &ids[1], Verdict::Deny);
+    world.mock.confirm(&session, &ids[0], Verdict::Allow);
+    world.mock.result_of(&session, &ids[0]).await;
+    world.mock.confirm(&session, &ids[2], Verdict::Allow);
+    world.mock.result_of(&session, &ids[2]).await;
+    let log = std::fs::read_to_string(world.worker.workdir().join("log")).unwrap();
+    assert_eq!(log, "free\nallowed\nnovel\n");
+    assert_eq!(world.mock.lock().session(&session).waiting(), [ids[5].clone()], "the custom tool is another client's");
+    world.assert_no_breach();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn thread_that_ends_takes_its_calls_with_it() {
+    let python = needs_official_sdk!();
+    let world = World::new(&python).await;
+    let (session, ids) = world.calls(vec![ToolUse::bash("echo primary")]);
+    world.mock.result_of(&session, &ids[0]).await;
+    let thread = world.mock.lock().spawn_thread(&session, "reviewer");
+    let uses = vec![
+        ToolUse::bash("touch begun; sleep 2; echo late").in_thread(&thread),
+        ToolUse::bash("touch never").in_thread(&thread),
+    ];
+    let of_thread = world.mock.lock().call_tools(&session, uses);
+    world.file("begun").await;
+    world.mock.lock().terminate_thread(&session, &thread);
+    let next = world.mock.lock().call_tools(&session, vec![ToolUse::bash("ls never 2>&1 || true")]).remove(0);
+    assert!(world.text(&session, &next).await.contains("No such file"));
+    for id in of_thread {
+        assert_eq!(world.mock.lock().session(&session).call(&id).state, CallState::Closed);
+    }
+    let posts = world.mock.requests(Endpoint::SendEvents);
+    assert!(posts.iter().all(|post| post.fate == Fate::Answered(200)) && posts.len() == 2);
+    world.end(&session).await;
+    world.assert_no_breach();
+}

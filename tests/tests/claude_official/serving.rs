@@ -1,0 +1,196 @@
+//! What a worker does with a work item from its delivery to its stop.
+
+use sandbox_runner_tests::claude::{
+    Credential, Endpoint, Expect, Fate, NewSession, Secret, Skill, Step, ToolUse, WorkState,
+};
+use sandbox_runner_tests::needs_official_sdk;
+use serde_json::{Value, json};
+
+use crate::{World, plain};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_tool_is_run_and_answered_and_the_item_is_stopped_after_the_idle_time() {
+    let python = needs_official_sdk!();
+    let world = World::new(&python).await;
+    let workdir = world.worker.workdir();
+    let file = format!("{}/a/b.txt", workdir.display());
+    let tool = |name: &str, input: Value, expect: Expect| ToolUse::new(name, input).expecting(expect);
+    let script = vec![
+        Step::Say("I begin.".to_owned()),
+        Step::Call(vec![ToolUse::bash("echo hi; echo err >&2").expecting(plain("hi\nerr"))]),
+        Step::Call(vec![
+            tool(
+                "write",
+                json!({"file_path": "a/b.txt", "content": "l1\nl2\nl3\n"}),
+                plain("wrote 9 bytes to a/b.txt"),
+            ),
+            tool("read", json!({"file_path": "a/b.txt", "view_range": [2, 2]}), plain("l2")),
+            tool(
+                "edit",
+                json!({"file_path": "a/b.txt", "old_string": "l2", "new_string": "L2"}),
+                plain("edited a/b.txt (1 replacement(s))"),
+            ),
+            tool("read", json!({"file_path": file}), plain("l1\nL2\nl3\n")),
+            tool("glob", json!({"pattern": "**/*.txt"}), plain(&file)),
+            tool("grep", json!({"pattern": "L2"}), plain(&format!("{file}:2:L2\n"))),
+        ]),
+        Step::Call(vec![
+            ToolUse::bash("cd /tmp && export A=5"),
+            ToolUse::bash("pwd; echo $A").expecting(plain("/tmp\n5")),
+            ToolUse::bash("echo out; false").expecting(Expect::Error("out".to_owned())),
+            tool(
+                "read",
+                json!({"file_path": "/etc/passwd"}),
+                Expect::Error("read: path '/etc/passwd' is outside the session's working directory".to_owned()),
+            ),
+            tool(
+                "edit",
+                json!({"file_path": "a/b.txt", "old_string": "l", "new_string": "x"}),
+                Expect::Error("edit: old_string appears 2 times in a/b.txt (must be unique)".to_owned()),
+            ),
+            ToolUse::bash("echo $ANTHROPIC_API_KEY$MOCK_MAX_IDLE").expecting(plain("1")),
+        ]),
+        Step::EndTurn("end_turn".to_owned()),
+    ];
+    let session = world.session(NewSession { script: Some(script), ..NewSession::default() });
+    world.mock.say(&session, "go");
+    world.mock.turn_over(&session).await;
+    world.mock.stopped(&session).await;
+    world.assert_no_breach();
+
+    let plane = world.mock.lock();
+    assert_eq!(plane.session(&session).events("user.tool_result").len(), 13);
+    let item = plane.work[0].clone();
+    assert_eq!((item.state, item.deliveries), (WorkState::Stopped, 1));
+    let own = Credential::SessionsToken { work_id: item.id.clone(), generation: 0 };
+    let key = Credential::EnvironmentKey(world.environment.id.clone());
+    for request in &plane.record {
+        let by_key = matches!(request.endpoint, Some(Endpoint::Poll | Endpoint::Ack));
+        assert_eq!(request.credential, if by_key { key.clone() } else { own.clone() }, "{}", request.line());
+        assert!(matches!(request.fate, Fate::Answered(200 | 204)), "{}: {:?}", request.line(), request.fate);
+        assert_eq!(request.incoming.header("x-api-key"), None);
+        let worker_id = request.incoming.header("anthropic-worker-id").is_some();
+        assert_eq!(worker_id, request.endpoint == Some(Endpoint::Poll), "{}", request.line());
+    }
+    let posts: Vec<Value> =
+        plane.record.iter().filter(|one| one.endpoint == Some(Endpoint::SendEvents)).map(|one| one.json()).collect();
+    assert!(posts.iter().all(|body| body["events"].as_array().unwrap().len() == 1), "one result a request");
+    let stop = plane.record.iter().find(|request| request.endpoint == Some(Endpoint::Stop)).unwrap();
+    assert_eq!(stop.json(), json!({"force": true}));
+    drop(plane);
+    let endpoints = world.endpoints(&session);
+    assert_eq!(endpoints[0], Endpoint::Ack);
+    let place = |endpoint| endpoints.iter().position(|one| *one == endpoint).unwrap();
+    // The stream is opened before the history is read, so that nothing is between them.
+    assert!(place(Endpoint::StreamEvents) < place(Endpoint::ListEvents));
+    assert!(place(Endpoint::Heartbeat) < place(Endpoint::StreamEvents));
+    assert_eq!(*endpoints.last().unwrap(), Endpoint::Stop);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn secret_without_a_token_makes_the_environment_key_serve() {
+    let python = needs_official_sdk!();
+    let world = World::new(&python).await;
+    for secret in [Secret::Missing, Secret::NotBase64, Secret::NotJson, Secret::NoToken, Secret::Unpadded] {
+        let session = world.session(NewSession { secret, ..NewSession::default() });
+        let id = world.mock.lock().call_tools(&session, vec![ToolUse::bash("echo hi")]).remove(0);
+        assert_eq!(world.text(&session, &id).await, "hi");
+        let post = world.mock.requests(Endpoint::SendEvents).pop().unwrap();
+        let by_token = matches!(post.credential, Credential::SessionsToken { .. });
+        assert_eq!(by_token, secret == Secret::Unpadded, "{secret:?}: {:?}", post.credential);
+        world.end(&session).await;
+    }
+    world.assert_no_breach();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn item_of_another_kind_and_of_an_ended_session_is_stopped_without_a_call() {
+    let python = needs_official_sdk!();
+    let world = World::new(&python).await;
+    let check = world.mock.lock().enqueue(&world.environment.id, "healthcheck", "check_1", Secret::Token);
+    let (session, ids) = world.calls(vec![ToolUse::bash("echo never")]);
+    world.mock.lock().terminate_session(&session);
+    world.mock.stopped(&session).await;
+    let plane = world.mock.lock();
+    assert_eq!(plane.item(&check).state, WorkState::Stopped);
+    assert_eq!(plane.session(&session).call(&ids[0]).result, None);
+    assert!(!plane.record.iter().any(|request| request.endpoint == Some(Endpoint::StreamEvents)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn next_message_is_another_item_and_the_files_are_still_there() {
+    let python = needs_official_sdk!();
+    let world = World::new(&python).await;
+    let script = vec![
+        Step::Call(vec![ToolUse::bash("X=1; echo kept > file")]),
+        Step::EndTurn("end_turn".to_owned()),
+        Step::Call(vec![ToolUse::bash("cat file; echo ${X-no variable}").expecting(plain("kept\nno variable"))]),
+        Step::Terminate,
+    ];
+    let session = world.session(NewSession { script: Some(script), ..NewSession::default() });
+    world.mock.say(&session, "one");
+    world.mock.turn_over(&session).await;
+    world.mock.stopped(&session).await;
+    world.mock.say(&session, "two");
+    world.mock.turn_over(&session).await;
+    world.mock.stopped(&session).await;
+    assert_eq!(world.mock.lock().work.len(), 2);
+    world.assert_no_breach();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn skills_and_memories_are_there_before_the_first_call_and_changes_come_back() {
+    let python = needs_official_sdk!();
+    let world = World::new(&python).await;
+    let home = tempfile::tempdir().unwrap();
+    std::fs::create_dir(home.path().join("pdf")).unwrap();
+    std::fs::write(home.path().join("pdf/SKILL.md"), "how to").unwrap();
+    let tar =
+        std::process::Command::new("tar").args(["-C", home.path().to_str().unwrap(), "-c", "pdf"]).output().unwrap();
+    let mount = home.path().join("notes");
+    let (store, session) = {
+        let mut plane = world.mock.lock();
+        let skill =
+            Skill { skill_id: "skill_1".into(), version_id: "skver_9".into(), name: "pdf".into(), archive: tar.stdout };
+        plane.skills.push(skill);
+        let store = plane.create_store();
+        for number in 0..25 {
+            plane.add_memory(&store, &format!("/notes/{number:02}.md"), &format!("note {number}")).unwrap();
+        }
+        let resource = json!({"type": "memory_store", "memory_store_id": store, "mount_path": mount,
+            "access": "read_write", "name": "notes", "description": "", "instructions": ""});
+        let new = NewSession {
+            resources: vec![resource],
+            skills: vec![("skill_1".to_owned(), "latest".to_owned())],
+            ..NewSession::default()
+        };
+        (store, plane.create_session(&world.environment.id, new).unwrap())
+    };
+    let mount = mount.display();
+    let command = format!(
+        "cat skills/pdf/SKILL.md; ls {mount}/notes | wc -l; echo changed > {mount}/notes/03.md; echo new > {mount}/new.md; rm {mount}/notes/04.md"
+    );
+    let id = world.mock.lock().call_tools(&session, vec![ToolUse::bash(&command)]).remove(0);
+    assert_eq!(world.text(&session, &id).await, "how to25");
+    world.end(&session).await;
+    let mut plane = world.mock.lock();
+    let memories = plane.store(&store).unwrap().memories.clone();
+    let content = |path: &str| memories.iter().find(|memory| memory.path == path).map(|memory| memory.content.clone());
+    assert_eq!(content("/notes/03.md").as_deref(), Some("changed\n"));
+    assert_eq!(content("/new.md").as_deref(), Some("new\n"));
+    assert_eq!(content("/notes/04.md"), None);
+    assert_eq!(content("/notes/05.md").as_deref(), Some("note 5"));
+    // Both are gone with the session.
+    assert!(!world.worker.workdir().join("skills/pdf").exists() && !home.path().join("notes").exists());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn worker_that_is_ended_stops_its_item() {
+    let python = needs_official_sdk!();
+    let world = World::new(&python).await;
+    let (session, ids) = world.calls(vec![ToolUse::bash("echo hi")]);
+    world.mock.result_of(&session, &ids[0]).await;
+    world.worker.terminate();
+    world.mock.stopped(&session).await;
+    world.assert_no_breach();
+}
