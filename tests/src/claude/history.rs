@@ -11,14 +11,17 @@ use super::request::Incoming;
 use super::work::page_of;
 
 /// Parameters that bound `processed_at`.
-const BOUNDS: [(&str, fn(&Instant, &Instant) -> bool); 4] = [
+const BOUNDS: [(&str, Holds); 4] = [
     ("created_at[gt]", |event, bound| event > bound),
     ("created_at[gte]", |event, bound| event >= bound),
     ("created_at[lt]", |event, bound| event < bound),
     ("created_at[lte]", |event, bound| event <= bound),
 ];
 
+/// Seconds and nanoseconds.
 type Instant = (i64, i32);
+/// Whether the time of an event is within a bound.
+type Holds = fn(&Instant, &Instant) -> bool;
 
 impl ControlPlane {
     /// A page of the events of a session, or of one thread of it.

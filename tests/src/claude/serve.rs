@@ -1,6 +1,5 @@
 //! The HTTP side: connections, faults, the record, and the poll that waits.
 
-use std::convert::Infallible;
 use std::io;
 use std::ops::{Deref, DerefMut};
 use std::pin::Pin;
@@ -133,23 +132,18 @@ async fn answer(shared: Arc<Shared>, request: Request<HyperBody>) -> Result<Resp
         Some(How::LoseRequest) => return lost(Fate::RequestLost),
         Some(How::Silence) => {
             shared.lock().record[number].fate = Fate::RequestLost;
-            return Ok(std::future::pending::<Result<Response<Outgoing>, Infallible>>()
-                .await
-                .unwrap_or_else(|never| match never {}));
+            return std::future::pending().await;
         }
         Some(How::Delay(time)) => tokio::time::sleep(*time).await,
         _ => {}
     }
-    let outcome = match admitted {
-        Err(refusal) => Err(refusal),
-        Ok(_) if matches!(how, Some(How::Status(_) | How::StatusRetryAfter(..))) => match how {
-            Some(How::Status(status) | How::StatusRetryAfter(status, _)) => Err(ApiError::of_status(status)),
-            _ => Ok(Reply::Empty),
-        },
-        Ok((route, credential)) if route.endpoint == Endpoint::Poll => {
-            poll(&shared, &route, &incoming).await.map(Reply::Json).inspect(|_| drop(credential))
+    let outcome = match (admitted, &how) {
+        (Err(refusal), _) => Err(refusal),
+        (Ok(_), Some(How::Status(status) | How::StatusRetryAfter(status, _))) => Err(ApiError::of_status(*status)),
+        (Ok((route, _)), _) if route.endpoint == Endpoint::Poll => {
+            poll(&shared, &route, &incoming).await.map(Reply::Json)
         }
-        Ok((route, credential)) => shared.lock().serve(&route, &incoming, &credential),
+        (Ok((route, credential)), _) => shared.lock().serve(&route, &incoming, &credential),
     };
     let outcome = match how {
         Some(How::LoseResponse) => return lost(Fate::ResponseLost),
