@@ -162,6 +162,7 @@ impl AdminService for Admin {
                 (if status.connected { "connected" } else { "connecting" }, status)
             }
         };
+        let alarms = status.alarms();
         let pressure = Arc::clone(&self.0.pressure.borrow());
         let number = |(name, value): (String, u64)| pb::Number { name, value };
         let counters = self.0.sessions.counters.all().into_iter().map(number);
@@ -183,7 +184,7 @@ impl AdminService for Admin {
             short_of: pressure.shortages.iter().map(|shortage| shortage.measured.clone()).collect(),
             numbers: gauges.chain(certificate).chain(counters).collect(),
             certificate_not_after: status.certificate.not_after,
-            certificate_alarms: status.certificate.alarms(),
+            certificate_alarms: alarms,
         }))
     }
 }

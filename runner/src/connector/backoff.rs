@@ -68,6 +68,30 @@ mod tests {
         assert_eq!(backoff.next_delay(1.0), Duration::from_millis(500));
     }
 
+    /// F-64: the bound on attempts, with the usual delays and an orchestrator that is away for five minutes.
+    #[test]
+    fn five_hundred_runners_ask_at_most_fifty_times_in_a_second_and_are_all_back_after_the_longest_delay() {
+        const AWAY: Duration = Duration::from_secs(300);
+        let mut seed = 7_u64;
+        let mut draw = || {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            f64::from(u32::try_from(seed >> 32).unwrap()) / f64::from(u32::MAX)
+        };
+        let mut attempts = vec![0_u32; 332];
+        for _ in 0..500 {
+            let (mut backoff, mut now) = (Backoff::default(), Duration::ZERO);
+            while now < AWAY {
+                now += backoff.next_delay(draw());
+                attempts[usize::try_from(now.as_secs()).unwrap()] += 1;
+            }
+            assert!(now <= AWAY + Duration::from_secs(30), "back only after {now:?}");
+        }
+        // All lose their link in the same moment, and try again at once.
+        assert!(attempts[0] < 1250, "{} in the first second", attempts[0]);
+        let later = attempts[60..].iter().max().unwrap();
+        assert!(*later <= 50, "{later} in one second after the first minute");
+    }
+
     proptest! {
         #[test]
         fn delay_is_always_within_the_window(draws in proptest::collection::vec(-1.0_f64..2.0, 1..40)) {

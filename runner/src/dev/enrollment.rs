@@ -22,13 +22,15 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 use x509_parser::certification_request::X509CertificationRequest;
-use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
+use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::orchestrator::DevError;
 use super::pki::{Authority, PkiError, Validity, client_verifier, config_with};
+use super::revocation::{Holder, denial, name_of};
 use super::server::{PeerCertificate, accept, listen};
 use super::state::Shared;
 use crate::connector::enrollment::RENEWAL_GRACE;
+use crate::connector::orchestrator::Refusal;
 
 /// How long a token is good.
 const TOKEN_LIFE: Duration = Duration::from_secs(3600);
@@ -47,6 +49,7 @@ pub struct Enrollment {
 
 struct Issuing {
     authority: Arc<Authority>,
+    shared: Arc<Shared>,
     records: Mutex<Records>,
 }
 
@@ -85,7 +88,7 @@ impl Enrollment {
             keys: BTreeSet::new(),
             renewals: 0,
         };
-        let issuing = Arc::new(Issuing { authority, records: Mutex::new(records) });
+        let issuing = Arc::new(Issuing { authority, shared: Arc::clone(&shared), records: Mutex::new(records) });
         let (stop, stopped) = oneshot::channel::<()>();
         let (sender, connections) = mpsc::channel(16);
         let accepting = tokio::spawn(accept(listener, tls, sender, Arc::clone(&shared)));
@@ -220,6 +223,10 @@ impl RunnerEnrollmentService for Issuing {
     async fn renew(&self, request: Request<pb::RenewRequest>) -> Result<Response<pb::RenewResponse>, Status> {
         let shown = request.extensions().get::<PeerCertificate>().and_then(|peer| peer.0.clone());
         let shown = shown.ok_or_else(|| Status::unauthenticated("a certificate is needed to get the next one"))?;
+        let denied = Holder::of(&shown).and_then(|holder| denial(&self.shared.state(), &holder));
+        if let Some(problem) = denied {
+            return Err(Refusal::CertificateRevoked.status(problem));
+        }
         let runner_id = name_of(&shown).ok_or_else(|| Status::permission_denied("the certificate names no runner"))?;
         let csr_der = request.into_inner().csr_der;
         let mut records = self.records();
@@ -237,17 +244,6 @@ fn key_of(csr_der: &[u8]) -> Result<Vec<u8>, Status> {
     let wrong = || Status::invalid_argument("csr_der: is not a certificate request");
     let (_, request) = X509CertificationRequest::from_der(csr_der).map_err(|_| wrong())?;
     Ok(request.certification_request_info.subject_pki.raw.to_vec())
-}
-
-/// The last part of the first name.
-fn name_of(certificate: &[u8]) -> Option<String> {
-    let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
-    let names = parsed.subject_alternative_name().ok()??;
-    let uri = names.value.general_names.iter().find_map(|name| match name {
-        GeneralName::URI(uri) => Some(*uri),
-        _ => None,
-    })?;
-    uri.rsplit('/').next().map(str::to_owned)
 }
 
 /// Takes a certificate also for some days after its end: a runner that was cut off must be able to come back.

@@ -5,9 +5,12 @@
 //! list of what it found wrong. It is not meant to place work for anybody.
 
 mod enrollment;
+mod greeting;
 mod intake;
+mod loss;
 mod orchestrator;
 pub mod pki;
+mod revocation;
 mod server;
 mod session;
 #[cfg(test)]
@@ -16,7 +19,9 @@ mod state;
 mod transcript;
 
 pub use enrollment::{Altered, Enrollment};
+pub use loss::Backup;
 pub use orchestrator::{DevError, Link, LinkSettings, Orchestrator};
+pub use revocation::Denied;
 pub use server::{Connection, accept_one, listen};
 pub use session::{CallOutcome, Session};
 pub use transcript::{Finished, StreamText};

@@ -12,7 +12,9 @@ use proto::runner::v1::orchestrator_frame::Body;
 use tokio::sync::{broadcast, oneshot};
 
 use super::enrollment::Enrollment;
+use super::loss::Backup;
 use super::pki::{Authority, Issued, PkiError, Validity};
+use super::revocation::Denied;
 use super::session::Session;
 use super::state::{CallRecord, SessionRecord, Shared, State};
 use crate::connector::tls::TlsFiles;
@@ -41,6 +43,12 @@ pub enum DevError {
         session_id: String,
         /// Why.
         reason: String,
+    },
+    /// A newer placement of the session is on another runner.
+    #[error("session {session_id} was placed elsewhere, what came of it here does not count")]
+    Elsewhere {
+        /// The session.
+        session_id: String,
     },
     /// The orchestrator was stopped.
     #[error("the orchestrator was stopped")]
@@ -186,8 +194,7 @@ impl Orchestrator {
             let mut state = self.shared.state();
             state.next_epoch += 1;
             request.epoch = state.next_epoch;
-            let record =
-                SessionRecord { request: request.clone(), opened: None, refused: None, ended: None, close: None };
+            let record = SessionRecord { request: request.clone(), ..SessionRecord::default() };
             state.sessions.insert(session_id.clone(), record);
             state.send(Body::OpenSession(request.clone()));
         }
@@ -245,6 +252,69 @@ impl Orchestrator {
     pub fn fail_over(&self) {
         self.shared.fail_over();
         self.shared.changed();
+    }
+
+    /// What is stored at this moment.
+    #[must_use]
+    pub fn backup(&self) -> Backup {
+        Backup::of(&self.shared.state())
+    }
+
+    /// What is stored is set back to `backup`, as after the loss of everything since, and a replica goes on with it.
+    pub fn restore(&self, backup: Backup) {
+        backup.put_back(&mut self.shared.state());
+        self.shared.changed();
+    }
+
+    /// Sessions that the runner holds and nobody here knows of. They are suspended until somebody adopts or closes them.
+    #[must_use]
+    pub fn strangers(&self) -> Vec<String> {
+        self.shared.state().strangers.keys().cloned().collect()
+    }
+
+    /// Takes a session that the runner holds as one of ours. That is decided when a link is made, so the present one ends.
+    #[must_use]
+    pub fn adopt(&self, session_id: &str) -> Option<Session> {
+        let epoch = super::loss::adopt_session(&mut self.shared.state(), session_id)?;
+        self.shared.changed();
+        let (session_id, shared) = (session_id.to_owned(), Arc::clone(&self.shared));
+        Some(Session { session_id, epoch, receipt: pb::Receipt::default(), shared })
+    }
+
+    /// A newer placement of the session is made elsewhere: from here on nothing that comes of it counts, and whenever the runner
+    /// comes back, it is told to end it at once. That is decided when a link is made, so the present one ends.
+    pub fn place_elsewhere(&self, session_id: &str) {
+        let mut state = self.shared.state();
+        if let Some(record) = state.sessions.get_mut(session_id) {
+            record.elsewhere = true;
+        }
+        (state.link, state.resumed) = (None, false);
+        drop(state);
+        self.shared.changed();
+    }
+
+    /// Calls whose end came from a placement that does not count any more.
+    #[must_use]
+    pub fn superseded(&self) -> Vec<String> {
+        self.shared.state().superseded.clone()
+    }
+
+    /// From here on no link is made with such a certificate, and the one that was made with it ends.
+    pub fn deny(&self, denied: Denied) {
+        super::revocation::deny(&mut self.shared.state(), denied);
+        self.shared.changed();
+    }
+
+    /// Greetings that were refused, with the reason.
+    #[must_use]
+    pub fn refused_links(&self) -> Vec<String> {
+        self.shared.state().refused_links.clone()
+    }
+
+    /// Term of the replica that serves.
+    #[must_use]
+    pub fn term(&self) -> u64 {
+        self.shared.state().term()
     }
 
     /// Changes how links are kept; the credit takes effect at once.

@@ -14,6 +14,7 @@ use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::ClientCertVerifier;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::connector::tls::TlsFiles;
 
@@ -82,6 +83,19 @@ pub struct Issued {
 impl std::fmt::Debug for Issued {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Issued").finish_non_exhaustive()
+    }
+}
+
+impl Issued {
+    /// Serial number of the certificate, as a list of revoked ones names it.
+    ///
+    /// # Errors
+    /// `PkiError::Use` when the certificate is none.
+    pub fn serial(&self) -> Result<Vec<u8>, PkiError> {
+        let failed = |problem: String| PkiError::Use { name: "somebody".to_owned(), problem };
+        let der = CertificateDer::from_pem_slice(self.certificate_pem.as_bytes()).map_err(|e| failed(e.to_string()))?;
+        let (_, parsed) = X509Certificate::from_der(&der).map_err(|e| failed(e.to_string()))?;
+        Ok(super::revocation::serial_in(&parsed))
     }
 }
 

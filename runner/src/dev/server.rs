@@ -18,6 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::revocation::Holder;
 use super::state::Shared;
 use crate::work::limits::FRAME_BYTES;
 
@@ -143,7 +144,9 @@ impl RunnerLinkService for LinkService {
         request: Request<Streaming<pb::RunnerFrame>>,
     ) -> Result<Response<Self::ConnectStream>, Status> {
         let (sender, receiver) = mpsc::channel(8192);
-        tokio::spawn(super::intake::serve_link(Arc::clone(&self.0), request.into_inner(), sender));
+        let shown = request.extensions().get::<PeerCertificate>().and_then(|peer| peer.0.as_deref());
+        let holder = shown.and_then(Holder::of);
+        tokio::spawn(super::intake::serve_link(Arc::clone(&self.0), request.into_inner(), sender, holder));
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 }

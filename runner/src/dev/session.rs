@@ -8,7 +8,7 @@ use proto::runner::v1::orchestrator_frame::Body;
 
 use super::orchestrator::DevError;
 use super::state::{CallRecord, Shared, State};
-use super::transcript::{Finished, Transcript};
+use super::transcript::Finished;
 
 /// A finished call.
 pub type CallOutcome = Finished;
@@ -37,20 +37,7 @@ impl Session {
         request.session_id.clone_from(&self.session_id);
         request.epoch = self.epoch;
         let mut state = self.shared.state();
-        let record = CallRecord {
-            request: request.clone(),
-            sent: false,
-            accepted: false,
-            started: None,
-            transcript: Transcript::default(),
-            end: None,
-            complete: false,
-            shed: false,
-            refused: None,
-            cancel: None,
-            cancel_noted: false,
-            stdin_accepted: 0,
-        };
+        let record = CallRecord { request: request.clone(), ..CallRecord::default() };
         state.calls.insert(request.call_id.clone(), record);
         state.send(Body::Call(request));
     }
@@ -58,13 +45,16 @@ impl Session {
     /// Waits for the end of a call with all its output.
     ///
     /// # Errors
-    /// `DevError::Refused`.
+    /// `DevError::Refused`, or `DevError::Elsewhere` when the session was placed elsewhere before the end came.
     pub async fn outcome(&self, call_id: &str) -> Result<CallOutcome, DevError> {
         let found = |state: &State| {
             let call = state.calls.get(call_id)?;
             if let Some(failure) = &call.refused {
                 let (what, failure) = (format!("call {call_id}"), Box::new(failure.clone()));
                 return Some(Err(DevError::Refused { what, failure }));
+            }
+            if state.superseded.iter().any(|superseded| superseded == call_id) {
+                return Some(Err(DevError::Elsewhere { session_id: self.session_id.clone() }));
             }
             let message = call.end.clone().filter(|_| call.complete)?;
             Some(Ok(Finished { message, streams: call.transcript.streams.clone() }))

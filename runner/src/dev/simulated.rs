@@ -10,10 +10,10 @@ use proto::runner::v1::outcome::Kind;
 use proto::runner::v1::runner_frame::Body as Said;
 use tokio::sync::mpsc;
 
-use super::intake;
 use super::orchestrator::LinkSettings;
 use super::session::Session;
 use super::state::{SessionRecord, Shared};
+use super::{greeting, intake};
 
 /// Output that may be under way: little, so that credit is always short.
 const WINDOW: u64 = 8 * 1024;
@@ -57,7 +57,7 @@ impl Store {
         let mut state = self.shared.state();
         state.next_epoch += 1;
         let request = pb::OpenSession { session_id: session_id.into(), epoch: state.next_epoch, ..Default::default() };
-        let record = SessionRecord { request: request.clone(), opened: None, refused: None, ended: None, close: None };
+        let record = SessionRecord { request: request.clone(), ..SessionRecord::default() };
         state.sessions.insert(session_id.into(), record);
         state.send(Body::OpenSession(request));
     }
@@ -116,8 +116,10 @@ impl Store {
         })
     }
 
+    /// What was found wrong, and greetings that were refused: no runner of the simulation deserves that.
     pub(crate) fn complaints(&self) -> Vec<String> {
-        self.shared.state().complaints.clone()
+        let state = self.shared.state();
+        state.complaints.iter().chain(&state.refused_links).cloned().collect()
     }
 }
 
@@ -165,7 +167,7 @@ impl Conversation {
             && self.pages.len() >= hello.resume_pages as usize
         {
             let (sender, frames) = mpsc::channel(8192);
-            self.number = intake::welcome(shared, hello, &self.pages, sender);
+            self.number = greeting::welcome(shared, hello, &self.pages, sender, None);
             self.frames = Some(frames);
         }
         true

@@ -2,15 +2,17 @@
 //!
 //! Whoever receives frames writes it, whoever asked for something reads it; both hold the lock for moments and await nothing under it.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use proto::runner::v1 as pb;
 use proto::runner::v1::orchestrator_frame::Body;
 use tokio::sync::{broadcast, mpsc, watch};
+use tokio::time::Instant;
 
 use super::orchestrator::{DevError, Link, LinkSettings};
+use super::revocation::{Denied, Holder};
 use super::transcript::Transcript;
 
 /// State and its observers.
@@ -46,6 +48,18 @@ pub(super) struct State {
     pub(super) replies: BTreeMap<u64, pb::QueryReply>,
     pub(super) complaints: Vec<String>,
     pub(super) refused_handshakes: Vec<String>,
+    /// Greetings that were refused, with the reason.
+    pub(super) refused_links: Vec<String>,
+    /// Whose certificates are not good any more.
+    pub(super) denied: Vec<Denied>,
+    /// Until when the runner may begin something, as far as this side can know, and some more.
+    pub(super) lease_until: Option<Instant>,
+    /// Processes of the runner that others have taken the place of.
+    pub(super) replaced: BTreeSet<String>,
+    /// Sessions that the runner holds and nobody here knows of, with their placement.
+    pub(super) strangers: BTreeMap<String, u64>,
+    /// Calls whose end came from a placement that does not count any more.
+    pub(super) superseded: Vec<String>,
     pub(super) stopped: bool,
     /// How often another replica has taken over.
     pub(super) failovers: u64,
@@ -59,20 +73,24 @@ pub(super) struct LinkOut {
     pub(super) frame_no: u64,
     /// Frames may flow; before that the handshake has the floor.
     pub(super) live: bool,
+    /// Whose certificate it was made with.
+    pub(super) holder: Option<Holder>,
 }
 
 /// One session, as it was asked for and as it is.
-#[derive(Debug)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct SessionRecord {
     pub(super) request: pb::OpenSession,
     pub(super) opened: Option<pb::SessionOpened>,
     pub(super) refused: Option<pb::ToolFailure>,
     pub(super) ended: Option<pb::SessionEnded>,
     pub(super) close: Option<pb::CloseSession>,
+    /// A newer placement of it is on another runner.
+    pub(super) elsewhere: bool,
 }
 
 /// One call, as it was asked for and as it is.
-#[derive(Debug)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct CallRecord {
     pub(super) request: pb::Call,
     /// It was put on a link, so the runner may have it.
@@ -192,6 +210,11 @@ impl State {
 
     pub(super) fn complain(&mut self, problem: String) {
         self.complaints.push(problem);
+    }
+
+    /// Whether what comes of a session here does not count any more.
+    pub(super) fn is_elsewhere(&self, session_id: &str) -> bool {
+        self.sessions.get(session_id).is_some_and(|record| record.elsewhere)
     }
 }
 

@@ -110,6 +110,15 @@ impl Transcript {
         }
     }
 
+    /// What was stored up to `through` and is not any more is a hole.
+    pub(super) fn lose(&mut self, stream: i32, through: u64) {
+        let stream = self.streams.entry(stream).or_default();
+        if stream.through < through {
+            stream.holes.push((stream.through, through - stream.through));
+            stream.through = through;
+        }
+    }
+
     /// Drops the bytes; how far they went stays.
     pub(super) fn shed(&mut self) {
         self.streams.values_mut().for_each(|stream| stream.bytes = Vec::new());

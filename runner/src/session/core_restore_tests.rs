@@ -212,6 +212,24 @@ fn started_call_that_never_arrived_in_its_sandbox_is_handed_over_before_those_th
     assert_eq!((core.running_calls(), core.queued_calls()), (1, 1));
 }
 
+/// F-66: a runner whose state was set back had the sandbox meanwhile, and dropped what it did not know.
+#[test]
+fn call_whose_id_its_sandbox_remembers_has_begun_there_and_its_outcome_is_unknown() {
+    for cancel in [None, Some(CancelMode::Kill)] {
+        let (mut core, actions) = attached(left(vec![held("a", None, RecoveredPhase::Started)]), &[]);
+        assert!(is_handed_over(&actions, "a"), "{actions:?}");
+        if let Some(mode) = cancel {
+            core.handle(Input::Work(WorkItem::Cancel { session_id: sid("s"), epoch: 3, call_id: cid("a"), mode }));
+        }
+        let failure = ToolFailure::new(Code::CallIdReused, "another call has this id", "none");
+
+        let actions = core.handle(Input::PrepareFailed { call_id: cid("a"), failure });
+
+        let Some(Outcome::Indeterminate { failure }) = outcome_of(&actions, "a") else { panic!("{actions:?}") };
+        assert_eq!(failure.code, Code::OutcomeUnknown);
+    }
+}
+
 #[test]
 fn calls_that_never_arrived_wait_again_in_the_order_in_which_they_were_accepted() {
     let calls = ["c", "a", "b"].map(|id| held(id, None, RecoveredPhase::Started));

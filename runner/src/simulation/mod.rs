@@ -41,9 +41,13 @@ fn credentials() -> Credentials {
 }
 
 fn run(seed: u64) -> Result<Tally, String> {
+    in_simulated_time(World::new(seed).run())
+}
+
+fn in_simulated_time<T>(world: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     // Every poll here is one of ours; a budget of the runtime would make some of them fail.
-    runtime.expect("a runtime").block_on(tokio::task::unconstrained(World::new(seed).run()))
+    runtime.expect("a runtime").block_on(tokio::task::unconstrained(world))
 }
 
 fn number(name: &str, otherwise: u64) -> u64 {
@@ -79,5 +83,22 @@ fn every_world_keeps_the_promises() {
 fn a_seed_always_describes_the_same_world() {
     for seed in [7, 8] {
         assert_eq!(run(seed), run(seed));
+    }
+}
+
+/// F-22: what runs ends meanwhile, what waits does not begin, and everything is told once when the link is back.
+#[test]
+fn ninety_minutes_in_which_nothing_passes_suspend_what_waits_and_lose_nothing() {
+    let length = std::time::Duration::from_secs(90 * 60);
+    for seed in 1..=5 {
+        in_simulated_time(World::new(seed).nothing_passes_for(length)).unwrap();
+    }
+}
+
+/// F-23: the sandbox ends when lease and orphan time are over, and its calls are answered honestly.
+#[test]
+fn three_hours_in_which_nothing_passes_end_the_sandbox_when_its_orphan_time_is_over() {
+    for seed in 1..=5 {
+        in_simulated_time(World::new(seed).nothing_passes_for_too_long()).unwrap();
     }
 }

@@ -1,6 +1,7 @@
 //! One world: what can happen and what does. What goes wrong is in `faults`, what is asked for in `orders`, and what must never
 //! happen in `oracle`.
 
+mod black_hole;
 mod faults;
 mod oracle;
 mod orders;
@@ -59,6 +60,10 @@ pub(super) struct World {
     tally: Tally,
     told: Vec<String>,
     quiet: bool,
+    /// Nothing is asked for but by a script.
+    scripted: bool,
+    /// Nothing passes on any wire.
+    black_hole: bool,
 }
 
 impl World {
@@ -86,6 +91,8 @@ impl World {
             tally: Tally::default(),
             told: Vec::new(),
             quiet: false,
+            scripted: false,
+            black_hole: false,
         }
     }
 
@@ -248,6 +255,9 @@ impl World {
         };
         self.forget_wires();
         self.wires.push(Wire::to(peer));
+        if let Some(wire) = self.wires.last_mut() {
+            wire.stalled = [self.black_hole; 2];
+        }
         self.current = Some(self.wires.len() - 1);
         self.tally.counts[0] += 1;
         self.note("connected");

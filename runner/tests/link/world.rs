@@ -11,11 +11,11 @@ use runner::connector::enrollment::Renewal;
 use runner::connector::orchestrator::{self, Capacity, Handle, Identity, Settings, Stop};
 use runner::connector::tls::TlsFiles;
 use runner::dev::{LinkSettings, Orchestrator};
-use runner::journal::{Journal, JournalMemory, Recovered, Volatile};
+use runner::journal::{Journal, JournalMemory, Recovered, RecoveredCall, RecoveredPhase, RecoveredSession, Volatile};
 use runner::session::core::Config;
 use runner::session::registry::{Registry, Reserve};
 use runner::session::{SessionHandle, Sessions};
-use runner::work::{Pressure, ResourceLimits, RunnerId};
+use runner::work::*;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{broadcast, watch};
 
@@ -44,6 +44,11 @@ pub struct Options {
     pub journal: Arc<dyn Journal>,
     pub recovered: Recovered,
     pub renewal: Option<Renewal>,
+    /// Of the process, and of the state directory.
+    pub instance: &'static str,
+    pub state: &'static str,
+    pub ephemeral: bool,
+    pub backoff: Backoff,
 }
 
 impl Default for Options {
@@ -55,6 +60,10 @@ impl Default for Options {
             journal: Arc::new(Volatile),
             recovered: Recovered::default(),
             renewal: None,
+            instance: "instance",
+            state: "state",
+            ephemeral: true,
+            backoff: Backoff::new(Duration::from_millis(1), Duration::from_millis(20)),
         }
     }
 }
@@ -106,10 +115,54 @@ impl Runner {
             memory,
             pressure: calm(),
         };
-        let connector =
-            orchestrator::start(Settings { renewal: options.renewal, ..settings(port, files) }, ports, stopped)
-                .unwrap();
+        let plain = settings(port, files);
+        let (instance_id, state_id) = (options.instance.into(), options.state.into());
+        let settings = Settings {
+            renewal: options.renewal,
+            identity: Identity { instance_id, state_id, ..plain.identity },
+            ephemeral: options.ephemeral,
+            backoff: options.backoff,
+            ..plain
+        };
+        let connector = orchestrator::start(settings, ports, stopped).unwrap();
         Self { fakes, sessions, connector, stop }
+    }
+}
+
+/// What an earlier runner has left: session `s` in a sandbox, and this call in it.
+pub fn left(call_id: &str, phase: RecoveredPhase, sandbox: Option<&str>) -> Recovered {
+    let session_id = SessionId::new("s").unwrap();
+    let open = SessionOpen {
+        session_id: session_id.clone(),
+        epoch: 1,
+        digest: RequestDigest([0; 32]),
+        environment: EnvironmentRef::default(),
+        limits: DEFAULTS,
+        network: Network::None,
+        variables: Vec::new(),
+        min_tier: String::new(),
+        orphan_timeout: None,
+        idle_timeout: None,
+        max_concurrent_calls: 0,
+        tenant: String::new(),
+    };
+    let call = ToolCall {
+        call_id: CallId::new(call_id).unwrap(),
+        session_id,
+        epoch: 1,
+        digest: RequestDigest([0; 32]),
+        input: ToolInput::Bash(BashInput { command: Some("exit 0".into()), restart: false }),
+        limits: CallLimits::default(),
+        output_mode: OutputMode::Merged,
+        quiet: false,
+    };
+    let sandbox = sandbox.map(|id| (SandboxId::new(id).unwrap(), Receipt::default()));
+    Recovered {
+        sessions: vec![RecoveredSession { open, sandbox, acknowledged: Vec::new() }],
+        calls: vec![RecoveredCall { call, cancel: None, phase, starts: 0 }],
+        same_boot: true,
+        events_through: 10_000,
+        ..Recovered::default()
     }
 }
 

@@ -10,7 +10,7 @@ use tracing::{debug, info, warn};
 use super::codec::{BadFrame, Incoming};
 use super::link::{Link, Obeying};
 use super::task::{Ended, Task};
-use super::{LinkError, decode, encode};
+use super::{LinkError, Refusal, decode, encode};
 use crate::connector::backoff::draw;
 use crate::work::{CallId, Code, DrainMode, DrainedBy, ToolFailure, WorkItem, limits};
 
@@ -234,9 +234,14 @@ impl Task {
         let times = Times::of(welcome)?;
         if welcome.event_ack_through >= self.outbox.next_seq() {
             let (acknowledged, next) = (welcome.event_ack_through, self.outbox.next_seq());
-            let problem =
-                format!("event {acknowledged} is acknowledged, and {next} is the next: this state was set back");
-            return Err(LinkError::Violation(problem));
+            return Err(LinkError::Refused {
+                host: self.settings.target.host.clone(),
+                code: tonic::Code::FailedPrecondition,
+                refusal: Some(Refusal::StateRolledBack),
+                message: format!(
+                    "event {acknowledged} is acknowledged, and {next} is the next: this state was set back"
+                ),
+            });
         }
         if welcome.term > self.highest_term {
             let written = self.ports.memory.obey(welcome.term);
@@ -294,6 +299,7 @@ impl Task {
             self.status.send_modify(|status| {
                 status.connected = true;
                 status.problem.clear();
+                status.refusal = None;
                 status.links += 1;
             });
             info!(link_id = %self.link_id, "link resumed");

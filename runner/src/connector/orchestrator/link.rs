@@ -173,7 +173,7 @@ impl Task {
                 frame = incoming.message(), if reading => match frame {
                     Ok(Some(frame)) => self.incoming_obeyed(frame, link).await?,
                     Ok(None) => return Err(LinkError::Ended("the orchestrator closed it".to_owned())),
-                    Err(status) => return Err(LinkError::Ended(super::with_source(&status))),
+                    Err(status) => return Err(LinkError::ended(&self.settings.target.host, &status)),
                 },
                 Some((piece, chunk)) = link.reads.next(), if !link.reads.is_empty() => {
                     self.piece(link, &piece, chunk)?;

@@ -14,6 +14,7 @@ mod lease;
 mod link;
 mod outbox;
 mod outgoing;
+pub(crate) mod refusal;
 mod resume;
 mod rotation;
 mod task;
@@ -35,6 +36,7 @@ use super::transport::{TransportError, chain};
 use crate::work::{Receipt, RunnerId, limits};
 use codec::{FrameCodec, Incoming};
 use proto::runner::v1 as pb;
+pub use refusal::Refusal;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use tonic::codegen::http::uri::PathAndQuery;
@@ -125,10 +127,20 @@ pub struct LinkStatus {
     pub connected: bool,
     /// Why it is not up; empty when it is.
     pub problem: String,
+    /// Why the orchestrator will not have this runner, until somebody does something about it.
+    pub refusal: Option<Refusal>,
     /// Links made so far.
     pub links: u64,
     /// The certificate in use.
     pub certificate: CertificateStatus,
+}
+
+impl LinkStatus {
+    /// What an operator must hear of, one text each.
+    #[must_use]
+    pub fn alarms(&self) -> Vec<String> {
+        self.refusal.iter().map(ToString::to_string).chain(self.certificate.alarms()).collect()
+    }
 }
 
 /// State of the certificate in use, for people.
@@ -188,11 +200,36 @@ enum LinkError {
     #[error("cannot speak HTTP/2 with {host}: {problem}")]
     Transport { host: String, problem: String },
     #[error("{host} refused the link: {code:?}: {message}")]
-    Refused { host: String, code: tonic::Code, message: String },
+    Refused { host: String, code: tonic::Code, refusal: Option<Refusal>, message: String },
     #[error("link ended: {0}")]
     Ended(String),
     #[error("orchestrator broke the protocol: {0}")]
     Violation(String),
+}
+
+impl LinkError {
+    /// The orchestrator refuses the link, or ends it as if it had.
+    fn refused(host: &str, status: &tonic::Status) -> Self {
+        let (code, refusal, message) = (status.code(), Refusal::of(status), with_source(status));
+        Self::Refused { host: host.to_owned(), code, refusal, message }
+    }
+
+    /// A link that was there has ended with this status.
+    fn ended(host: &str, status: &tonic::Status) -> Self {
+        let denied = matches!(status.code(), tonic::Code::Unauthenticated | tonic::Code::PermissionDenied);
+        if denied || Refusal::of(status).is_some() {
+            return Self::refused(host, status);
+        }
+        Self::Ended(with_source(status))
+    }
+
+    /// Why the orchestrator will not have this runner, when that is what it says.
+    fn refusal(&self) -> Option<Refusal> {
+        match self {
+            Self::Refused { refusal, .. } => *refusal,
+            _ => None,
+        }
+    }
 }
 
 impl From<TransportError> for LinkError {
@@ -231,11 +268,7 @@ async fn open_link(
     grpc.ready().await.map_err(transport)?;
     let path = PathAndQuery::from_static("/sandbox_runner.runner.v1.RunnerLinkService/Connect");
     let opened = grpc.streaming(tonic::Request::new(outgoing), path, FrameCodec).await;
-    opened.map(tonic::Response::into_inner).map_err(|status| LinkError::Refused {
-        host: host.clone(),
-        code: status.code(),
-        message: with_source(&status),
-    })
+    opened.map(tonic::Response::into_inner).map_err(|status| LinkError::refused(&host, &status))
 }
 
 fn with_source(status: &tonic::Status) -> String {

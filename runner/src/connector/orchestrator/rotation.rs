@@ -106,7 +106,7 @@ impl Task {
             tokio::select! {
                 opened = &mut opening, if stream.is_none() => stream = Some(opened?),
                 frame = message(&mut stream), if stream.is_some() => {
-                    let frame = frame.map_err(|status| LinkError::Ended(super::with_source(&status)))?;
+                    let frame = frame.map_err(|status| LinkError::ended(&self.settings.target.host, &status))?;
                     let frame = frame.ok_or_else(|| LinkError::Ended("the orchestrator closed it".to_owned()))?;
                     // Before the Welcome counts: credit of the old link is a number of the old link, and what it allows
                     // must not be taken for an allowance of the new one.

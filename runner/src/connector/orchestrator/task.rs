@@ -8,7 +8,7 @@ use proto::runner::v1 as pb;
 use proto::runner::v1::runner_frame::Body;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use super::book::Book;
 use super::lease::Lease;
@@ -135,15 +135,29 @@ impl Task {
                 }
                 Err(error) => {
                     self.dial_because(pb::HelloReason::Reconnect);
-                    let problem = error.to_string();
                     let delay = delay_after(&error, &mut backoff);
-                    let delay_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
-                    warn!(error = %problem, delay_ms, "no link to the orchestrator, will dial again");
-                    self.status.send_modify(|status| status.problem = problem);
+                    self.tell_of(&error, delay);
                     delay
                 }
             };
         }
+    }
+
+    /// What has become of a link, for the log and for people.
+    fn tell_of(&self, error: &LinkError, delay: Duration) {
+        let (problem, refusal) = (error.to_string(), error.refusal());
+        let delay_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
+        match refusal {
+            Some(refusal) => error!(
+                refusal = refusal.name(),
+                error = %problem,
+                remediation = refusal.remediation(),
+                delay_ms,
+                "the orchestrator refuses this runner, will ask again"
+            ),
+            None => warn!(error = %problem, delay_ms, "no link to the orchestrator, will dial again"),
+        }
+        self.status.send_modify(|status| (status.problem, status.refusal) = (problem, refusal));
     }
 
     /// Why this process has begun is said until an orchestrator has heard it.
@@ -159,7 +173,11 @@ impl Task {
         let target = self.settings.target.clone();
         let mut receiver = self.credentials.clone();
         let connecting = async move {
-            tokio::time::sleep(delay).await;
+            tokio::select! {
+                () = tokio::time::sleep(delay) => {}
+                // Whatever it is that was refused, another certificate may not be.
+                Ok(()) = receiver.changed() => {}
+            }
             let credentials = receiver.borrow_and_update().clone();
             let channel = connect(&target, Arc::clone(&credentials.config)).await?;
             let incoming = super::open_link(target.host, channel, outgoing).await?;
@@ -417,9 +435,8 @@ pub(super) enum Ended {
 fn delay_after(error: &LinkError, backoff: &mut Backoff) -> Duration {
     let delay = backoff.next_delay(draw());
     match error {
-        LinkError::Refused { code: tonic::Code::Unauthenticated | tonic::Code::PermissionDenied, .. } => {
-            REFUSED_DELAY.mul_f64(1.0 + draw())
-        }
+        LinkError::Refused { code: tonic::Code::Unauthenticated | tonic::Code::PermissionDenied, .. }
+        | LinkError::Refused { refusal: Some(_), .. } => REFUSED_DELAY.mul_f64(1.0 + draw()),
         _ => delay,
     }
 }

@@ -1,7 +1,7 @@
 //! A call begins: prepared in its turn, its start written down, and then, while something may begin, its gate opened.
 
 use super::failures::read_only;
-use super::state::{Rest, cancelled_before_start, never_started};
+use super::state::{Rest, cancelled_before_start, indeterminate, never_started};
 use super::{
     Action, Call, CallId, CancelMode, Code, Core, Phase, Replay, Session, SessionId, SessionPhase, ToolFailure, Update,
 };
@@ -180,6 +180,10 @@ impl Core {
         if matches!(call.phase, Phase::Preparing | Phase::Aborting(_)) {
             call.in_sandbox = false;
             let result = match call.cancel {
+                // A sandbox remembers what was there, whatever this runner knows of it.
+                _ if failure.code == Code::CallIdReused => {
+                    indeterminate(Code::OutcomeUnknown, "its sandbox has had a call with this id")
+                }
                 Some(mode) => cancelled_before_start(mode),
                 None => never_started(failure),
             };

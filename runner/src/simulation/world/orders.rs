@@ -4,6 +4,9 @@ use super::*;
 
 impl World {
     pub(super) fn orchestrate(&mut self) {
+        if self.scripted {
+            return;
+        }
         if self.quiet {
             return self.close_what_is_done();
         }

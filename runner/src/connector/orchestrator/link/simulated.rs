@@ -36,6 +36,7 @@ impl From<LinkError> for Over {
     fn from(error: LinkError) -> Self {
         match error {
             LinkError::Violation(problem) => Self::Violation(problem),
+            refused @ LinkError::Refused { .. } => Self::Violation(refused.to_string()),
             other => Self::Ended(other.to_string()),
         }
     }
