@@ -90,6 +90,11 @@ impl Daemon {
     /// # Panics
     /// When the host does not let us.
     pub async fn install(options: Options) -> Self {
+        let orchestrator = Arc::new(Orchestrator::start(options.link).await.expect("the orchestrator starts"));
+        Self::install_for(options, orchestrator).await
+    }
+
+    async fn install_for(options: Options, orchestrator: Arc<Orchestrator>) -> Self {
         let rootfs = Rootfs::with_prober();
         let setup = Setup::new(options.slots, rootfs.path());
         let [state, run] = setup.directories();
@@ -101,7 +106,6 @@ impl Daemon {
         for directory in [&identity, &journal] {
             fs::create_dir(directory).expect("a directory of our own");
         }
-        let orchestrator = Arc::new(Orchestrator::start(options.link).await.expect("the orchestrator starts"));
         orchestrator.write_client_files(&identity, "runner-1").expect("certificates");
         for path in
             host::files_below(&identity).iter().map(PathBuf::as_path).chain([identity.as_path(), journal.as_path()])
@@ -289,8 +293,38 @@ level = "info"
         }
     }
 
-    fn spawn_runner(&mut self) {
+    /// Starts the runner and waits for nothing.
+    ///
+    /// # Panics
+    /// When the program cannot be started.
+    pub fn spawn_runner(&mut self) {
         self.runner = Some(self.runner_command().spawn().expect("the runner starts"));
+    }
+
+    /// Waits until runner or launcher have said something.
+    ///
+    /// # Panics
+    /// When they do not; with what they said instead.
+    pub async fn said(&self, text: &str) {
+        let deadline = Instant::now() + scaled(PATIENCE);
+        while !self.log().contains(text) {
+            assert!(Instant::now() < deadline, "nobody says {text:?}: {}", self.end_of_log());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Another installation, with a launcher of its own, whose runner has a copy of what this one has on its disk and the same
+    /// orchestrator. Nothing of it is started.
+    ///
+    /// # Panics
+    /// When the host does not let us.
+    pub async fn copy(&self, options: Options) -> Self {
+        let copy = Self::install_for(options, Arc::clone(&self.orchestrator)).await;
+        for name in ["identity", "journal"] {
+            let [[from, _], [to, _]] = [self.directories(), copy.directories()];
+            copy_directory(&from.join(name), &to.join(name));
+        }
+        copy
     }
 
     /// Does what a service manager does: starts again what has ended.
@@ -428,6 +462,18 @@ level = "info"
         let log = self.log();
         let lines: Vec<_> = log.lines().collect();
         lines[lines.len().saturating_sub(30)..].join("\n")
+    }
+}
+
+/// Copies the files of a directory over those of another one, with their owner and mode.
+///
+/// # Panics
+/// When the host does not let us.
+pub fn copy_directory(from: &Path, to: &Path) {
+    for source in host::files_below(from).into_iter().filter(|path| path.is_file()) {
+        let target = to.join(source.strip_prefix(from).expect("a file below it"));
+        fs::copy(&source, &target).expect("a copy");
+        chown(&target, Some(RUNNER_UID), Some(RUNNER_UID)).expect("chown to the runner");
     }
 }
 

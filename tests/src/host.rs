@@ -10,6 +10,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
 /// First host id that sandboxes get by default; a process above it belongs to a sandbox.
 pub const FIRST_SANDBOX_ID: u32 = 2_013_265_920;
 
@@ -214,6 +217,35 @@ fn sandbox_with(token: &str) -> Option<SandboxPids> {
     let others = members.iter().copied().filter(|pid| *pid != process_1 && *pid != workload);
     let spawner = others.filter(|pid| children_of(process_1).contains(pid)).min_by_key(|pid| inner_pid(*pid));
     Some(SandboxPids { workload, process_1, spawner })
+}
+
+/// A process that stands still for as long as this exists.
+#[derive(Debug)]
+pub struct Stopped(Pid);
+
+impl Stopped {
+    /// Stops a process, and returns when it stands still.
+    ///
+    /// # Panics
+    /// When it is not there, or does not stop.
+    #[must_use]
+    pub fn new(pid: u32) -> Self {
+        let stopped = Self(Pid::from_raw(pid.cast_signed()));
+        kill(stopped.0, Signal::SIGSTOP).expect("a process of ours");
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while status_field(pid, "State:").is_none_or(|state| !state.starts_with('T')) {
+            assert!(Instant::now() < deadline, "process {pid} does not stop");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        stopped
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        // It may have been killed meanwhile.
+        let _ = kill(self.0, Signal::SIGCONT);
+    }
 }
 
 /// Sends SIGKILL; a process that is already gone is fine.
