@@ -4,7 +4,9 @@
 
 use std::time::Duration;
 
-use proto::init::v1::{Cancel, CancelMode, Note, NoteKind, StopWork, Tool, frame, outcome::Kind, request as init_request, start_call};
+use proto::init::v1::{
+    Cancel, CancelMode, Note, NoteKind, StopWork, Tool, frame, outcome::Kind, request as init_request, start_call,
+};
 use proto::launch::v1::{CreateSandbox, FreezeSandbox, InspectSandbox, KillSandbox, Limits, reply, request};
 use sandbox_runner_tests::keeper::{Finished, Keeper};
 use sandbox_runner_tests::launcher::{Connection, Launcher, Setup, plain_sandbox};

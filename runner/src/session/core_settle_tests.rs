@@ -144,7 +144,7 @@ fn call_that_alone_may_be_to_blame_for_a_panic_is_counted_before_its_sandbox_is_
 
         assert!(is_attached(&counted), "{counted:?}");
         let found = BTreeMap::from([(cid("a"), FoundCall::Running)]);
-        let taken = core.handle(Input::SandboxAttached { session_id: sid("s"), found, frozen: false });
+        let taken = core.handle(Input::SandboxAttached { session_id: sid("s"), found, processes: Processes::Run });
         assert!(taken.contains(&Action::Tell(Update::Restored)) && outcome_of(&taken, "a").is_none());
     }
 }

@@ -1,276 +1,18 @@
 //! What the reference orchestrator never says: bytes that are no frame are answered with the field, terms and events that cannot be end
 //! the link, and nothing is lost by any of it.
 
-use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use prost::Message as _;
-use prost::bytes::BufMut as _;
 use proto::runner::v1 as pb;
 use proto::runner::v1::orchestrator_frame::Body;
 use proto::runner::v1::runner_frame::Body as Said;
-use runner::connector::tls::TlsFiles;
-use runner::dev::pki::{Authority, Validity};
-use runner::dev::{Connection, accept_one, listen};
-use runner::journal::{Journal, JournalError, Record, Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
-use runner::work::{CallId, CallLimits, EnvironmentRef, Network, OutputMode, RequestDigest, SessionId, SessionOpen};
-use tokio::sync::{Mutex, mpsc};
-use tokio_rustls::TlsAcceptor;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
-use tonic::codegen::{BoxFuture, Context, Poll, Service, http};
-use tonic::{Request, Response, Status, Streaming};
+use runner::dev::pki::Validity;
+use runner::journal::{Journal, JournalError, Record, RecoveredPhase};
 
-use crate::world::{Options, Runner, within};
-
-/// Of the first orchestrator.
-const TERM: u64 = 3;
-
-/// Makes the bytes of a frame from its number.
-type Frame = Box<dyn FnOnce(u64) -> Vec<u8> + Send>;
-
-/// Sends bytes as they are, and decodes what a runner says.
-#[derive(Default)]
-struct Bytes;
-
-impl Codec for Bytes {
-    type Encode = Vec<u8>;
-    type Decode = pb::RunnerFrame;
-    type Encoder = Self;
-    type Decoder = Self;
-
-    fn encoder(&mut self) -> Self {
-        Self
-    }
-
-    fn decoder(&mut self) -> Self {
-        Self
-    }
-}
-
-impl Encoder for Bytes {
-    type Item = Vec<u8>;
-    type Error = Status;
-
-    fn encode(&mut self, item: Vec<u8>, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        buffer.put_slice(&item);
-        Ok(())
-    }
-}
-
-impl Decoder for Bytes {
-    type Item = pb::RunnerFrame;
-    type Error = Status;
-
-    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<pb::RunnerFrame>, Status> {
-        pb::RunnerFrame::decode(buffer).map(Some).map_err(|error| Status::internal(error.to_string()))
-    }
-}
-
-/// One link after the other: greets, then sends what it is given.
-#[derive(Clone)]
-struct Link {
-    frames: Arc<Mutex<mpsc::Receiver<Frame>>>,
-    said: mpsc::Sender<Said>,
-    /// What becomes of a session that is held, and how long that takes to decide.
-    action: pb::ResumeAction,
-    pause: Duration,
-    /// Of the next Welcome.
-    term: Arc<AtomicU64>,
-    acknowledged: Arc<AtomicU64>,
-}
-
-impl tonic::server::NamedService for Link {
-    const NAME: &'static str = "sandbox_runner.runner.v1.RunnerLinkService";
-}
-
-impl Service<http::Request<tonic::body::Body>> for Link {
-    type Response = http::Response<tonic::body::Body>;
-    type Error = Infallible;
-    type Future = BoxFuture<Self::Response, Infallible>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: http::Request<tonic::body::Body>) -> Self::Future {
-        let link = self.clone();
-        Box::pin(async move { Ok(tonic::server::Grpc::new(Bytes).streaming(link, request).await) })
-    }
-}
-
-impl tonic::server::StreamingService<pb::RunnerFrame> for Link {
-    type Response = Vec<u8>;
-    type ResponseStream = ReceiverStream<Result<Vec<u8>, Status>>;
-    type Future = BoxFuture<Response<Self::ResponseStream>, Status>;
-
-    fn call(&mut self, request: Request<Streaming<pb::RunnerFrame>>) -> Self::Future {
-        let Self { frames, said, action, pause, term, acknowledged } = self.clone();
-        Box::pin(async move {
-            let (sender, receiver) = mpsc::channel(16);
-            let mut incoming = request.into_inner();
-            tokio::spawn(async move {
-                let welcome = pb::Welcome {
-                    link_id: "raw".into(),
-                    term: term.load(Ordering::SeqCst),
-                    event_ack_through: acknowledged.load(Ordering::SeqCst),
-                    lease_ttl: Some(prost_types::Duration { seconds: 60, nanos: 0 }),
-                    heartbeat_every: Some(prost_types::Duration { seconds: 10, nanos: 0 }),
-                    limits: Some(pb::LinkLimits { link_credit_bytes: 1 << 20, ..Default::default() }),
-                    decision_pages: 1,
-                    ..Default::default()
-                };
-                let Ok(Some(pb::RunnerFrame { body: Some(Said::Hello(hello)), .. })) = incoming.message().await else {
-                    return;
-                };
-                let decision =
-                    pb::ResumeDecision { session_id: "s".into(), epoch: 1, action: action.into(), calls: Vec::new() };
-                let held = hello.resume_pages > 0;
-                let decisions =
-                    pb::ResumeDecisionPage { index: 0, decisions: held.then_some(decision).into_iter().collect() };
-                said.try_send(Said::Hello(hello)).unwrap();
-                for (number, kind, body) in [(1, 10, Body::Welcome(welcome)), (2, 11, Body::ResumeDecisions(decisions))]
-                {
-                    if sender.send(Ok(frame(number, kind, body))).await.is_err() {
-                        return;
-                    }
-                    if number == 1 {
-                        tokio::time::sleep(pause).await;
-                    }
-                }
-                let mut number = 2;
-                // The link before this one may not have noticed its end yet.
-                let mut frames = frames.lock().await;
-                loop {
-                    tokio::select! {
-                        Some(make) = frames.recv() => {
-                            number += 1;
-                            if sender.send(Ok(make(number))).await.is_err() {
-                                return;
-                            }
-                        }
-                        frame = incoming.message() => match frame {
-                            Ok(Some(frame)) => {
-                                frame.body.map(|body| said.try_send(body));
-                            }
-                            _ => return,
-                        },
-                    }
-                }
-            });
-            Ok(Response::new(ReceiverStream::new(receiver)))
-        })
-    }
-}
-
-fn frame(frame_no: u64, kind: u32, body: Body) -> Vec<u8> {
-    pb::OrchestratorFrame { frame_no, kind, must_understand: true, body: Some(body) }.encode_to_vec()
-}
-
-/// An orchestrator that sends bytes, and a runner that has dialled it.
-struct World {
-    frames: mpsc::Sender<Frame>,
-    said: mpsc::Receiver<Said>,
-    runner: Runner,
-    term: Arc<AtomicU64>,
-    acknowledged: Arc<AtomicU64>,
-    authority: Authority,
-    files: TlsFiles,
-    _directory: tempfile::TempDir,
-}
-
-impl World {
-    async fn new() -> Self {
-        Self::with(Options::default(), pb::ResumeAction::Keep, Duration::ZERO).await
-    }
-
-    async fn with(options: Options, action: pb::ResumeAction, pause: Duration) -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let authority = Authority::new("raw").unwrap();
-        let server = authority.server_config(&authority.server("localhost", Validity::Now).unwrap()).unwrap();
-        let files = authority
-            .write_client_files(directory.path(), &authority.client("runner-1", Validity::Now).unwrap())
-            .unwrap();
-        let (listener, address) = listen().await.unwrap();
-        let (sender, connections) = mpsc::channel::<std::io::Result<Connection>>(4);
-        let acceptor = TlsAcceptor::from(Arc::new(server));
-        tokio::spawn(async move {
-            while let Ok(connection) = accept_one(&listener, acceptor.clone()).await {
-                if sender.send(Ok(connection)).await.is_err() {
-                    return;
-                }
-            }
-        });
-        let (frames, to_send) = mpsc::channel(16);
-        // Much more than a runner says in one of these tests.
-        let (speaks, said) = mpsc::channel(1024);
-        let term = Arc::new(AtomicU64::new(TERM));
-        let frames_of_link = Arc::new(Mutex::new(to_send));
-        let acknowledged = Arc::new(AtomicU64::new(0));
-        let (told, known) = (Arc::clone(&term), Arc::clone(&acknowledged));
-        let link = Link { frames: frames_of_link, said: speaks, action, pause, term: told, acknowledged: known };
-        let serving = tonic::transport::Server::builder().serve_with_incoming_shutdown(
-            link,
-            ReceiverStream::new(connections),
-            std::future::pending(),
-        );
-        tokio::spawn(serving);
-        let runner = Runner::dial(address.port(), files.clone(), options);
-        let mut world = Self { frames, said, runner, term, acknowledged, authority, files, _directory: directory };
-        world.hears("a greeting", |said| matches!(said, Said::Hello(_)).then_some(())).await;
-        world
-    }
-
-    fn send(&self, make: impl FnOnce(u64) -> Vec<u8> + Send + 'static) {
-        self.frames.try_send(Box::new(make)).ok().unwrap();
-    }
-
-    async fn hears<T>(&mut self, what: &str, mut wanted: impl FnMut(Said) -> Option<T>) -> T {
-        within(what, async {
-            loop {
-                if let Some(found) = wanted(self.said.recv().await.unwrap()) {
-                    return found;
-                }
-            }
-        })
-        .await
-    }
-
-    async fn open(&mut self) {
-        let open = pb::OpenSession { session_id: "s".into(), epoch: 1, ..Default::default() };
-        self.send(|number| frame(number, 13, Body::OpenSession(open)));
-        self.hears("the session", |said| matches!(said, Said::SessionOpened(_)).then_some(())).await;
-    }
-
-    async fn refusal(&mut self) -> pb::RequestRefused {
-        self.hears("a refusal", |said| if let Said::RequestRefused(refused) = said { Some(refused) } else { None })
-            .await
-    }
-
-    /// A call that is well formed still runs, once.
-    async fn assert_works(&mut self, call_id: &str) {
-        let call = bash(call_id, "exit 0");
-        self.send(|number| frame(number, 15, Body::Call(call)));
-        let finished = self
-            .hears("the end of a call", |said| if let Said::CallFinished(end) = said { Some(end) } else { None })
-            .await;
-        assert_eq!(finished.call_id, call_id);
-        assert_eq!(self.runner.fakes.executions_of(call_id), 1);
-    }
-}
-
-fn bash(call_id: &str, command: &str) -> pb::Call {
-    let input = pb::BashInput { command: Some(command.into()), ..Default::default() };
-    pb::Call {
-        call_id: call_id.into(),
-        session_id: "s".into(),
-        epoch: 1,
-        input: Some(pb::call::Input::Bash(input)),
-        ..Default::default()
-    }
-}
+use crate::scripted::{Script, TERM, World, bash, frame};
+use crate::world::{Options, left, within};
 
 /// The frame of a call with one place of it replaced.
 fn spoiled(number: u64, call_id: &str, place: &[u8], with: &[u8]) -> Vec<u8> {
@@ -349,40 +91,11 @@ async fn message_beyond_what_the_transport_takes_ends_the_link_and_no_session() 
 
 #[tokio::test]
 async fn nothing_that_was_left_begins_before_it_is_decided_about() {
-    let open = SessionOpen {
-        session_id: SessionId::new("s").unwrap(),
-        epoch: 1,
-        digest: RequestDigest([0; 32]),
-        environment: EnvironmentRef::default(),
-        limits: crate::world::DEFAULTS,
-        network: Network::None,
-        variables: Vec::new(),
-        min_tier: String::new(),
-        orphan_timeout: None,
-        idle_timeout: None,
-        max_concurrent_calls: 0,
-        tenant: String::new(),
-    };
-    let call = runner::work::ToolCall {
-        call_id: CallId::new("left").unwrap(),
-        session_id: SessionId::new("s").unwrap(),
-        epoch: 1,
-        digest: RequestDigest([0; 32]),
-        input: runner::work::ToolInput::Bash(runner::work::BashInput {
-            command: Some("exit 0".into()),
-            restart: false,
-        }),
-        limits: CallLimits::default(),
-        output_mode: OutputMode::Merged,
-        quiet: false,
-    };
-    let recovered = Recovered {
-        sessions: vec![RecoveredSession { open, sandbox: None, acknowledged: Vec::new() }],
-        calls: vec![RecoveredCall { call, cancel: None, phase: RecoveredPhase::Accepted, starts: 0, resumes: Some(0) }],
-        ..Recovered::default()
-    };
+    let recovered = left("left", RecoveredPhase::Accepted, None);
     let options = Options { recovered, ..Options::default() };
-    let mut world = World::with(options, pb::ResumeAction::Suspend, Duration::from_millis(500)).await;
+    let pause = Duration::from_millis(500);
+    let mut world =
+        World::with(options, Script { action: pb::ResumeAction::Suspend, pause, ..Script::default() }).await;
 
     world.hears("a heartbeat", |said| matches!(said, Said::Heartbeat(_)).then_some(())).await;
     tokio::time::sleep(Duration::from_millis(200)).await;
@@ -426,7 +139,7 @@ fn event_seq(said: &Said) -> Option<u64> {
 async fn welcome_whose_term_cannot_be_written_down_leaves_the_old_link_where_it_is() {
     let journal = Arc::new(KeepsItsTerm::default());
     let options = Options { journal: Arc::clone(&journal) as Arc<dyn Journal>, ..Options::default() };
-    let mut world = World::with(options, pb::ResumeAction::Keep, Duration::ZERO).await;
+    let mut world = World::with(options, Script::default()).await;
     world.open().await;
     let call = bash("c1", "print 200000; hang");
     world.send(|number| frame(number, 15, Body::Call(call)));
@@ -480,7 +193,7 @@ async fn lease_answer_of_another_term_ends_the_link() {
     for term in [TERM - 1, 0, TERM + 1] {
         // Each link takes its time, so that what ended the last one can be seen.
         let pause = Duration::from_millis(500);
-        let mut world = World::with(Options::default(), pb::ResumeAction::Keep, pause).await;
+        let mut world = World::with(Options::default(), Script { pause, ..Script::default() }).await;
         world.open().await;
         let lease_ttl = Some(prost_types::Duration { seconds: 3600, nanos: 0 });
 
@@ -526,7 +239,12 @@ async fn orchestrator_that_knows_later_events_than_the_runner_is_told_that_the_s
     within("a refusal", status.wait_for(|status| status.problem.contains(refused))).await.unwrap();
     assert!(status.borrow().problem.contains("this state was set back"), "{}", status.borrow().problem);
 
+    // It is in no hurry to ask again, but for another certificate.
     world.acknowledged.store(0, Ordering::SeqCst);
+    let issued = world.authority.client("runner-1", Validity::Now).unwrap();
+    std::fs::write(&world.files.certificate, &issued.certificate_pem).unwrap();
+    std::fs::write(&world.files.key, &issued.key_pem).unwrap();
+    world.runner.connector.reload.notify_one();
     within("a link", status.wait_for(|status| status.connected)).await.unwrap();
     world.assert_works("c2").await;
 }

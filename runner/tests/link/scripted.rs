@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use prost::Message as _;
@@ -11,6 +12,7 @@ use prost::bytes::BufMut as _;
 use proto::runner::v1 as pb;
 use proto::runner::v1::orchestrator_frame::Body;
 use proto::runner::v1::runner_frame::Body as Said;
+use runner::connector::tls::TlsFiles;
 use runner::dev::pki::{Authority, Validity};
 use runner::dev::{Connection, accept_one, listen};
 use tokio::sync::{Mutex, mpsc};
@@ -63,6 +65,9 @@ impl Decoder for Bytes {
     }
 }
 
+/// Of the first orchestrator, unless a script says otherwise.
+pub const TERM: u64 = 3;
+
 /// Frames by their kind.
 pub type Orders = Vec<(u32, Body)>;
 
@@ -80,7 +85,7 @@ pub struct Script {
 
 impl Default for Script {
     fn default() -> Self {
-        Self::answering([(welcome(1), Vec::new())])
+        Self::answering([(welcome(TERM), Vec::new())])
     }
 }
 
@@ -121,6 +126,9 @@ struct Link {
     frames: Arc<Mutex<mpsc::Receiver<Frame>>>,
     said: mpsc::Sender<Said>,
     script: Script,
+    /// Of the next answer, when they are not 0.
+    term: Arc<AtomicU64>,
+    acknowledged: Arc<AtomicU64>,
 }
 
 impl tonic::server::NamedService for Link {
@@ -148,7 +156,7 @@ impl tonic::server::StreamingService<pb::RunnerFrame> for Link {
     type Future = BoxFuture<Response<Self::ResponseStream>, Status>;
 
     fn call(&mut self, request: Request<Streaming<pb::RunnerFrame>>) -> Self::Future {
-        let Self { frames, said, script } = self.clone();
+        let Self { frames, said, script, term, acknowledged } = self.clone();
         Box::pin(async move {
             let (sender, receiver) = mpsc::channel(16);
             let mut incoming = request.into_inner();
@@ -156,7 +164,13 @@ impl tonic::server::StreamingService<pb::RunnerFrame> for Link {
                 let Ok(Some(pb::RunnerFrame { body: Some(Said::Hello(hello)), .. })) = incoming.message().await else {
                     return;
                 };
-                let (welcome, orders) = script.answer().await;
+                let (mut welcome, orders) = script.answer().await;
+                for (field, wanted) in [(&mut welcome.term, &term), (&mut welcome.event_ack_through, &acknowledged)] {
+                    match wanted.load(Ordering::SeqCst) {
+                        0 => {}
+                        wanted => *field = wanted,
+                    }
+                }
                 let action = script.action.into();
                 let decision = pb::ResumeDecision { session_id: "s".into(), epoch: 1, action, calls: Vec::new() };
                 let held = hello.resume_pages > 0;
@@ -209,6 +223,11 @@ pub struct World {
     frames: mpsc::Sender<Frame>,
     said: mpsc::Receiver<Said>,
     pub runner: Runner,
+    /// Of the next answer, when they are not 0.
+    pub term: Arc<AtomicU64>,
+    pub acknowledged: Arc<AtomicU64>,
+    pub authority: Authority,
+    pub files: TlsFiles,
     _directory: tempfile::TempDir,
 }
 
@@ -237,15 +256,22 @@ impl World {
         let (frames, to_send) = mpsc::channel(16);
         // Much more than a runner says in one of these tests.
         let (speaks, said) = mpsc::channel(1024);
-        let link = Link { frames: Arc::new(Mutex::new(to_send)), said: speaks, script };
+        let (term, acknowledged) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
+        let link = Link {
+            frames: Arc::new(Mutex::new(to_send)),
+            said: speaks,
+            script,
+            term: Arc::clone(&term),
+            acknowledged: Arc::clone(&acknowledged),
+        };
         let serving = tonic::transport::Server::builder().serve_with_incoming_shutdown(
             link,
             ReceiverStream::new(connections),
             std::future::pending(),
         );
         tokio::spawn(serving);
-        let runner = Runner::dial(address.port(), files, options);
-        let mut world = Self { frames, said, runner, _directory: directory };
+        let runner = Runner::dial(address.port(), files.clone(), options);
+        let mut world = Self { frames, said, runner, term, acknowledged, authority, files, _directory: directory };
         world.hears("a greeting", |said| matches!(said, Said::Hello(_)).then_some(())).await;
         world
     }

@@ -159,7 +159,7 @@ pub fn left(call_id: &str, phase: RecoveredPhase, sandbox: Option<&str>) -> Reco
     let sandbox = sandbox.map(|id| (SandboxId::new(id).unwrap(), Receipt::default()));
     Recovered {
         sessions: vec![RecoveredSession { open, sandbox, acknowledged: Vec::new() }],
-        calls: vec![RecoveredCall { call, cancel: None, phase, starts: 0 }],
+        calls: vec![RecoveredCall { call, cancel: None, phase, starts: 0, resumes: Some(0) }],
         same_boot: true,
         events_through: 10_000,
         ..Recovered::default()

@@ -89,6 +89,7 @@ mod tests {
             pidfd: pidfd_open(pid).expect("a pidfd"),
             boot: None,
             blank: None,
+            mounts: None,
             slot,
             phase: Phase::Ready { sandbox_id: "a".to_owned() },
             adopted: true,
