@@ -24,9 +24,7 @@ use crate::session::registry::{Registry, Reserve};
 use crate::session::{SessionHandle, Sessions};
 use crate::shutdown::{Signal, Signals};
 use crate::systemd::{Notifier, Watchdog};
-use crate::work::{
-    DrainMode, DrainedBy, Memory, Pressure, Receipt, ResourceLimits, Sandboxes, Trouble, Update, WorkItem,
-};
+use crate::work::{DrainMode, DrainedBy, Memory, Pressure, ResourceLimits, Sandboxes, Trouble, Update, WorkItem};
 
 /// Time to end sandboxes after patience with calls has ended.
 const CLOSE_TIME: Duration = Duration::from_secs(10);
@@ -132,6 +130,7 @@ impl Daemon {
     /// `DaemonError`; what was begun ends with the runtime.
     pub fn start(parts: Parts) -> Result<Self, DaemonError> {
         let (sandboxes, receipt) = (Arc::clone(&parts.sandboxes), parts.sandboxes.receipt());
+        let counted = admin::Counted { journal: Arc::clone(&parts.journal), sandboxes: Arc::clone(&sandboxes) };
         let memory: Arc<dyn Memory> = Arc::new(JournalMemory::new(Arc::clone(&parts.journal), &parts.recovered));
         let sessions = Sessions {
             config: CoreConfig { idle: parts.idle, ..CoreConfig::default() },
@@ -160,7 +159,12 @@ impl Daemon {
         let status = link.as_ref().map(|link| link.status.clone());
         let admin = parts
             .admin
-            .map(|socket| start_admin(socket, &handle, status, receipt, pressure.pressure.clone()))
+            .map(|AdminSocket { path, own_uid }| {
+                let (sessions, pressure) = (handle.clone(), pressure.pressure.clone());
+                let own = path.clone();
+                let parts = admin::Parts { path, own_uid, sessions, link: status, receipt, pressure, counted };
+                Ok::<_, admin::SocketError>((admin::serve(parts)?, own))
+            })
             .transpose()?;
         let drain_time = parts.drain_time;
         Ok(Self { sessions: handle, link, stop, admin, drain_time, sandboxes, memory, _pressure: pressure })
@@ -340,19 +344,6 @@ fn start_link(
         pressure,
     };
     orchestrator::start(settings, ports, stopped)
-}
-
-fn start_admin(
-    socket: AdminSocket,
-    sessions: &SessionHandle,
-    link: Option<watch::Receiver<LinkStatus>>,
-    receipt: Receipt,
-    pressure: watch::Receiver<Arc<Pressure>>,
-) -> Result<(tokio::task::JoinHandle<()>, PathBuf), admin::SocketError> {
-    let path = socket.path.clone();
-    let AdminSocket { path: own, own_uid } = socket;
-    let parts = admin::Parts { path: own, own_uid, sessions: sessions.clone(), link, receipt, pressure };
-    Ok((admin::serve(parts)?, path))
 }
 
 /// Without a link there is nobody to tell.

@@ -140,6 +140,7 @@ async fn disk_that_fills_closes_sessions_then_what_writes_and_opens_again() {
     let told = status(&daemon);
     assert_eq!(told["numbers"]["refused_total{request=\"open\",code=\"DISK_LOW\"}"], 1);
     assert_eq!(told["numbers"]["refused_total{request=\"call\",code=\"DISK_LOW\"}"], 1);
+    assert!(told["numbers"]["disk_free_inodes{disk=\"run\"}"].as_u64().is_some_and(|free| free < 1000), "{told}");
     assert!(told["short_of"].as_array().is_some_and(|reasons| reasons.len() == 2), "{told}");
     assert!(told["numbers"]["disk_free_bytes{disk=\"run\"}"].as_u64().is_some_and(|free| free < 8 * MIB), "{told}");
 

@@ -7,5 +7,5 @@ mod present;
 mod service;
 mod socket;
 
-pub use service::{Parts, serve};
+pub use service::{Counted, Parts, serve};
 pub use socket::SocketError;

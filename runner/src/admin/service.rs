@@ -13,11 +13,12 @@ use tonic::{Request, Response, Status};
 use super::present;
 use super::socket::{SocketError, accept, bind};
 use crate::connector::orchestrator::LinkStatus;
+use crate::journal::Journal;
 use crate::session::core::CallStage;
 use crate::session::{SessionHandle, View, ViewCall, ViewSession};
 use crate::work::{
-    CallId, CancelMode, Code, OutputSource, Pressure, Receipt, SessionClose, SessionId, Stream, ToolFailure, WorkItem,
-    limits,
+    CallId, CancelMode, Code, OutputSource, Pressure, Receipt, Sandboxes, SessionClose, SessionId, Stream, ToolFailure,
+    WorkItem, limits,
 };
 
 /// How often new output is looked for while somebody follows a call.
@@ -38,6 +39,23 @@ pub struct Parts {
     pub receipt: Receipt,
     /// How the host stands.
     pub pressure: watch::Receiver<Arc<Pressure>>,
+    /// Who counts what happens beside the sessions.
+    pub counted: Counted,
+}
+
+/// Who counts what happens beside the sessions.
+#[derive(Clone)]
+pub struct Counted {
+    /// Where calls are written down.
+    pub journal: Arc<dyn Journal>,
+    /// Where sandboxes come from.
+    pub sandboxes: Arc<dyn Sandboxes>,
+}
+
+impl std::fmt::Debug for Counted {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Counted").finish_non_exhaustive()
+    }
 }
 
 /// Binds the socket and serves beside the caller until the returned task is aborted.
@@ -165,7 +183,10 @@ impl AdminService for Admin {
         let alarms = status.alarms();
         let pressure = Arc::clone(&self.0.pressure.borrow());
         let number = |(name, value): (String, u64)| pb::Number { name, value };
-        let counters = self.0.sessions.counters.all().into_iter().map(number);
+        let mut counters = self.0.sessions.counters.all();
+        counters.extend(self.0.counted.journal.counters());
+        counters.extend(self.0.counted.sandboxes.counters().await);
+        let counters = counters.into_iter().map(number);
         let gauges = pressure.gauges.iter().map(|gauge| number((gauge.name.clone(), gauge.value)));
         // The only one that a collector can draw a line through before it is an alarm.
         let ends = u64::try_from(status.certificate.not_after).ok().filter(|ends| *ends > 0);

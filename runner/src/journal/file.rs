@@ -6,6 +6,7 @@
 //! and a cancel that is not noted are refused to their callers, and an acknowledgement that is forgotten is asked for again. They
 //! are refused first, so that the others find room.
 
+use std::collections::BTreeMap;
 use std::fs::DirBuilder;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
@@ -24,6 +25,7 @@ use super::record::{Record, Recovered};
 use super::scan::ScanError;
 use super::segment::{Identity, LogError};
 use super::{Journal, JournalError};
+use crate::telemetry::Counters;
 use crate::work::BoxFuture;
 
 /// Records that wait to be written.
@@ -130,7 +132,8 @@ impl FileJournal {
         })?;
         let queue = Queue { out_of_space: log.is_out_of_space(), ..Queue::default() };
         let longest = sizes.longest_payload();
-        let shared = Arc::new(Shared { queue: Mutex::new(queue), wake: Condvar::new(), longest });
+        let shared =
+            Arc::new(Shared { queue: Mutex::new(queue), wake: Condvar::new(), longest, counters: Counters::default() });
         let writer = Writer { shared: Arc::clone(&shared), log };
         let thread = std::thread::Builder::new().name("journal".into()).spawn(move || writer.run());
         Ok((Self { shared, thread: Some(thread.map_err(OpenError::Thread)?) }, recovered))
@@ -183,6 +186,10 @@ impl Journal for FileJournal {
     fn condition(&self) -> (Condition, Duration) {
         (self.state(), self.busy_for())
     }
+
+    fn counters(&self) -> BTreeMap<String, u64> {
+        self.shared.counters.all()
+    }
 }
 
 impl Drop for FileJournal {
@@ -212,22 +219,26 @@ struct Queue {
 impl Queue {
     /// Why a record of this size and kind has no room. Half of the places, and all of the bytes, are the limit of what is
     /// optional; the rest are steps of calls that were taken, whose number is bounded and whose results are in memory anyway.
-    fn overflow(&self, bytes: usize, is_optional: bool) -> Option<String> {
-        let is_full = if is_optional {
-            self.entries.len() >= QUEUED_RECORDS / 2 || self.bytes + bytes > QUEUED_BYTES
-        } else {
-            self.entries.len() >= QUEUED_RECORDS
+    fn overflow(&self, bytes: usize, is_optional: bool) -> Option<Refusal> {
+        let most = if is_optional { QUEUED_RECORDS / 2 } else { QUEUED_RECORDS };
+        let bound = match self.entries.len() >= most {
+            true => "records",
+            // A record larger than the queue goes alone.
+            false if is_optional && self.bytes + bytes > QUEUED_BYTES && !self.entries.is_empty() => "bytes",
+            false => return None,
         };
-        // A record larger than the queue goes alone.
-        let overflows = is_full && !self.entries.is_empty();
-        overflows.then(|| format!("{} records of {} bytes wait to be written", self.entries.len(), self.bytes))
+        Some((bound, format!("{} records of {} bytes wait to be written", self.entries.len(), self.bytes)))
     }
 }
+
+/// Which bound a record has met, for those who count, and in words.
+type Refusal = (&'static str, String);
 
 struct Shared {
     queue: Mutex<Queue>,
     wake: Condvar,
     longest: usize,
+    counters: Counters,
 }
 
 impl Shared {
@@ -250,9 +261,10 @@ impl Shared {
             return Err(reason.clone());
         }
         if queue.out_of_space && matches!(record, Record::Accepted(_)) {
+            self.refused("disk");
             return Err("the disk is full".to_owned());
         }
-        let refused = match encoded {
+        let (bound, refused) = match encoded {
             Ok(payload) => match queue.overflow(payload.len(), is_optional) {
                 None => {
                     let (done, result) = oneshot::channel();
@@ -265,12 +277,17 @@ impl Shared {
                 }
                 Some(reason) => reason,
             },
-            Err(reason) => reason,
+            Err(reason) => ("segment", reason),
         };
+        self.refused(bound);
         if !is_optional {
             queue.broken = Some(format!("an earlier record was refused ({}): {refused}", record.kind()));
         }
         Err(refused)
+    }
+
+    fn refused(&self, bound: &str) {
+        self.counters.add("journal_refused_total", &[("bound", bound)]);
     }
 }
 

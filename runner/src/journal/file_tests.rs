@@ -105,9 +105,11 @@ fn full_queue_refuses_new_calls_first_and_breaks_only_when_something_else_is_los
     assert!(error.reason.starts_with("2048 records of") && !error.is_final, "{error}");
     assert!(wait(journal.append(acknowledged(9999))).is_err());
     assert_eq!(journal.state(), Condition::Good);
+    assert_eq!(refused(&journal, "records"), Some(2));
     futures.extend((0..2048).map(|call| journal.append(started(call))));
     let error = wait(journal.append(finished(1, 0))).unwrap_err();
     assert!(error.reason.starts_with("4096 records of") && error.is_final, "{error}");
+    assert_eq!((refused(&journal, "records"), refused(&journal, "bytes")), (Some(3), None));
     assert!(wait(journal.append(started(1))).unwrap_err().reason.contains("an earlier record was refused (finished)"));
     assert!(journal.is_broken());
     drop(hold);
@@ -115,6 +117,35 @@ fn full_queue_refuses_new_calls_first_and_breaks_only_when_something_else_is_los
     for future in futures {
         wait(future).unwrap();
     }
+}
+
+#[test]
+fn bytes_that_wait_are_bounded_and_what_is_refused_for_them_is_counted() {
+    let disk = SimulatedDisk::default();
+    let identity = Identity { state_id: "state".into(), boot_id: "boot".into() };
+    let sizes = Sizes { segment: 8 << 20, ..SIZES };
+    let (journal, _) = FileJournal::open_on(disk.clone(), identity, sizes).unwrap();
+    let hold = disk.hold();
+    let mut futures: Vec<Appended> = vec![journal.append(Record::Term { term: 1 })];
+    let patience = Instant::now();
+    while journal.busy_for() == Duration::ZERO {
+        assert!(patience.elapsed() < Duration::from_secs(20));
+        std::thread::yield_now();
+    }
+    futures.push(journal.append(accepted(1, 1, 5 << 20)));
+    let error = wait(journal.append(accepted(2, 1, 5 << 20))).unwrap_err();
+    assert!(error.reason.starts_with("1 records of") && !error.is_final, "{error}");
+    assert_eq!((refused(&journal, "records"), refused(&journal, "bytes")), (None, Some(1)));
+    futures.push(journal.append(finished(1, 0)));
+    drop(hold);
+    for future in futures {
+        wait(future).unwrap();
+    }
+}
+
+/// How many records were refused for a bound.
+fn refused(journal: &FileJournal, bound: &str) -> Option<u64> {
+    journal.counters().get(&format!("journal_refused_total{{bound=\"{bound}\"}}")).copied()
 }
 
 #[test]

@@ -36,6 +36,7 @@ mod samples;
 #[cfg(test)]
 mod simulated;
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::work::BoxFuture;
@@ -69,6 +70,11 @@ pub trait Journal: Send + Sync {
     /// How it is, and for how long it has been busy with the present write.
     fn condition(&self) -> (Condition, Duration) {
         (Condition::Good, Duration::ZERO)
+    }
+
+    /// What has happened how often since the start, by the names of metrics.
+    fn counters(&self) -> BTreeMap<String, u64> {
+        BTreeMap::new()
     }
 }
 

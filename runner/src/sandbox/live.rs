@@ -143,10 +143,21 @@ async fn guard(parts: Arc<Parts>) {
 impl Parts {
     /// A broken protocol is answered by killing at once; a closed connection by asking the launcher why.
     async fn control_ended(&self, end: ControlEnd) -> String {
+        if let ControlEnd::Violated(violation) = &end {
+            self.launcher.counted().add("sandbox_violations_total", &[("kind", violation.kind())]);
+        }
         if !matches!(end, ControlEnd::Closed) {
             return end.to_string();
         }
         tokio::time::timeout(REPORT_TIME, self.ended_reason()).await.unwrap_or_else(|_| end.to_string())
+    }
+
+    /// What a caller is told; what is too much for one sandbox is counted.
+    fn failure(&self, error: ControlError) -> ToolFailure {
+        if let ControlError::Busy { what } = &error {
+            self.launcher.counted().add("sandbox_requests_refused_total", &[("what", what)]);
+        }
+        failure(error)
     }
 
     /// Resolves when the launcher has reported the end.
@@ -244,28 +255,30 @@ impl Sandbox for LiveSandbox {
         call: PreparedCall,
         observer: Arc<dyn CallObserver>,
     ) -> BoxFuture<'static, Result<(), ToolFailure>> {
-        let control = self.parts.control.clone();
-        Box::pin(async move { control.start_call(&call, observer).await.map_err(failure) })
+        let parts = Arc::clone(&self.parts);
+        Box::pin(async move { parts.control.start_call(&call, observer).await.map_err(|error| parts.failure(error)) })
     }
 
     fn go(&self, call_id: &CallId) -> BoxFuture<'static, Result<(), ToolFailure>> {
-        let (control, call_id) = (self.parts.control.clone(), call_id.clone());
-        Box::pin(async move { control.go(call_id.as_str()).await.map_err(failure) })
+        let (parts, call_id) = (Arc::clone(&self.parts), call_id.clone());
+        Box::pin(async move { parts.control.go(call_id.as_str()).await.map_err(|error| parts.failure(error)) })
     }
 
     fn abort(&self, call_id: &CallId) -> BoxFuture<'static, Result<(), ToolFailure>> {
-        let (control, call_id) = (self.parts.control.clone(), call_id.clone());
-        Box::pin(async move { control.abort(call_id.as_str()).await.map_err(failure) })
+        let (parts, call_id) = (Arc::clone(&self.parts), call_id.clone());
+        Box::pin(async move { parts.control.abort(call_id.as_str()).await.map_err(|error| parts.failure(error)) })
     }
 
     fn cancel(&self, call_id: &CallId, mode: CancelMode) -> BoxFuture<'static, Result<(), ToolFailure>> {
-        let (control, call_id) = (self.parts.control.clone(), call_id.clone());
-        Box::pin(async move { control.cancel(call_id.as_str(), mode).await.map_err(failure) })
+        let (parts, call_id) = (Arc::clone(&self.parts), call_id.clone());
+        Box::pin(
+            async move { parts.control.cancel(call_id.as_str(), mode).await.map_err(|error| parts.failure(error)) },
+        )
     }
 
     fn acknowledge(&self, call_id: &CallId) -> BoxFuture<'static, Result<(), ToolFailure>> {
-        let (control, call_id) = (self.parts.control.clone(), call_id.clone());
-        Box::pin(async move { control.acknowledge(call_id.as_str()).await.map_err(failure) })
+        let (parts, call_id) = (Arc::clone(&self.parts), call_id.clone());
+        Box::pin(async move { parts.control.acknowledge(call_id.as_str()).await.map_err(|error| parts.failure(error)) })
     }
 
     fn read_output(
@@ -275,8 +288,14 @@ impl Sandbox for LiveSandbox {
         offset: u64,
         max_bytes: usize,
     ) -> BoxFuture<'static, Result<OutputChunk, ToolFailure>> {
-        let (control, call_id) = (self.parts.control.clone(), call_id.clone());
-        Box::pin(async move { control.read_output(call_id.as_str(), stream, offset, max_bytes).await.map_err(failure) })
+        let (parts, call_id) = (Arc::clone(&self.parts), call_id.clone());
+        Box::pin(async move {
+            parts
+                .control
+                .read_output(call_id.as_str(), stream, offset, max_bytes)
+                .await
+                .map_err(|error| parts.failure(error))
+        })
     }
 
     fn stdin(
@@ -286,18 +305,22 @@ impl Sandbox for LiveSandbox {
         data: Vec<u8>,
         eof: bool,
     ) -> BoxFuture<'static, Result<u64, ToolFailure>> {
-        let (control, call_id) = (self.parts.control.clone(), call_id.clone());
-        Box::pin(async move { control.stdin(call_id.as_str(), offset, data, eof).await.map_err(failure) })
+        let (parts, call_id) = (Arc::clone(&self.parts), call_id.clone());
+        Box::pin(async move {
+            parts.control.stdin(call_id.as_str(), offset, data, eof).await.map_err(|error| parts.failure(error))
+        })
     }
 
     fn resize(&self, call_id: &CallId, columns: u16, rows: u16) -> BoxFuture<'static, Result<(), ToolFailure>> {
-        let (control, call_id) = (self.parts.control.clone(), call_id.clone());
-        Box::pin(async move { control.resize(call_id.as_str(), columns, rows).await.map_err(failure) })
+        let (parts, call_id) = (Arc::clone(&self.parts), call_id.clone());
+        Box::pin(async move {
+            parts.control.resize(call_id.as_str(), columns, rows).await.map_err(|error| parts.failure(error))
+        })
     }
 
     fn deadline(&self, boottime_ns: u64) -> BoxFuture<'static, Result<(), ToolFailure>> {
-        let control = self.parts.control.clone();
-        Box::pin(async move { control.deadline(boottime_ns).await.map_err(failure) })
+        let parts = Arc::clone(&self.parts);
+        Box::pin(async move { parts.control.deadline(boottime_ns).await.map_err(|error| parts.failure(error)) })
     }
 
     fn freeze(&self, frozen: bool) -> BoxFuture<'static, Result<(), ToolFailure>> {

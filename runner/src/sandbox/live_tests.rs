@@ -5,11 +5,12 @@ use super::*;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use futures_util::FutureExt;
 use prost::Message;
 use proto::{init::v1 as init, launch::v1 as wire};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
-use crate::sandbox::control::Patience;
+use crate::sandbox::control::{LARGEST_PACKET, Patience};
 use crate::sandbox::launch::Created;
 use crate::sandbox::launch::tests::{created, ended, launcher, reply};
 use crate::sandbox::spec::Spec;
@@ -28,7 +29,7 @@ async fn made(kills: Arc<AtomicUsize>) -> (Launcher, Created) {
     (launcher, created)
 }
 
-/// A process 1 that greets, answers everything with `Done`, and says `rubbish` when told to go.
+/// A process 1 that greets, answers most with `Done`, says rubbish when told to go, and too much when told to drop a call.
 fn process_1() -> OwnedFd {
     let (ours, theirs) =
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).expect("socketpair");
@@ -46,8 +47,14 @@ fn process_1() -> OwnedFd {
                 Some(init::request::Body::Go(_)) => 4711,
                 _ => request.request_id,
             };
-            let frame = init::Frame { request_id, generation: 1, body: Some(body) };
-            if rustix::io::write(&theirs, &frame.encode_to_vec()).is_err() {
+            let mut packet = init::Frame { request_id, generation: 1, body: Some(body) }.encode_to_vec();
+            match request.body {
+                // Nobody ever answers these.
+                Some(init::request::Body::StartCall(_) | init::request::Body::Resize(_)) => continue,
+                Some(init::request::Body::Abort(_)) => packet.resize(LARGEST_PACKET + 1, 0),
+                _ => {}
+            }
+            if rustix::io::write(&theirs, &packet).is_err() {
                 return;
             }
         }
@@ -76,6 +83,55 @@ async fn process_1_that_breaks_the_protocol_is_killed_and_the_caller_is_told() {
     assert_eq!(error.code, Code::SandboxLost);
     assert!(reason.contains("request 4711"), "{reason}");
     assert!(kills.load(Ordering::SeqCst) >= 1);
+}
+
+#[tokio::test]
+async fn packet_that_is_too_long_is_counted_by_its_kind() {
+    let sandbox = live(&Arc::default()).await;
+    sandbox.abort(&CallId::new("c").expect("valid")).await.expect_err("the connection is over");
+    sandbox.lost().await;
+    let counted = sandbox.parts.launcher.counted().all();
+    assert_eq!(counted.get("sandbox_violations_total{kind=\"oversize\"}"), Some(&1), "{counted:?}");
+}
+
+/// An observer of calls about which nothing is ever said.
+struct Nobody;
+
+impl CallObserver for Nobody {
+    fn observe(&self, _event: crate::work::CallEvent) {}
+}
+
+#[tokio::test]
+async fn calls_and_requests_beyond_the_bounds_of_one_sandbox_are_refused_and_counted() {
+    let sandbox = live(&Arc::default()).await;
+    let call = |number: usize| PreparedCall {
+        call_id: CallId::new(format!("c{number}")).expect("valid"),
+        input: crate::work::ToolInput::Bash(crate::work::BashInput { command: Some("true".into()), restart: false }),
+        limits: Default::default(),
+        output_mode: crate::work::OutputMode::Merged,
+        gate: crate::work::Gate::Held,
+    };
+    let mut asked = Vec::new();
+    let refused = loop {
+        let mut start = sandbox.start_call(call(asked.len()), Arc::new(Nobody));
+        match (&mut start).now_or_never() {
+            Some(result) => break result.expect_err("nobody answers"),
+            None => asked.push(start),
+        }
+    };
+    assert_eq!((refused.code, asked.len()), (Code::QueueFull, 256));
+    let mut resized = Vec::new();
+    let refused = loop {
+        let mut resize = sandbox.resize(&CallId::new("c0").expect("valid"), 80, 25);
+        match (&mut resize).now_or_never() {
+            Some(result) => break result.expect_err("nobody answers"),
+            None => resized.push(resize),
+        }
+    };
+    assert_eq!((refused.code, asked.len() + resized.len()), (Code::QueueFull, 512));
+    let counted = sandbox.parts.launcher.counted().all();
+    let of = |what: &str| counted.get(&format!("sandbox_requests_refused_total{{what=\"{what}\"}}")).copied();
+    assert_eq!((of("calls"), of("requests")), (Some(1), Some(1)), "{counted:?}");
 }
 
 #[tokio::test]

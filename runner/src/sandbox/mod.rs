@@ -18,11 +18,12 @@ pub mod receipt;
 pub mod spec;
 pub mod start;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use tracing::info;
+use tracing::{debug, info};
 
 pub use self::attach::AttachError;
 use self::control::{Control, ControlEnd, Patience};
@@ -35,6 +36,9 @@ use crate::work::{
     Attached, BoxFuture, Code, ExpectedCall, Receipt, RootfsChoice, Sandbox, SandboxId, SandboxRequest, Sandboxes,
     ToolFailure,
 };
+
+/// How long somebody who looks at numbers waits for those of the launcher.
+const COUNTERS_TIME: Duration = Duration::from_secs(1);
 
 /// Why there is no sandbox.
 #[derive(Debug, thiserror::Error)]
@@ -190,6 +194,19 @@ impl Sandboxes for HostSandboxes {
             Some(measured) => measured.receipt.clone(),
             None => Receipt { tier: String::new(), ..receipt::receipt(&[], 0, &self.host) },
         }
+    }
+
+    fn counters(&self) -> BoxFuture<'static, BTreeMap<String, u64>> {
+        let launcher = self.launcher.clone();
+        Box::pin(async move {
+            let mut counters = launcher.counted().all();
+            match tokio::time::timeout(COUNTERS_TIME, launcher.counters()).await {
+                Ok(Ok(of_launcher)) => counters.extend(of_launcher),
+                Ok(Err(error)) => debug!(%error, "the launcher does not say what it has counted"),
+                Err(_) => debug!("the launcher has not said in time what it has counted"),
+            }
+            counters
+        })
     }
 
     fn gone(&self) -> BoxFuture<'static, String> {

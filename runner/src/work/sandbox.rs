@@ -263,6 +263,11 @@ pub trait Sandboxes: Send + Sync {
     /// What a sandbox made here would be protected by.
     fn receipt(&self) -> Receipt;
 
+    /// What has happened how often since the start, by the names of metrics. Never takes long.
+    fn counters(&self) -> BoxFuture<'static, BTreeMap<String, u64>> {
+        Box::pin(std::future::ready(BTreeMap::new()))
+    }
+
     /// Resolves with a reason when no sandbox can be made here any more, and none that was made lives.
     fn gone(&self) -> BoxFuture<'static, String> {
         Box::pin(std::future::pending())

@@ -3,7 +3,7 @@
 //! A bash command is a script: `print N` writes N bytes that are a function of the call id, `pause MS` waits, `exit N`
 //! ends, `hang` waits until it is cancelled, `die` ends the whole sandbox. Steps are separated by `;`.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -64,6 +64,11 @@ impl Sandboxes for FakeSandboxes {
         _calls: Vec<ExpectedCall>,
     ) -> BoxFuture<'static, Result<Attached, ToolFailure>> {
         ready(Err(ToolFailure::new(Code::SandboxLost, "no sandbox of this name", "none")))
+    }
+
+    fn counters(&self) -> BoxFuture<'static, BTreeMap<String, u64>> {
+        let created = self.0.created.load(Ordering::SeqCst);
+        ready([("fakes_created_total".to_owned(), created)].into())
     }
 
     fn receipt(&self) -> Receipt {

@@ -1,5 +1,6 @@
 //! The administration socket and the composition root.
 
+use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,10 +9,11 @@ use hyper_util::rt::TokioIo;
 use proto::admin::v1 as admin;
 use proto::admin::v1::admin_service_client::AdminServiceClient;
 use proto::runner::v1 as pb;
-use runner::admin::{Parts, SocketError};
+use runner::admin::{Counted, Parts, SocketError};
 use runner::daemon::{AdminSocket, Daemon, DaemonError};
 use runner::dev::{LinkSettings, Orchestrator};
-use runner::journal::Volatile;
+use runner::journal::{Journal, JournalError, Record, Volatile};
+use runner::work::BoxFuture;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 
@@ -31,7 +33,26 @@ async fn client(path: &std::path::Path) -> AdminServiceClient<Channel> {
 fn parts(world: &World, path: std::path::PathBuf) -> Parts {
     let own_uid = nix::unistd::geteuid().as_raw();
     let (sessions, link) = (world.sessions.clone(), Some(world.connector.status.clone()));
-    Parts { path, own_uid, sessions, link, receipt: Default::default(), pressure: calm() }
+    let sandboxes = Arc::new(FakeSandboxes(Arc::clone(&world.fakes)));
+    let counted = Counted { journal: Arc::new(Counting), sandboxes };
+    Parts { path, own_uid, sessions, link, receipt: Default::default(), pressure: calm(), counted }
+}
+
+/// A journal that says that it has refused something.
+struct Counting;
+
+impl Journal for Counting {
+    fn is_durable(&self) -> bool {
+        false
+    }
+
+    fn append(&self, record: Record) -> BoxFuture<'static, Result<(), JournalError>> {
+        Volatile.append(record)
+    }
+
+    fn counters(&self) -> BTreeMap<String, u64> {
+        [("journal_refused_total{bound=\"bytes\"}".to_owned(), 7)].into()
+    }
 }
 
 fn bash(command: &str) -> pb::call::Input {
@@ -80,6 +101,9 @@ async fn socket_is_private_shows_what_runs_follows_its_output_and_ends_it() {
 
     let status = client.status(admin::StatusRequest {}).await.unwrap().into_inner();
     assert_eq!((status.link.as_str(), status.sessions), ("connected", 1));
+    let number = |name: &str| status.numbers.iter().find(|number| number.name == name).map(|number| number.value);
+    assert_eq!(number("journal_refused_total{bound=\"bytes\"}"), Some(7));
+    assert_eq!(number("fakes_created_total"), Some(1));
     let target = admin::kill_request::Target::SessionId("s".into());
     client.kill(admin::KillRequest { target: Some(target) }).await.unwrap();
     within("end", async {

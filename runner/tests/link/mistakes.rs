@@ -130,6 +130,7 @@ async fn full_queue_refuses_with_a_hint_when_to_come_back() {
     let failure = refused.failure.unwrap();
     assert_eq!((refused.call_id.as_str(), failure.code.as_str()), ("q32", "QUEUE_FULL"));
     assert!(failure.retryable && failure.retry_after.is_some());
+    assert_eq!(world.sessions.counters.all().get("refused_total{request=\"call\",code=\"QUEUE_FULL\"}"), Some(&1));
     session.cancel("running", pb::CancelMode::Kill);
     within("q31", session.outcome("q31")).await.unwrap();
 }

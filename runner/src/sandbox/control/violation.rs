@@ -70,6 +70,25 @@ pub enum Violation {
 }
 
 impl Violation {
+    /// Its kind, for those who count.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Undecodable(_) => "undecodable",
+            Self::Oversize(_) => "oversize",
+            Self::Descriptors => "descriptors",
+            Self::Malformed(_) => "malformed",
+            Self::UnknownRequest(_) => "unknown_request",
+            Self::WrongAnswer { .. } => "wrong_answer",
+            Self::UnknownCall { .. } => "unknown_call",
+            Self::WrongPhase { .. } => "wrong_phase",
+            Self::Unrecorded { .. } => "unrecorded",
+            Self::Impossible { .. } => "impossible",
+            Self::Silence { .. } => "silence",
+            Self::Overdue => "overdue",
+        }
+    }
+
     /// A value that cannot be; control characters and length are harmless for a log afterwards.
     pub fn impossible(field: &'static str, value: impl std::fmt::Display) -> Self {
         let value: String = value.to_string().chars().take(80).flat_map(char::escape_default).collect();

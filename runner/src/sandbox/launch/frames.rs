@@ -2,12 +2,23 @@
 //!
 //! Nothing is judged here: whoever asked checks that an answer fits the question.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use proto::launch::v1 as wire;
 
 use super::{HostReport, InspectedLimits, Inspection, ListedSandbox, MissingLayer, ReportedLayer};
 use crate::sandbox::spec::{Limits, Rootfs, Spec};
+
+pub(super) fn counters(counters: wire::Counters) -> BTreeMap<String, u64> {
+    let wire::Counters { connections_refused, creations_refused, creations_given_up } = counters;
+    let named = [
+        ("launcher_connections_refused_total", connections_refused),
+        ("launcher_creations_refused_total", creations_refused),
+        ("launcher_creations_given_up_total", creations_given_up),
+    ];
+    named.map(|(name, count)| (name.to_owned(), count)).into()
+}
 
 pub(super) fn host_report(welcome: wire::Welcome) -> HostReport {
     let host = welcome.host.unwrap_or_default();

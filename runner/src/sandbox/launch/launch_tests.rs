@@ -4,6 +4,7 @@ use super::*;
 
 use std::os::fd::AsFd;
 
+use futures_util::FutureExt;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use wire::reply::Body;
 
@@ -291,4 +292,39 @@ async fn late_answer_to_somebody_who_gave_up_is_no_breach_and_its_sandbox_is_kil
     let killed =
         tokio::task::spawn_blocking(move || killed.recv_timeout(Duration::from_secs(20))).await.expect("joined");
     assert_eq!(killed.as_deref(), Ok("a"));
+}
+
+#[tokio::test]
+async fn counters_of_the_launcher_have_names_and_one_that_counts_nothing_says_nothing() {
+    let counting = launcher(|request| {
+        let counters = wire::Counters { connections_refused: 1, creations_refused: 2, creations_given_up: 3 };
+        vec![reply(request.request_id, Body::Counters(counters))]
+    });
+    let expected = [
+        ("launcher_connections_refused_total", 1),
+        ("launcher_creations_refused_total", 2),
+        ("launcher_creations_given_up_total", 3),
+    ];
+    let expected: BTreeMap<_, _> = expected.map(|(name, count)| (name.to_owned(), count)).into();
+    assert_eq!(counting.counters().await.expect("counters"), expected);
+
+    let older = launcher(|request| vec![refusal(request.request_id, "NOT_SUPPORTED")]);
+    assert_eq!(older.counters().await.expect("nothing"), BTreeMap::new());
+}
+
+#[tokio::test]
+async fn requests_beyond_the_bound_are_refused_and_counted() {
+    let launcher = launcher(|_| Vec::new());
+    let mut asked = Vec::new();
+    for _ in 0..MOST_OUTSTANDING {
+        let mut request = Box::pin({
+            let launcher = launcher.clone();
+            async move { launcher.inspect("a").await }
+        });
+        assert!((&mut request).now_or_never().is_none());
+        asked.push(request);
+    }
+    let refused = launcher.inspect("a").await.expect_err("no room");
+    assert!(matches!(refused, LaunchError::Busy), "{refused}");
+    assert_eq!(launcher.counted().all().get("launcher_requests_refused_total"), Some(&1));
 }

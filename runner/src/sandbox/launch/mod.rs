@@ -16,6 +16,7 @@ mod reader;
 mod report;
 mod table;
 
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, MutexGuard};
@@ -33,6 +34,7 @@ pub use self::report::{
 use self::table::{Answer, Entered, Link, MOST_OUTSTANDING, Shared, Table};
 use super::packet::{Descriptors, PacketError, PacketSocket};
 use super::spec::Spec;
+use crate::telemetry::Counters;
 
 /// Largest packet of the protocol.
 pub const LARGEST_PACKET: usize = 64 * 1024;
@@ -262,6 +264,26 @@ impl Launcher {
         match self.request(KIND, wire::request::Body::InspectSandbox(request)).await? {
             (wire::reply::Body::Inspection(inspection), _) => Ok(frames::inspection(inspection)),
             _ => Err(LaunchError::WrongAnswer { request: KIND }),
+        }
+    }
+
+    /// What is counted on this side of the connection, of the launcher and of its sandboxes.
+    #[must_use]
+    pub fn counted(&self) -> &Counters {
+        &self.connection.shared.counted
+    }
+
+    /// How often the launcher has reached each of its bounds since it was started. One of an earlier version does not say.
+    ///
+    /// # Errors
+    /// [`LaunchError`].
+    pub async fn counters(&self) -> Result<BTreeMap<String, u64>, LaunchError> {
+        const KIND: &str = "ReadCounters";
+        match self.request(KIND, wire::request::Body::ReadCounters(wire::ReadCounters {})).await {
+            Ok((wire::reply::Body::Counters(counters), _)) => Ok(frames::counters(counters)),
+            Ok(_) => Err(LaunchError::WrongAnswer { request: KIND }),
+            Err(LaunchError::Refused { code, .. }) if code == "NOT_SUPPORTED" => Ok(BTreeMap::new()),
+            Err(error) => Err(error),
         }
     }
 

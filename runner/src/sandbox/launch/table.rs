@@ -14,6 +14,7 @@ use tracing::{debug, warn};
 
 use super::{Ended, LaunchError};
 use crate::sandbox::packet::PacketSocket;
+use crate::telemetry::Counters;
 
 /// Requests without an answer yet. More than this means the launcher is stuck, and more requests would not help.
 pub(super) const MOST_OUTSTANDING: usize = 1024;
@@ -22,6 +23,8 @@ pub(super) const MOST_OUTSTANDING: usize = 1024;
 pub(super) struct Shared {
     next_id: AtomicU64,
     table: Mutex<Table>,
+    /// What is counted on this side.
+    pub(super) counted: Counters,
     /// Ticks when the link changes.
     pub(super) changed: watch::Sender<()>,
 }
@@ -68,7 +71,12 @@ impl Shared {
             all_are_known: false,
         };
         // 1 is the greeting that an embedded launcher has already answered.
-        Self { next_id: AtomicU64::new(2), table: Mutex::new(table), changed: watch::channel(()).0 }
+        Self {
+            next_id: AtomicU64::new(2),
+            table: Mutex::new(table),
+            counted: Counters::default(),
+            changed: watch::channel(()).0,
+        }
     }
 
     /// An id that no request has had.
@@ -91,6 +99,7 @@ impl Shared {
         };
         table.outstanding.retain(|_, waiting| !waiting.is_closed());
         if table.outstanding.len() >= MOST_OUTSTANDING {
+            self.counted.add("launcher_requests_refused_total", &[]);
             return Err(LaunchError::Busy);
         }
         let request_id = self.request_id();

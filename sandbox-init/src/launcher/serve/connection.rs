@@ -47,7 +47,9 @@ impl Launcher<'_> {
         };
         let Ok(socket) = inherited_descriptor(raw) else { return };
         let allowed = getsockopt(&socket, PeerCredentials).is_ok_and(|peer| self.is_runner(peer.uid()));
-        if allowed && self.connections.len() < MAX_CONNECTIONS {
+        if allowed && self.connections.len() >= MAX_CONNECTIONS {
+            self.counters.connections_refused += 1;
+        } else if allowed {
             // An epoll that is full leaves the peer with a closed connection, which it tries again.
             let _ = self.add_connection(socket);
         }
@@ -164,6 +166,7 @@ impl Launcher<'_> {
                 };
                 self.answer(number, request_id, answer);
             }
+            Question::ReadCounters(_) => self.answer(number, request_id, Answer::Counters(self.counters)),
             Question::Reexecute(_) => match self.may_replace() {
                 Ok(()) => {
                     self.answer(number, request_id, Answer::Done(wire::Done {}));
@@ -201,5 +204,75 @@ impl Launcher<'_> {
         for number in numbers {
             self.answer(number, 0, body.clone());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use nix::sys::socket::{AddressFamily, Backlog, SockType, UnixAddr, bind, connect, listen, socket};
+    use proto::launch::v1::{CreateSandbox, HostRootfs, create_sandbox::Rootfs};
+
+    use super::*;
+    use crate::launcher::serve::making::MAX_WAITING;
+    use crate::launcher::serve::pool::tests::{launcher, pair};
+
+    /// Sends a request on the first connection and returns its answer.
+    fn ask(launcher: &mut Launcher<'_>, runner: &OwnedFd, body: Question) -> Answer {
+        let request = wire::Request { request_id: 7, body: Some(body) };
+        send(runner, &request.encode_to_vec(), &[]).expect("room");
+        let number = *launcher.connections.keys().next().expect("a connection");
+        launcher.question(number);
+        let packet = receive_plain(runner, REQUEST_BYTES).expect("a packet").expect("an answer");
+        wire::Reply::decode(packet.as_slice()).expect("a reply").body.expect("a body")
+    }
+
+    fn seqpacket(flags: SockFlag) -> OwnedFd {
+        socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).expect("a socket")
+    }
+
+    fn listener(path: &Path) -> OwnedFd {
+        let listener = seqpacket(SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK);
+        bind(listener.as_raw_fd(), &UnixAddr::new(path).expect("a short path")).expect("bound");
+        listen(&listener, Backlog::new(16).expect("few")).expect("listening");
+        listener
+    }
+
+    #[test]
+    fn whatever_is_beyond_a_bound_is_refused_and_counted() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("socket");
+        let ((background, _theirs), (connection, runner)) = (pair(), pair());
+        let mut launcher = launcher(directory.path(), background, connection);
+        launcher.parts.policy.runner_uid = nix::unistd::geteuid().as_raw();
+        launcher.parts.listener = Some(listener(&path));
+        // There is one already.
+        let peers: Vec<_> = (1..=MAX_CONNECTIONS)
+            .map(|_| {
+                let peer = seqpacket(SockFlag::SOCK_CLOEXEC);
+                connect(peer.as_raw_fd(), &UnixAddr::new(&path).expect("a short path")).expect("connected");
+                launcher.accept();
+                peer
+            })
+            .collect();
+        assert_eq!(launcher.connections.len(), MAX_CONNECTIONS);
+        assert_eq!(receive_plain(&peers[MAX_CONNECTIONS - 1], REQUEST_BYTES), Ok(None), "it is open");
+
+        ask(&mut launcher, &runner, Question::Hello(wire::Hello { major: 1 }));
+        let create = |number: usize| CreateSandbox {
+            sandbox_id: format!("s{number}"),
+            profile: "default".to_owned(),
+            rootfs: Some(Rootfs::Host(HostRootfs {})),
+            ..CreateSandbox::default()
+        };
+        let number = *launcher.connections.keys().next().expect("a connection");
+        (0..MAX_WAITING).for_each(|waiting| launcher.create(number, 1, &create(waiting)));
+        let refused = ask(&mut launcher, &runner, Question::CreateSandbox(create(MAX_WAITING)));
+        assert!(matches!(&refused, Answer::Failure(failure) if failure.code == "NO_SLOT"), "{refused:?}");
+
+        let counted = ask(&mut launcher, &runner, Question::ReadCounters(wire::ReadCounters {}));
+        let expected = wire::Counters { connections_refused: 1, creations_refused: 1, creations_given_up: 0 };
+        assert_eq!(counted, Answer::Counters(expected));
     }
 }

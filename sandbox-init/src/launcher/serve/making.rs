@@ -25,7 +25,7 @@ use crate::launcher::validate::{Checked, check, refusal};
 use crate::sys::socket::receive;
 
 /// Requests that may wait for a blank; beyond that NO_SLOT.
-const MAX_WAITING: usize = 64;
+pub(super) const MAX_WAITING: usize = 64;
 /// Blanks that have become sandboxes and whose mounts may wait for a quiet moment.
 const MAX_SPENT: usize = 4;
 
@@ -63,6 +63,7 @@ impl Launcher<'_> {
             return self.answer(number, request_id, Answer::Failure(failure));
         }
         if self.waiting.len() >= MAX_WAITING {
+            self.counters.creations_refused += 1;
             return self.answer(number, request_id, Answer::Failure(no_slot("too many sandboxes are being made")));
         }
         self.waiting.push_back(Waiting { connection: number, request_id, request: checked, since: Instant::now() });

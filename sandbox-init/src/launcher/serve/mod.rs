@@ -150,6 +150,8 @@ pub struct Launcher<'a> {
     embedded: bool,
     last_request: Instant,
     failures: u32,
+    /// How often a bound was reached.
+    counters: wire::Counters,
     stopping: Option<End>,
     /// Orders that the background process has not taken yet.
     orders: VecDeque<(Vec<u8>, Option<OwnedFd>)>,
@@ -205,6 +207,7 @@ impl<'a> Launcher<'a> {
             embedded,
             last_request: Instant::now(),
             failures: 0,
+            counters: wire::Counters::default(),
             stopping: None,
             orders: VecDeque::new(),
             background_gone: false,

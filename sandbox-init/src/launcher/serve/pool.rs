@@ -150,6 +150,7 @@ impl Launcher<'_> {
         self.failures += 1;
         if self.failures >= MAX_FAILURES || self.blanks() == 0 {
             if let Some(waiting) = self.waiting.pop_front() {
+                self.counters.creations_given_up += u64::from(self.failures >= MAX_FAILURES);
                 let mut failure = refusal(
                     "LAYER_MISSING",
                     format!("no sandbox can be prepared: {message}"),
@@ -331,6 +332,7 @@ pub(super) mod tests {
             assert_eq!((failure.code.as_str(), failure.errno), ("LAYER_MISSING", libc::EPIPE));
             assert!(launcher.waiting.is_empty());
         }
+        assert_eq!(launcher.counters.creations_given_up, 1, "those before were tried again");
         assert_eq!(launcher.wanted_blanks(), 0, "nobody asks, and they are made without end");
         launcher.waiting.push_back(waiting(&launcher));
         assert!(launcher.wanted_blanks() > 0, "whoever asks has it tried again");
