@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::core::{Action, Config, Input};
 use super::core_restore_tests::{attached, left};
-use super::core_tests::{core, open, sandbox_id, sid};
+use super::core_tests::{core, open, refusal, sandbox_id, sid};
 use crate::journal::Record;
 use crate::work::*;
 
@@ -45,6 +45,19 @@ fn placements_told(actions: &[Action]) -> Vec<u64> {
         _ => None,
     };
     actions.iter().filter_map(told).collect()
+}
+
+/// F-33, F-45: the next runner would know the older placement only, and refuse the orders of this one.
+#[test]
+fn repeat_of_a_takeover_that_the_journal_has_refused_is_refused_like_the_first() {
+    let (mut core, _) = attached(left(Vec::new()), &[]);
+    core.handle(open("s", 9));
+
+    let first = core.handle(Input::ReadyWritten { session_id: sid("s"), durable: false });
+    let repeat = core.handle(open("s", 9));
+
+    assert_eq!((refusal(&first), refusal(&repeat)), (Code::JournalReadOnly, Code::JournalReadOnly));
+    assert_eq!(placements_told(&repeat), Vec::<u64>::new());
 }
 
 #[test]

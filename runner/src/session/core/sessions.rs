@@ -76,6 +76,7 @@ impl Core {
                     }
                 }
                 match session.phase {
+                    SessionPhase::Ready if session.unwritten => Err(read_only()),
                     // While a takeover is being written the answer is still to come, and it will do.
                     SessionPhase::Ready if session.ready_writes == 0 => Ok(Some(session.receipt.clone())),
                     _ => Ok(None),
@@ -163,6 +164,7 @@ impl Core {
                 return self.tell(Update::SessionOpened { session_id: session_id.clone(), epoch, receipt, replay });
             }
             (SessionPhase::Ready, false) => {
+                session.unwritten = true;
                 let epoch = session.epoch;
                 return self.refuse(RequestKind::Open, Some(session_id.clone()), None, epoch, read_only());
             }

@@ -26,6 +26,8 @@ pub(super) struct Session {
     pub(super) ready_writes: u32,
     /// Newer placements since one was last known to be on disk.
     pub(super) takeovers: u32,
+    /// The journal has refused its present placement, so the next runner will know an older one.
+    pub(super) unwritten: bool,
     /// Nobody has decided about it after a reconnect: it starts nothing.
     pub(super) suspended: bool,
     /// Whether its processes run.
@@ -119,6 +121,7 @@ impl Session {
             recorded: false,
             ready_writes: 0,
             takeovers: 0,
+            unwritten: false,
             suspended: false,
             rest: Rest::Awake,
             stays_awake: false,
