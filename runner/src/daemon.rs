@@ -3,18 +3,20 @@
 //! It also owns the order of the end: no new work, calls end, results are delivered and acknowledged, goodbye.
 
 pub mod loopback;
+mod route;
 pub mod settings;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
 use crate::admin;
 use crate::connector::Ports;
+use crate::connector::claude::{self, QueueError};
 use crate::connector::orchestrator::{self, Handle, LinkStatus, Settings, Stop};
 use crate::connector::tls::TlsError;
 use crate::journal::{Journal, JournalMemory, Recovered};
@@ -24,7 +26,8 @@ use crate::session::registry::{Registry, Reserve};
 use crate::session::{SessionHandle, Sessions};
 use crate::shutdown::{Signal, Signals};
 use crate::systemd::{Notifier, Watchdog};
-use crate::work::{DrainMode, DrainedBy, Memory, Pressure, ResourceLimits, Sandboxes, Trouble, Update, WorkItem};
+use crate::work::{DrainMode, DrainedBy, Memory, ResourceLimits, Sandboxes, Trouble, WorkItem};
+use route::Routes;
 
 /// Time to end sandboxes after patience with calls has ended.
 const CLOSE_TIME: Duration = Duration::from_secs(10);
@@ -52,6 +55,8 @@ pub struct Parts {
     pub pressure: pressure::watch::Settings,
     /// The link; a runner without one serves its administration socket only.
     pub link: Option<Settings>,
+    /// Work queues that are served.
+    pub queues: Vec<claude::Settings>,
     /// Where the administration socket is put.
     pub admin: Option<AdminSocket>,
     /// How long accepted calls may go on after a signal to end.
@@ -79,6 +84,14 @@ pub enum DaemonError {
     /// The certificates are not usable.
     #[error("the certificates of the link cannot be used")]
     Certificates(#[from] TlsError),
+    /// A work queue cannot be served.
+    #[error("work queue of {environment_id}: {source}")]
+    Queue {
+        /// The environment.
+        environment_id: String,
+        /// Why.
+        source: QueueError,
+    },
     /// The administration socket cannot be made.
     #[error(transparent)]
     Admin(#[from] admin::SocketError),
@@ -109,6 +122,7 @@ pub enum End {
 pub struct Daemon {
     sessions: SessionHandle,
     link: Option<Handle>,
+    queues: Vec<claude::Handle>,
     stop: watch::Sender<Stop>,
     admin: Option<(tokio::task::JoinHandle<()>, PathBuf)>,
     drain_time: Duration,
@@ -143,13 +157,33 @@ impl Daemon {
         let (handle, updates) = sessions.start();
         let pressure = pressure::watch::start(parts.pressure, handle.work.clone());
         let (stop, stopped) = watch::channel(Stop::Run);
+        let ports = |updates| Ports {
+            work: handle.work.clone(),
+            updates,
+            outputs: Arc::new(handle.outputs.clone()),
+            progress: handle.progress.clone(),
+            memory: Arc::clone(&memory),
+            pressure: pressure.pressure.clone(),
+        };
+        let (mut routes, sessions) = Routes::new();
+        let neighbours = claude::Neighbours { sessions, items: Arc::default() };
+        let mut queues = Vec::new();
+        for settings in parts.queues {
+            let environment_id = settings.environment_id.clone();
+            let updates = routes.queue(claude::scope(&environment_id));
+            let started = claude::start(settings, ports(updates), neighbours.clone(), stopped.clone());
+            queues.push(started.map_err(|source| DaemonError::Queue { environment_id, source })?);
+        }
         let link = match parts.link {
+            // Nobody else listens, so nobody stands between.
+            Some(settings) if queues.is_empty() => Some(orchestrator::start(settings, ports(updates), stopped)?),
             Some(settings) => {
-                let seen = pressure.pressure.clone();
-                Some(start_link(settings, &handle, updates, Arc::clone(&memory), seen, stopped)?)
+                let own = routes.orchestrator();
+                tokio::spawn(routes.run(updates));
+                Some(orchestrator::start(settings, ports(own), stopped)?)
             }
             None => {
-                tokio::spawn(forget(updates));
+                tokio::spawn(routes.run(updates));
                 // Nobody else will say so.
                 let work = handle.work.clone();
                 tokio::spawn(async move { work.send(WorkItem::Resume { session_id: None }).await });
@@ -167,7 +201,7 @@ impl Daemon {
             })
             .transpose()?;
         let drain_time = parts.drain_time;
-        Ok(Self { sessions: handle, link, stop, admin, drain_time, sandboxes, memory, _pressure: pressure })
+        Ok(Self { sessions: handle, link, queues, stop, admin, drain_time, sandboxes, memory, _pressure: pressure })
     }
 
     /// The sessions, for those who run a daemon inside another program.
@@ -201,6 +235,7 @@ impl Daemon {
                         if let Some(link) = &self.link {
                             link.reload.notify_one();
                         }
+                        self.queues.iter().for_each(|queue| queue.reload.notify_one());
                     }
                     Signal::Drain => break,
                     Signal::Leave if self.sandboxes.outlive_us() => {
@@ -272,13 +307,13 @@ impl Daemon {
         }
         self.drain(DrainMode::Now, CLOSE_TIME).await;
         self.stop.send_replace(Stop::WhenDelivered);
-        if let Some(mut link) = self.link
-            && tokio::time::timeout(DELIVERY_TIME, &mut link.task).await.is_err()
-        {
+        let mut tasks: Vec<_> = self.queues.into_iter().map(|queue| queue.task).collect();
+        tasks.extend(self.link.map(|link| link.task));
+        if !all_end_within(DELIVERY_TIME, &mut tasks).await {
             warn!("results could not be delivered in time");
             self.stop.send_replace(Stop::Now);
-            if tokio::time::timeout(DELIVERY_TIME, &mut link.task).await.is_err() {
-                link.task.abort();
+            if !all_end_within(DELIVERY_TIME, &mut tasks).await {
+                tasks.iter().for_each(tokio::task::JoinHandle::abort);
             }
         }
         end_admin(self.admin);
@@ -294,10 +329,10 @@ impl Daemon {
     /// Ends the link and nothing else.
     async fn leave(self) {
         self.stop.send_replace(Stop::Leave);
-        if let Some(mut link) = self.link
-            && tokio::time::timeout(DELIVERY_TIME, &mut link.task).await.is_err()
-        {
-            link.task.abort();
+        let mut tasks: Vec<_> = self.queues.into_iter().map(|queue| queue.task).collect();
+        tasks.extend(self.link.map(|link| link.task));
+        if !all_end_within(DELIVERY_TIME, &mut tasks).await {
+            tasks.iter().for_each(tokio::task::JoinHandle::abort);
         }
         end_admin(self.admin);
         info!("runner left, its sandboxes wait for the next one");
@@ -327,26 +362,14 @@ fn end_admin(admin: Option<(tokio::task::JoinHandle<()>, PathBuf)>) {
     }
 }
 
-fn start_link(
-    settings: Settings,
-    sessions: &SessionHandle,
-    updates: mpsc::Receiver<Update>,
-    memory: Arc<dyn Memory>,
-    pressure: watch::Receiver<Arc<Pressure>>,
-    stopped: watch::Receiver<Stop>,
-) -> Result<Handle, TlsError> {
-    let ports = Ports {
-        work: sessions.work.clone(),
-        updates,
-        outputs: Arc::new(sessions.outputs.clone()),
-        progress: sessions.progress.clone(),
-        memory,
-        pressure,
-    };
-    orchestrator::start(settings, ports, stopped)
-}
-
-/// Without a link there is nobody to tell.
-async fn forget(mut updates: mpsc::Receiver<Update>) {
-    while updates.recv().await.is_some() {}
+/// Waits for connectors to end; those that have are taken out.
+async fn all_end_within(time: Duration, tasks: &mut Vec<tokio::task::JoinHandle<()>>) -> bool {
+    let until = Instant::now() + time;
+    while let Some(task) = tasks.last_mut() {
+        if tokio::time::timeout_at(until, task).await.is_err() {
+            return false;
+        }
+        tasks.pop();
+    }
+    true
 }

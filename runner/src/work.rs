@@ -25,7 +25,7 @@ pub use flow::{
     CallPhase, DrainMode, DrainedBy, Memory, Replay, RequestKind, SessionClose, SessionEnd, SessionOpen, Trouble,
     Update, WorkItem,
 };
-pub use id::{CallId, IdError, RunnerId, SandboxId, SessionId};
+pub use id::{CallId, IdError, RESERVED_PREFIX, RunnerId, SandboxId, SessionId};
 pub use outcome::{CallEnd, CallResult, Content, Note, NoteKind, Outcome, ToolResult, Usage};
 pub use output::{OutputChunk, OutputSource, Stream, StreamLengths, StreamSummary};
 pub use pressure::{Closed, Gauge, Pressure, Resource, Shortage};

@@ -110,19 +110,23 @@ fn show(config: &Config, json: bool) -> ExitCode {
 }
 
 fn unreadable_files(path: &Path, config: &Config) -> Vec<Problem> {
-    let Some(given) = config.orchestrator.as_ref().and_then(|one| one.files.as_ref()) else { return Vec::new() };
-    let files = [
-        ("orchestrator.ca_file", &given.ca_file),
-        ("orchestrator.certificate_file", &given.certificate_file),
-        ("orchestrator.key_file", &given.key_file),
-    ];
+    let mut files: Vec<(String, &Path)> = Vec::new();
+    if let Some(given) = config.orchestrator.as_ref().and_then(|one| one.files.as_ref()) {
+        files.push(("orchestrator.ca_file".to_owned(), &given.ca_file));
+        files.push(("orchestrator.certificate_file".to_owned(), &given.certificate_file));
+        files.push(("orchestrator.key_file".to_owned(), &given.key_file));
+    }
+    for (number, claude) in config.claude.iter().enumerate() {
+        files.push((format!("claude[{number}].key_file"), &claude.key_file));
+        files.extend(claude.ca_file.as_deref().map(|file| (format!("claude[{number}].ca_file"), file)));
+    }
     files
         .into_iter()
         .filter_map(|(key, file)| {
             let error = fs::File::open(file).err()?;
             Some(Problem {
                 file: path.to_path_buf(),
-                key: key.to_owned(),
+                key,
                 what: format!("{} cannot be read: {error}", file.display()),
                 fix: "create the file, or let the runner's user read it".to_owned(),
             })
@@ -143,6 +147,7 @@ fn host(state_directory: Option<&Path>) -> Host {
         free_disk_bytes,
         pids: pids.unwrap_or(32_768),
         hostname: hostname.unwrap_or_else(|| "runner".to_owned()),
+        credentials_directory: std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from),
     }
 }
 

@@ -125,9 +125,9 @@ pub(super) fn run(arguments: &RunArguments, log_level: Option<LogLevel>) -> Exit
         Err(error) => {
             complain(&error);
             let settings = match &error {
-                RunError::Settings(_) | RunError::Daemon(DaemonError::Certificates(_)) | RunError::Forgetful { .. } => {
-                    true
-                }
+                RunError::Settings(_)
+                | RunError::Daemon(DaemonError::Certificates(_) | DaemonError::Queue { .. })
+                | RunError::Forgetful { .. } => true,
                 // What is written there does not change by trying again.
                 RunError::Journal(OpenError::Scan(_)) => true,
                 _ => false,
@@ -291,9 +291,10 @@ async fn serve_with(config: &Config, sandboxes: HostSandboxes, ephemeral: bool) 
     check_floor(config, &measured.receipt, sandboxes.host())?;
     let notifier = Notifier::new(&Environment::read(), std::process::id()).map_err(RunError::Notifier)?;
     let descriptors = all_descriptors();
+    let queues = settings::queues(config, &identity.instance_id)?;
     let link = settings::link(config, identity, measured.receipt, ephemeral)?;
-    if link.is_none() {
-        warn!("no [orchestrator] is configured, so no work will come");
+    if link.is_none() && queues.is_empty() {
+        warn!("neither [orchestrator] nor [[claude]] is configured, so no work will come");
     }
     let daemon = Daemon::start(Parts {
         sandboxes: Arc::new(sandboxes),
@@ -304,6 +305,7 @@ async fn serve_with(config: &Config, sandboxes: HostSandboxes, ephemeral: bool) 
         idle: settings::idle(config),
         pressure: settings::pressure(config),
         link,
+        queues,
         admin: Some(AdminSocket {
             path: config.run_directory.join("admin.sock"),
             own_uid: nix::unistd::geteuid().as_raw(),

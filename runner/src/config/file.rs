@@ -42,6 +42,8 @@ impl fmt::Display for Problem {
 pub struct ConfigFile {
     /// Where work comes from; absent for a runner that only serves local commands.
     pub orchestrator: Option<OrchestratorSection>,
+    /// Work queues of Claude Managed Agents, one section for each environment.
+    pub claude: Vec<ClaudeSection>,
     /// The runner itself.
     pub runner: RunnerSection,
     /// What sandboxes may use.
@@ -73,6 +75,35 @@ pub struct OrchestratorSection {
     pub reconnect_first_ms: Option<u64>,
     /// Longest wait before any attempt to connect again, in milliseconds.
     pub reconnect_most_ms: Option<u64>,
+}
+
+/// `[[claude]]`
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ClaudeSection {
+    /// The environment whose queue is served.
+    pub environment_id: Option<String>,
+    /// File with the environment's key.
+    pub key_file: Option<PathBuf>,
+    /// Name of a credential of the service manager that holds the key.
+    pub key_credential: Option<String>,
+    /// `https://host:port/prefix`.
+    pub base_url: Option<String>,
+    /// Whether the base URL may be `http://`.
+    pub allow_plain_http: Option<bool>,
+    /// PEM file with the only authorities that may sign the server's certificate; public ones when absent.
+    pub ca_file: Option<PathBuf>,
+    /// `http://host:port` of a proxy for CONNECT.
+    pub proxy: Option<String>,
+    /// Value of the header `anthropic-version`.
+    pub api_version: Option<String>,
+    /// Work items at once.
+    pub max_sessions: Option<u64>,
+    /// Seconds after the end of a turn until the work item is given back; 0: never.
+    pub max_idle_seconds: Option<u64>,
+    /// Seconds for which the sandbox of a session is kept after its work item.
+    pub keep_seconds: Option<u64>,
+    /// Longest time in seconds that a command may ask for.
+    pub max_command_seconds: Option<u64>,
 }
 
 /// `[runner]`
@@ -179,6 +210,7 @@ impl ConfigFile {
                 root.close(section);
                 read
             }),
+            claude: root.read_sections("claude", ClaudeSection::read),
             runner: root.read_section("runner", RunnerSection::read),
             limits: root.read_section("limits", LimitsSection::read),
             idle: root.read_section("idle", IdleSection::read),
@@ -200,6 +232,25 @@ impl OrchestratorSection {
             proxy: section.take("proxy", "a text such as \"http://proxy.example:3128\""),
             reconnect_first_ms: section.take("reconnect_first_ms", NUMBER),
             reconnect_most_ms: section.take("reconnect_most_ms", NUMBER),
+        }
+    }
+}
+
+impl ClaudeSection {
+    fn read(section: &mut Reader<'_>) -> Self {
+        Self {
+            environment_id: section.take("environment_id", "the id of an environment, such as \"env_01\""),
+            key_file: section.take("key_file", "an absolute path"),
+            key_credential: section.take("key_credential", "the name of a credential"),
+            base_url: section.take("base_url", "a text such as \"https://api.anthropic.com\""),
+            allow_plain_http: section.take("allow_plain_http", "true or false"),
+            ca_file: section.take("ca_file", "an absolute path"),
+            proxy: section.take("proxy", "a text such as \"http://proxy.example:3128\""),
+            api_version: section.take("api_version", "a date such as \"2023-06-01\""),
+            max_sessions: section.take("max_sessions", NUMBER),
+            max_idle_seconds: section.take("max_idle_seconds", NUMBER),
+            keep_seconds: section.take("keep_seconds", NUMBER),
+            max_command_seconds: section.take("max_command_seconds", NUMBER),
         }
     }
 }
@@ -295,6 +346,15 @@ mod tests {
     }
 
     #[test]
+    fn keys_of_a_list_of_sections_are_named_with_their_number() {
+        let found = problems("[[claude]]\nkey_file = 3\n[[claude]]\nkey = \"sk\"\n");
+
+        assert!(found.iter().any(|p| p.contains("claude[0].key_file: this integer")), "{found:#?}");
+        assert!(found.iter().any(|p| p.contains("claude[1].key: is not a known key")), "{found:#?}");
+        assert!(problems("claude = 3")[0].contains("write [[claude]] on a line of its own"));
+    }
+
+    #[test]
     fn section_that_is_no_section_is_refused() {
         assert!(problems("runner = 3")[0].contains("write [runner] on a line of its own"));
     }
@@ -316,6 +376,21 @@ mod tests {
             proxy = "http://p:1"
             reconnect_first_ms = 20
             reconnect_most_ms = 30
+            [[claude]]
+            environment_id = "env_1"
+            key_file = "/key"
+            base_url = "http://c:1/p"
+            allow_plain_http = true
+            ca_file = "/ca"
+            proxy = "http://q:1"
+            api_version = "2026-10-21"
+            max_sessions = 21
+            max_idle_seconds = 22
+            keep_seconds = 23
+            max_command_seconds = 24
+            [[claude]]
+            environment_id = "env_2"
+            key_credential = "second"
             [runner]
             id = "r"
             labels = { zone = "a" }
@@ -352,6 +427,15 @@ mod tests {
         let orchestrator = read.orchestrator.expect("a section");
         assert_eq!(orchestrator.proxy.as_deref(), Some("http://p:1"));
         assert_eq!((orchestrator.reconnect_first_ms, orchestrator.reconnect_most_ms), (Some(20), Some(30)));
+        let [first, second] = &read.claude[..] else { panic!("two environments expected") };
+        assert_eq!(
+            (first.key_file.as_deref(), first.base_url.as_deref()),
+            (Some(Path::new("/key")), Some("http://c:1/p"))
+        );
+        assert_eq!((first.allow_plain_http, first.api_version.as_deref()), (Some(true), Some("2026-10-21")));
+        let numbers = [first.max_sessions, first.max_idle_seconds, first.keep_seconds, first.max_command_seconds];
+        assert_eq!(numbers, [21, 22, 23, 24].map(Some));
+        assert_eq!(second.key_credential.as_deref(), Some("second"));
         assert_eq!(read.runner.labels["zone"], "a");
         assert_eq!(read.runner.launcher_socket.as_deref(), Some(Path::new("/r/l")));
         assert_eq!(read.limits.host_reserve_pids, Some(8));

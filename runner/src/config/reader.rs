@@ -45,6 +45,33 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// Every section of a list, with its number in the names of its keys. A single section is a list of one.
+    pub(super) fn read_sections<T>(&mut self, name: &'static str, read: impl Fn(&mut Reader<'_>) -> T) -> Vec<T> {
+        self.known.push(name);
+        let tables = match self.table.remove(name) {
+            None => return Vec::new(),
+            Some(Value::Table(table)) => vec![Value::Table(table)],
+            Some(Value::Array(tables)) => tables,
+            Some(_) => {
+                self.report(name, "is not a section".into(), format!("write [[{name}]] on a line of its own"));
+                return Vec::new();
+            }
+        };
+        let mut values = Vec::new();
+        for (number, table) in tables.into_iter().enumerate() {
+            let section = format!("{name}[{number}]");
+            match table {
+                Value::Table(table) => {
+                    let mut reader = Reader::new(self.file, &section, table);
+                    values.push(read(&mut reader));
+                    self.close(reader);
+                }
+                _ => self.report(&section, "is not a section".into(), format!("write [[{name}]] on a line of its own")),
+            }
+        }
+        values
+    }
+
     pub(super) fn read_section<T: Default>(
         &mut self,
         name: &'static str,

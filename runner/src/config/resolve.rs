@@ -1,5 +1,7 @@
 //! From what the operator typed to a configuration that holds, or to every reason why it does not. Pure.
 
+mod claude;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -30,10 +32,12 @@ pub fn resolve(path: &Path, file: &ConfigFile, host: &Host) -> Result<Config, Ve
     let min_tier = check.tier(file.runner.min_tier.as_deref());
     let sandbox = check.sandbox_defaults(&file.limits, host);
     let capacity = check.capacity(&file.limits, host, sandbox);
+    let claude = claude::resolve(&mut check, &file.claude, host, capacity.max_sessions);
     let idle = check.idle(&file.idle);
     let pressure = check.pressure(&file.pressure);
     let config = Config {
         orchestrator,
+        claude,
         runner_id,
         labels: file.runner.labels.clone(),
         state_directory,
@@ -266,7 +270,7 @@ fn url_host(url: &str, scheme: &str) -> Option<String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::config::launcher_policy::HostSize;
 
@@ -276,10 +280,11 @@ mod tests {
             free_disk_bytes: 100 << 30,
             pids: 32_768,
             hostname: "machine-7".into(),
+            credentials_directory: Some("/run/credentials/u".into()),
         }
     }
 
-    fn resolved(text: &str) -> Result<Config, Vec<String>> {
+    pub(super) fn resolved(text: &str) -> Result<Config, Vec<String>> {
         let path = Path::new("c.toml");
         let file = ConfigFile::parse(path, text).expect("readable");
         resolve(path, &file, &host()).map_err(|problems| problems.iter().map(ToString::to_string).collect())

@@ -13,6 +13,8 @@ use crate::telemetry::{LogFormat, LogLevel};
 pub struct Config {
     /// Where work comes from.
     pub orchestrator: Option<Orchestrator>,
+    /// Work queues that are served, one for each environment.
+    pub claude: Vec<Claude>,
     /// Name of this runner.
     pub runner_id: String,
     /// Labels that placement may ask for.
@@ -55,6 +57,41 @@ pub struct Orchestrator {
     pub reconnect_first_ms: u64,
     /// Longest wait before any attempt to connect again, in milliseconds.
     pub reconnect_most_ms: u64,
+}
+
+/// A work queue of Claude Managed Agents. The key is not part of it: it is read where it is used.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Claude {
+    /// The environment whose queue is served.
+    pub environment_id: String,
+    /// File with its key.
+    pub key_file: PathBuf,
+    /// `https://host:port/prefix`.
+    pub base_url: String,
+    /// The only authorities that may sign the server's certificate.
+    pub ca_file: Option<PathBuf>,
+    /// `http://host:port` of a proxy.
+    #[serde(serialize_with = "without_password")]
+    pub proxy: Option<String>,
+    /// Value of the header `anthropic-version`.
+    pub api_version: String,
+    /// Work items at once.
+    pub max_sessions: u64,
+    /// Seconds after the end of a turn until the work item is given back; 0: never.
+    pub max_idle_seconds: u64,
+    /// Seconds for which the sandbox of a session is kept after its work item.
+    pub keep_seconds: u64,
+    /// Longest time in seconds that a command may ask for.
+    pub max_command_seconds: u64,
+}
+
+/// Somebody may look over the operator's shoulder, or keep what was shown.
+fn without_password<S: serde::Serializer>(proxy: &Option<String>, serializer: S) -> Result<S::Ok, S::Error> {
+    let shown = proxy.as_ref().map(|text| match text.rsplit_once('@') {
+        Some((_, address)) => format!("http://...@{address}"),
+        None => text.clone(),
+    });
+    serde::Serialize::serialize(&shown, serializer)
 }
 
 /// Certificates that somebody else keeps.
@@ -131,4 +168,6 @@ pub struct Host {
     pub pids: u64,
     /// Name of the machine.
     pub hostname: String,
+    /// Where the service manager has put credentials (`CREDENTIALS_DIRECTORY`).
+    pub credentials_directory: Option<PathBuf>,
 }

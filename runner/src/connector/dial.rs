@@ -1,4 +1,4 @@
-//! One connection to the orchestrator: TCP, through an HTTP proxy when one is configured, then TLS.
+//! One connection to whoever sends work: TCP, through an HTTP proxy when one is configured, then TLS.
 
 use std::io;
 use std::net::SocketAddr;
@@ -103,13 +103,27 @@ pub async fn dial(target: &Target, tls: Arc<ClientConfig>) -> Result<TlsStream<T
     tokio::time::timeout(DIAL_TIMEOUT, dial_unbounded(target, tls)).await.map_err(|_| timeout())?
 }
 
+/// Connects, and checks nothing: for peers that the operator has allowed without encryption.
+///
+/// # Errors
+/// `DialError` names the step and the party.
+pub async fn dial_plain(target: &Target) -> Result<TcpStream, DialError> {
+    let timeout =
+        || DialError::Timeout { host: target.host.clone(), port: target.port, seconds: DIAL_TIMEOUT.as_secs() };
+    tokio::time::timeout(DIAL_TIMEOUT, reach(target)).await.map_err(|_| timeout())?
+}
+
+async fn reach(target: &Target) -> Result<TcpStream, DialError> {
+    match &target.proxy {
+        None => tcp(&target.host, target.port).await,
+        Some(proxy) => tunnel(proxy, tcp(&proxy.host, proxy.port).await?, target).await,
+    }
+}
+
 async fn dial_unbounded(target: &Target, tls: Arc<ClientConfig>) -> Result<TlsStream<TcpStream>, DialError> {
     let name = target.server_name.as_ref().unwrap_or(&target.host);
     let server = ServerName::try_from(name.clone()).map_err(|_| DialError::ServerName(name.clone()))?;
-    let stream = match &target.proxy {
-        None => tcp(&target.host, target.port).await?,
-        Some(proxy) => tunnel(proxy, tcp(&proxy.host, proxy.port).await?, target).await?,
-    };
+    let stream = reach(target).await?;
     let tls = TlsConnector::from(tls).connect(server, stream).await;
     tls.map_err(|source| DialError::Tls { name: name.clone(), source })
 }

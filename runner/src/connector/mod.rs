@@ -3,6 +3,7 @@
 //! A connector knows the vocabulary in `work` and nothing of sessions or sandboxes. It is joined to them by `Ports`.
 
 pub mod backoff;
+pub mod claude;
 pub mod dial;
 pub mod enrollment;
 pub mod expiry;

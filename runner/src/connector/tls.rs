@@ -284,6 +284,37 @@ pub(super) fn check(
     Ok(Credentials { config, names, not_before, not_after, authorities_sha256, digest: digest_of(bytes) })
 }
 
+/// For servers that know us by a token and not by a certificate: HTTP/1.1 over TLS 1.2 or 1.3. With `authorities` only those
+/// are trusted, and without it the public ones that this program was built with.
+///
+/// # Errors
+/// `TlsError` names the file and what is wrong with it.
+pub fn public_client(authorities: Option<&Path>) -> Result<Arc<ClientConfig>, TlsError> {
+    let mut roots = RootCertStore::empty();
+    match authorities {
+        None => roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned()),
+        Some(path) => {
+            let what = "authorities";
+            let bad = |problem: String| TlsError::Content { what, path: path.to_owned(), problem };
+            let bytes = std::fs::read(path).map_err(|source| TlsError::Read { what, path: path.to_owned(), source })?;
+            for authority in CertificateDer::pem_slice_iter(&bytes) {
+                roots.add(authority.map_err(|e| bad(e.to_string()))?).map_err(|e| bad(e.to_string()))?;
+            }
+            if roots.is_empty() {
+                return Err(bad("it holds no certificate".to_owned()));
+            }
+        }
+    }
+    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()));
+    let mut config = config
+        .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])
+        .expect("the provider has suites of both versions")
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(Arc::new(config))
+}
+
 fn names_of(certificate: &X509Certificate<'_>) -> Vec<String> {
     let Ok(Some(names)) = certificate.subject_alternative_name() else { return Vec::new() };
     let text = |name: &GeneralName<'_>| match name {

@@ -85,8 +85,13 @@ impl Loopback<'_> {
             ..ConfigFile::default()
         };
         // Admission shall not be what decides here: more disk and processes than any demo or benchmark asks for.
-        let host =
-            Host { size: self.size, free_disk_bytes: 64 << 30, pids: 32_768, hostname: self.runner_id.to_owned() };
+        let host = Host {
+            size: self.size,
+            free_disk_bytes: 64 << 30,
+            pids: 32_768,
+            hostname: self.runner_id.to_owned(),
+            credentials_directory: None,
+        };
         let config = resolve(format!("({})", self.runner_id).as_ref(), &file, &host).map_err(|problems| {
             LoopbackError::Config(problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
         })?;
@@ -108,6 +113,7 @@ impl Loopback<'_> {
             idle: settings::idle(&config),
             // What is shown and compared is of this moment, and nobody places work elsewhere.
             pressure: pressure::watch::Settings::default(),
+            queues: settings::queues(&config, &identity.instance_id)?,
             link: settings::link(&config, identity, self.receipt, !self.durable)?,
             admin: None,
             drain_time: Duration::from_secs(5),

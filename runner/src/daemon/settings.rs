@@ -5,12 +5,13 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::config::resolved::{CertificateFiles, Config, Orchestrator};
+use crate::config::resolved::{CertificateFiles, Claude, Config, Orchestrator};
 use crate::connector::backoff::Backoff;
+use crate::connector::claude;
 use crate::connector::dial::{Proxy, Target};
 use crate::connector::enrollment::{self, Renewal, StoreError};
 use crate::connector::orchestrator::{Capacity, Identity, Settings};
-use crate::connector::tls::TlsFiles;
+use crate::connector::tls::{self, TlsError, TlsFiles};
 use crate::pressure::{self, judge::Marks};
 use crate::session::core::IdlePolicy;
 use crate::session::registry::{DESCRIPTORS_PER_SESSION, Reserve};
@@ -42,6 +43,9 @@ pub enum SettingsError {
         /// Where it would be.
         directory: PathBuf,
     },
+    /// The authorities of a work queue.
+    #[error("claude.ca_file: {0}")]
+    Authorities(#[from] TlsError),
     /// The stored identity.
     #[error(transparent)]
     Enrollment(#[from] StoreError),
@@ -155,6 +159,44 @@ pub fn link(
     }))
 }
 
+/// The configured work queues. `instance_id` tells this process from every other one.
+///
+/// # Errors
+/// `SettingsError` names the field or the file.
+pub fn queues(config: &Config, instance_id: &str) -> Result<Vec<claude::Settings>, SettingsError> {
+    config.claude.iter().map(|claude| queue(config, claude, instance_id)).collect()
+}
+
+fn queue(config: &Config, claude: &Claude, instance_id: &str) -> Result<claude::Settings, SettingsError> {
+    let (is_plain, rest) = match claude.base_url.strip_prefix("http://") {
+        Some(rest) => (true, rest),
+        None => (false, claude.base_url.strip_prefix("https://").unwrap_or_default()),
+    };
+    let (authority, prefix) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let wrong = || SettingsError::Address {
+        field: "claude.base_url",
+        value: claude.base_url.clone(),
+        form: "https://HOST:PORT/PREFIX",
+    };
+    let (host, port) = host_and_port(authority, if is_plain { 80 } else { 443 }).ok_or_else(wrong)?;
+    let proxy = checked_proxy("claude.proxy", claude.proxy.as_deref())?;
+    let tls = if is_plain { None } else { Some(tls::public_client(claude.ca_file.as_deref())?) };
+    let count = |number| usize::try_from(number).unwrap_or(usize::MAX);
+    Ok(claude::Settings {
+        base: claude::Base { target: Target { host, port, server_name: None, proxy }, tls, prefix: prefix.to_owned() },
+        environment_id: claude.environment_id.clone(),
+        key_file: claude.key_file.clone(),
+        api_version: claude.api_version.clone(),
+        worker_id: format!("{}-{instance_id}", config.runner_id),
+        max_items: count(claude.max_sessions),
+        max_sessions: count(config.capacity.max_sessions),
+        max_idle: (claude.max_idle_seconds > 0).then(|| Duration::from_secs(claude.max_idle_seconds)),
+        keep: Duration::from_secs(claude.keep_seconds),
+        longest_command: Duration::from_secs(claude.max_command_seconds),
+        clock: boottime_ns,
+    })
+}
+
 /// Where the identity of a runner is.
 #[must_use]
 pub fn identity_directory(state_directory: &Path) -> PathBuf {
@@ -183,7 +225,12 @@ pub fn runner_id(config: &Config) -> Result<String, SettingsError> {
 pub fn enrollment_target(config: &Config, endpoint: &str, server_name: Option<&str>) -> Result<Target, SettingsError> {
     let (host, port) = https(endpoint, "--endpoint")?;
     let proxy = config.orchestrator.as_ref().and_then(|orchestrator| orchestrator.proxy.as_deref());
-    Ok(Target { host, port, server_name: server_name.map(str::to_owned), proxy: checked_proxy(proxy)? })
+    Ok(Target {
+        host,
+        port,
+        server_name: server_name.map(str::to_owned),
+        proxy: checked_proxy("orchestrator.proxy", proxy)?,
+    })
 }
 
 fn https(endpoint: &str, field: &'static str) -> Result<(String, u16), SettingsError> {
@@ -191,19 +238,15 @@ fn https(endpoint: &str, field: &'static str) -> Result<(String, u16), SettingsE
     parsed.ok_or_else(|| SettingsError::Address { field, value: endpoint.to_owned(), form: "https://HOST:PORT" })
 }
 
-fn checked_proxy(text: Option<&str>) -> Result<Option<Proxy>, SettingsError> {
+fn checked_proxy(field: &'static str, text: Option<&str>) -> Result<Option<Proxy>, SettingsError> {
     // Its text may hold a password, so the error does not repeat it.
-    let wrong = || SettingsError::Address {
-        field: "orchestrator.proxy",
-        value: "...".to_owned(),
-        form: "http://[USER:PASSWORD@]HOST:PORT",
-    };
+    let wrong = || SettingsError::Address { field, value: "...".to_owned(), form: "http://[USER:PASSWORD@]HOST:PORT" };
     text.map(|text| proxy(text).ok_or_else(wrong)).transpose()
 }
 
 fn target(orchestrator: &Orchestrator) -> Result<Target, SettingsError> {
     let (host, port) = https(&orchestrator.endpoint, "orchestrator.endpoint")?;
-    let proxy = checked_proxy(orchestrator.proxy.as_deref())?;
+    let proxy = checked_proxy("orchestrator.proxy", orchestrator.proxy.as_deref())?;
     Ok(Target { host, port, server_name: Some(orchestrator.server_name.clone()), proxy })
 }
 

@@ -352,7 +352,9 @@ impl Live {
 
     /// The end of an older placement says nothing about a session that was taken over.
     fn session_ended(&mut self, session_id: &SessionId, epoch: u64) -> bool {
-        self.epoch_floor = self.epoch_floor.max(epoch);
+        if !session_id.is_of_queue() {
+            self.epoch_floor = self.epoch_floor.max(epoch);
+        }
         if self.sessions.get(session_id).is_some_and(|session| session.epoch <= epoch) {
             self.sessions.remove(session_id);
             return true;

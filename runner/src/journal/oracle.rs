@@ -30,7 +30,9 @@ fn take(state: &mut Recovered, record: &Record) {
             }
         }
         Record::SessionEnded { session_id, epoch } => {
-            state.epoch_floor = state.epoch_floor.max(*epoch);
+            if !session_id.is_of_queue() {
+                state.epoch_floor = state.epoch_floor.max(*epoch);
+            }
             state.sessions.retain(|session| session.open.session_id != *session_id || session.open.epoch > *epoch);
         }
         Record::Remembered { session_id, call_ids } => {

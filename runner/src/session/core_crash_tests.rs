@@ -477,7 +477,7 @@ impl World {
     fn renew(&mut self) -> Input {
         self.lapsed = false;
         self.renewals += 1;
-        Input::Work(WorkItem::Lease { until_ns: self.renewals, orphan_time: Duration::ZERO })
+        Input::Work(WorkItem::Lease { session_id: None, until_ns: self.renewals, orphan_time: Duration::ZERO })
     }
 
     /// Number `number` of the running calls ends.

@@ -400,7 +400,8 @@ fn cancel_of_a_call_that_waits_is_told_when_it_is_written_down() {
 #[test]
 fn every_ready_session_lives_as_long_as_the_lease_and_its_orphan_time() {
     let (mut core, _) = attached(left(Vec::new()), &[]);
-    let lease = |until_ns| Input::Work(WorkItem::Lease { until_ns, orphan_time: Duration::from_nanos(7) });
+    let lease =
+        |until_ns| Input::Work(WorkItem::Lease { session_id: None, until_ns, orphan_time: Duration::from_nanos(7) });
     let deadline = |session: &str, boottime_ns| Action::Deadline { session_id: sid(session), boottime_ns };
 
     assert_eq!(core.handle(lease(100)), [deadline("s", 107)]);

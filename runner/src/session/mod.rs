@@ -20,6 +20,8 @@ mod core_model_tests;
 #[cfg(test)]
 mod core_placement_tests;
 #[cfg(test)]
+mod core_queue_tests;
+#[cfg(test)]
 mod core_restore_tests;
 #[cfg(test)]
 mod core_settle_tests;

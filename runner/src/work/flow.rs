@@ -56,17 +56,19 @@ pub enum WorkItem {
     Close(SessionClose),
     /// Start nothing new until told otherwise: the lease has lapsed, or nobody has decided about one session.
     Suspend {
-        /// One session, or all of them.
+        /// One session, or all of the orchestrator.
         session_id: Option<SessionId>,
     },
     /// Starting is allowed again.
     Resume {
-        /// One session, or all that were not suspended by themselves.
+        /// One session, or all of the orchestrator that were not suspended by themselves.
         session_id: Option<SessionId>,
     },
-    /// The orchestrator may be counted on until then. A sandbox lives beyond it for its orphan time, whatever becomes of this
-    /// process and of the link.
+    /// Whoever places sessions may be counted on until then. A sandbox lives beyond it for its orphan time, whatever becomes of
+    /// this process and of the link.
     Lease {
+        /// One session that came from a work queue, or all sessions of the orchestrator.
+        session_id: Option<SessionId>,
         /// CLOCK_BOOTTIME.
         until_ns: u64,
         /// For sessions that name none of their own.

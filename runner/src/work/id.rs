@@ -59,6 +59,12 @@ macro_rules! identifier {
                 Ok(Self(text.into()))
             }
 
+            /// Whether it came from a work queue.
+            #[must_use]
+            pub fn is_of_queue(&self) -> bool {
+                self.0.starts_with(RESERVED_PREFIX)
+            }
+
             /// The identifier as text.
             #[must_use]
             pub fn as_str(&self) -> &str {
@@ -100,6 +106,10 @@ macro_rules! identifier {
         }
     };
 }
+
+/// Begins the ids of sessions and calls that come from a work queue. Nobody else may use it, so an id says who has placed
+/// what it names, over any number of runners.
+pub const RESERVED_PREFIX: &str = "claude:";
 
 identifier!(
     /// One agent conversation.

@@ -146,6 +146,7 @@ async fn daemon_ends_in_order_calls_then_sandboxes_then_delivery_then_goodbye() 
         idle: Default::default(),
         pressure: Default::default(),
         link: Some(settings(orchestrator.address().port(), files)),
+        queues: Vec::new(),
         admin: Some(AdminSocket { path: path.clone(), own_uid: nix::unistd::geteuid().as_raw() }),
         drain_time: Duration::from_secs(30),
     })
@@ -178,6 +179,7 @@ async fn daemon_without_usable_certificates_does_not_begin() {
         idle: Default::default(),
         pressure: Default::default(),
         link: Some(settings(1, files)),
+        queues: Vec::new(),
         admin: None,
         drain_time: Duration::ZERO,
     })

@@ -41,6 +41,7 @@ impl Process {
             reserve: RESERVE,
             defaults: DEFAULTS,
             link: Some(settings(orchestrator.address().port(), files)),
+            queues: Vec::new(),
             admin: None,
             drain_time: Duration::from_secs(3600),
             idle: Default::default(),

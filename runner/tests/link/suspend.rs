@@ -77,7 +77,11 @@ impl Machine {
     }
 
     async fn lease(&self, until_ns: u64) {
-        self.sessions.work.send(WorkItem::Lease { until_ns, orphan_time: Duration::ZERO }).await.unwrap();
+        self.sessions
+            .work
+            .send(WorkItem::Lease { session_id: None, until_ns, orphan_time: Duration::ZERO })
+            .await
+            .unwrap();
     }
 
     async fn call(&self) {

@@ -8,8 +8,8 @@ use sha2::{Digest, Sha256};
 
 use crate::work::{
     BashInput, CallId, CallLimits, CancelMode, Code, DrainMode, EditInput, EnvironmentRef, ExecInput, GlobInput,
-    GrepInput, Network, OutputMode, ReadInput, RequestDigest, ResourceLimits, SessionClose, SessionId, SessionOpen,
-    Stream, Terminal, ToolCall, ToolFailure, ToolInput, WriteInput, limits,
+    GrepInput, Network, OutputMode, RESERVED_PREFIX, ReadInput, RequestDigest, ResourceLimits, SessionClose, SessionId,
+    SessionOpen, Stream, Terminal, ToolCall, ToolFailure, ToolInput, WriteInput, limits,
 };
 
 /// Longest time that may be asked for; anything longer is a mistake of units.
@@ -17,9 +17,26 @@ const LONGEST: Duration = Duration::from_secs(30 * 24 * 3600);
 
 type Checked<T> = Result<T, ToolFailure>;
 
+/// The id of a session, which must not look like one of a work queue.
+pub(super) fn session_id(text: &str) -> Checked<SessionId> {
+    let session_id = SessionId::new(text)?;
+    if session_id.is_of_queue() { Err(reserved("session_id", text)) } else { Ok(session_id) }
+}
+
+/// The id of a call, which must not look like one of a work queue.
+pub(super) fn call_id(text: &str) -> Checked<CallId> {
+    let call_id = CallId::new(text)?;
+    if call_id.is_of_queue() { Err(reserved("call_id", text)) } else { Ok(call_id) }
+}
+
+fn reserved(field: &str, text: &str) -> ToolFailure {
+    let problem = format!("{text} begins with {RESERVED_PREFIX:?}, which is kept for work queues");
+    ToolFailure::invalid(field, problem, "choose an id that begins otherwise")
+}
+
 /// Opens a session.
 pub(super) fn open(message: &pb::OpenSession) -> Checked<SessionOpen> {
-    let session_id = SessionId::new(&message.session_id)?;
+    let session_id = session_id(&message.session_id)?;
     let epoch = epoch(message.epoch)?;
     known::<pb::LeaseLossPolicy>("on_lease_loss", message.on_lease_loss)?;
     if message.on_lease_loss == i32::from(pb::LeaseLossPolicy::Kill) {
@@ -112,7 +129,7 @@ fn network(policy: Option<&pb::NetworkPolicy>) -> Checked<Network> {
 /// Ends a session.
 pub(super) fn close(message: &pb::CloseSession) -> Checked<SessionClose> {
     Ok(SessionClose {
-        session_id: SessionId::new(&message.session_id)?,
+        session_id: session_id(&message.session_id)?,
         epoch: epoch(message.epoch)?,
         grace: duration("grace", message.grace.as_ref())?.unwrap_or_default(),
         fenced: false,
@@ -121,8 +138,8 @@ pub(super) fn close(message: &pb::CloseSession) -> Checked<SessionClose> {
 
 /// Runs a tool.
 pub(super) fn call(message: &pb::Call) -> Checked<ToolCall> {
-    let call_id = CallId::new(&message.call_id)?;
-    let session_id = SessionId::new(&message.session_id)?;
+    let call_id = call_id(&message.call_id)?;
+    let session_id = session_id(&message.session_id)?;
     let epoch = epoch(message.epoch)?;
     let output = message.output.unwrap_or_default();
     let output_mode = match known::<pb::OutputMode>("output.mode", output.mode)? {
@@ -232,7 +249,7 @@ pub(super) fn cancel(message: &pb::CancelCall) -> Checked<(CallId, SessionId, u6
         pb::CancelMode::Terminate => CancelMode::Terminate,
         pb::CancelMode::Kill => CancelMode::Kill,
     };
-    Ok((CallId::new(&message.call_id)?, SessionId::new(&message.session_id)?, epoch(message.epoch)?, mode))
+    Ok((call_id(&message.call_id)?, session_id(&message.session_id)?, epoch(message.epoch)?, mode))
 }
 
 /// Bytes for standard input.
@@ -241,7 +258,7 @@ pub(super) fn stdin(message: pb::WriteStdin) -> Checked<(CallId, u64, Vec<u8>, b
         let problem = format!("{} bytes; at most {} are allowed", message.data.len(), limits::CHUNK_BYTES);
         return Err(ToolFailure::invalid("data", problem, "send the input in smaller pieces"));
     }
-    Ok((CallId::new(&message.call_id)?, message.offset, message.data, message.eof))
+    Ok((call_id(&message.call_id)?, message.offset, message.data, message.eof))
 }
 
 /// New size of a terminal.
@@ -249,7 +266,7 @@ pub(super) fn resize(message: pb::ResizeTerminal) -> Checked<(CallId, Terminal)>
     let Some(size) = message.size else {
         return Err(ToolFailure::invalid("size", "is missing", "send the new size"));
     };
-    Ok((CallId::new(&message.call_id)?, terminal("size", size)?))
+    Ok((call_id(&message.call_id)?, terminal("size", size)?))
 }
 
 /// How the runner is emptied, and when patience ends.
@@ -338,6 +355,8 @@ mod tests {
         let cases = [
             (pb::Call { call_id: String::new(), ..bash(0) }, "call_id is empty"),
             (pb::Call { session_id: "a b".into(), ..bash(0) }, "session_id contains ' '"),
+            (pb::Call { session_id: "claude:e:s".into(), ..bash(0) }, "session_id: claude:e:s begins with \"claude:\""),
+            (pb::Call { call_id: "claude:e:c".into(), ..bash(0) }, "call_id: claude:e:c begins with \"claude:\""),
             (pb::Call { epoch: 0, ..bash(0) }, "epoch: is missing"),
             (pb::Call { input: None, ..bash(0) }, "input: no tool is set"),
             (

@@ -12,7 +12,7 @@ use super::link::{Link, Obeying};
 use super::task::{Ended, Task};
 use super::{LinkError, Refusal, decode, encode};
 use crate::connector::backoff::draw;
-use crate::work::{CallId, Code, DrainMode, DrainedBy, ToolFailure, WorkItem, limits};
+use crate::work::{Code, DrainMode, DrainedBy, ToolFailure, WorkItem, limits};
 
 /// The times of a Welcome.
 struct Times {
@@ -146,7 +146,7 @@ impl Task {
                 }
             }
             Request::OutputAck(ack) => {
-                let call_id = CallId::new(&ack.call_id)?;
+                let call_id = decode::call_id(&ack.call_id)?;
                 for (stream, through) in decode::stream_acks(&ack.streams)? {
                     if self.book.output_acknowledged(&call_id, stream, through) {
                         self.pending.push_back(WorkItem::Acknowledge { call_id: call_id.clone() });
@@ -155,7 +155,7 @@ impl Task {
             }
             Request::Credit(credit) => {
                 let calls: Result<Vec<_>, ToolFailure> =
-                    credit.calls.iter().map(|one| Ok((CallId::new(&one.call_id)?, one.max_bytes))).collect();
+                    credit.calls.iter().map(|one| Ok((decode::call_id(&one.call_id)?, one.max_bytes))).collect();
                 self.book.credit(credit.link_max_bytes, &calls?);
             }
             Request::Drain(message) => {

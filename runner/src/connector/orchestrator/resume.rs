@@ -8,7 +8,7 @@ use proto::runner::v1 as pb;
 use super::link::Link;
 use super::task::Task;
 use super::{LinkError, decode};
-use crate::work::{CallId, CancelMode, SessionClose, SessionId, WorkItem};
+use crate::work::{CancelMode, SessionClose, SessionId, WorkItem};
 
 impl Task {
     pub(super) fn decisions(&mut self, page: pb::ResumeDecisionPage, link: &mut Link) -> Result<(), LinkError> {
@@ -38,7 +38,7 @@ impl Task {
     }
 
     fn decide(&mut self, decision: pb::ResumeDecision, link: &mut Link) -> Result<(), crate::work::ToolFailure> {
-        let session_id = SessionId::new(&decision.session_id)?;
+        let session_id = decode::session_id(&decision.session_id)?;
         let close = |grace, fenced| {
             WorkItem::Close(SessionClose { session_id: session_id.clone(), epoch: decision.epoch, grace, fenced })
         };
@@ -54,7 +54,7 @@ impl Task {
         });
         link.decided.insert(session_id);
         for call in decision.calls {
-            let call_id = CallId::new(&call.call_id)?;
+            let call_id = decode::call_id(&call.call_id)?;
             for (stream, through) in decode::stream_acks(&call.stored_through)? {
                 if self.book.stored_through(&call_id, stream, through) {
                     self.pending.push_back(WorkItem::Acknowledge { call_id: call_id.clone() });

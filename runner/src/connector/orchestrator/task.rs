@@ -262,7 +262,7 @@ impl Task {
     /// The lease was renewed.
     pub(super) fn renewed(&mut self) {
         if let Some(until_ns) = self.lease.until_ns() {
-            self.pending.push_back(WorkItem::Lease { until_ns, orphan_time: self.orphan_time });
+            self.pending.push_back(WorkItem::Lease { session_id: None, until_ns, orphan_time: self.orphan_time });
         }
         if self.suspended && !self.lease.has_lapsed((self.settings.clock)()) {
             info!("lease renewed, work goes on");

@@ -3,7 +3,7 @@
 use super::failures::read_only;
 use super::state::{Rest, cancelled_before_start, indeterminate, never_started};
 use super::{
-    Action, Call, CallId, CancelMode, Code, Core, Phase, Replay, Session, SessionId, SessionPhase, ToolFailure, Update,
+    Action, Call, CallId, CancelMode, Code, Core, Phase, Replay, SessionId, SessionPhase, ToolFailure, Update,
 };
 use crate::work::{Gate, PreparedCall, ToolCall};
 
@@ -11,8 +11,10 @@ impl Core {
     /// Prepares waiting calls of `session_id` as far as limits allow.
     pub(super) fn start_next(&mut self, session_id: &SessionId) {
         // A broken journal takes no start, and the next runner goes on with what waits.
-        let may_write = !self.config.gated || !self.read_only;
-        while !self.suspended && !self.lapsed && may_write {
+        if self.config.gated && self.read_only {
+            return;
+        }
+        while self.sessions.get(session_id).is_some_and(|session| self.may_begin(session)) {
             let Some(session) = self.sessions.get_mut(session_id) else { return };
             if session.must_wake() {
                 return self.wake(session_id);
@@ -133,12 +135,12 @@ impl Core {
 
     /// Opens the gate when there is a call behind it, its start is written down, and something may begin.
     pub(super) fn go_if_written(&mut self, call_id: &CallId) {
-        let Some(call) = self.calls.get_mut(call_id) else { return };
-        let session = self.sessions.get(&call.request.session_id);
-        let rests = |session: &Session| session.suspended || session.rest != Rest::Awake;
-        if self.suspended || self.lapsed || session.is_some_and(rests) {
+        let Some(call) = self.calls.get(call_id) else { return };
+        let Some(session) = self.sessions.get(&call.request.session_id) else { return };
+        if session.rest != Rest::Awake || !self.may_begin(session) {
             return;
         }
+        let Some(call) = self.calls.get_mut(call_id) else { return };
         if !matches!(call.phase, Phase::Prepared) {
             return;
         }
@@ -155,9 +157,12 @@ impl Core {
 
     /// The machine slept, or this process stood still, between the decision and the gate: the call has not begun.
     pub(super) fn gate_kept(&mut self, call_id: &CallId) {
-        self.lapsed = true;
         let Some(call) = self.calls.get_mut(call_id) else { return };
         let session_id = call.request.session_id.clone();
+        match self.sessions.get_mut(&session_id) {
+            Some(session) if session.own_lease => session.lapsed = true,
+            _ => self.lapsed = true,
+        }
         let session = self.sessions.get(&session_id);
         let takes_calls = session.is_some_and(|session| matches!(session.phase, SessionPhase::Ready));
         match (&call.phase, call.cancel) {

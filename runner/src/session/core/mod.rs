@@ -145,12 +145,30 @@ impl Core {
         std::mem::take(&mut self.actions)
     }
 
-    /// From when on no call may begin, by CLOCK_BOOTTIME; `None` while nobody has given a lease. Whoever carries out
-    /// `Action::Go`, or `Action::Prepare` without a gate, judges it at that moment and answers `Input::GateKept` when it has
-    /// passed.
+    /// From when on no call of a session may begin, by CLOCK_BOOTTIME; `None` while nobody has given a lease. Whoever carries
+    /// out `Action::Go`, or `Action::Prepare` without a gate, judges it at that moment and answers `Input::GateKept` when it
+    /// has passed.
     #[must_use]
-    pub fn lease_until_ns(&self) -> Option<u64> {
-        self.lease.map(|(until_ns, _)| until_ns)
+    pub fn lease_until_ns(&self, session_id: &SessionId) -> Option<u64> {
+        self.lease_of(session_id).map(|(until_ns, _)| until_ns)
+    }
+
+    /// The lease that counts for a session.
+    fn lease_of(&self, session_id: &SessionId) -> Option<(u64, Duration)> {
+        match self.sessions.get(session_id) {
+            Some(session) if session.own_lease => session.lease,
+            _ => self.lease,
+        }
+    }
+
+    /// Whether something may begin in a session, as far as that is up to whoever has placed it.
+    fn may_begin(&self, session: &Session) -> bool {
+        let granted = if session.own_lease {
+            session.lease.is_some() && !session.lapsed
+        } else {
+            !self.suspended && !self.lapsed
+        };
+        granted && !session.suspended
     }
 
     /// Calls that have not ended.
@@ -240,7 +258,10 @@ impl Core {
             }
             WorkItem::Suspend { session_id: Some(session_id) } => self.set_suspended(&session_id, true),
             WorkItem::Resume { session_id: Some(session_id) } => self.set_suspended(&session_id, false),
-            WorkItem::Lease { until_ns, orphan_time } => self.renew(until_ns, orphan_time),
+            WorkItem::Lease { session_id: None, until_ns, orphan_time } => self.renew(until_ns, orphan_time),
+            WorkItem::Lease { session_id: Some(session_id), until_ns, orphan_time } => {
+                self.renew_one(&session_id, until_ns, orphan_time);
+            }
             WorkItem::Drain { mode, by } => self.drain(mode, by),
             WorkItem::Pressure(pressure) => {
                 self.pressure = pressure;

@@ -18,8 +18,8 @@ impl Core {
     pub(super) fn renew(&mut self, until_ns: u64, orphan_time: Duration) {
         let later = self.lease.is_none_or(|(before_ns, _)| until_ns > before_ns);
         self.lease = Some((until_ns, orphan_time));
-        let mut ids: Vec<_> = self.sessions.keys().cloned().collect();
-        ids.sort();
+        let of_orchestrator = |(_, session): &(&SessionId, &Session)| !session.own_lease;
+        let ids: Vec<_> = self.sessions.iter().filter(of_orchestrator).map(|(id, _)| id.clone()).collect();
         for session_id in ids {
             self.set_deadline(&session_id);
         }
@@ -29,8 +29,21 @@ impl Core {
         }
     }
 
+    /// The same for one session that came from a work queue: nothing of it begins before it has had a lease.
+    pub(super) fn renew_one(&mut self, session_id: &SessionId, until_ns: u64, orphan_time: Duration) {
+        let Some(session) = self.sessions.get_mut(session_id).filter(|session| session.own_lease) else { return };
+        let later = session.lease.is_none_or(|(before_ns, _)| until_ns > before_ns);
+        session.lease = Some((until_ns, orphan_time));
+        session.lapsed &= !later;
+        self.set_deadline(session_id);
+        if later {
+            self.start_in(session_id);
+        }
+    }
+
     pub(super) fn set_deadline(&mut self, session_id: &SessionId) {
-        let (Some(session), Some((until_ns, orphan_time))) = (self.sessions.get(session_id), self.lease) else {
+        let (Some(session), Some((until_ns, orphan_time))) = (self.sessions.get(session_id), self.lease_of(session_id))
+        else {
             return;
         };
         if matches!(session.phase, SessionPhase::Ready) {
@@ -108,7 +121,7 @@ impl Core {
         if self.read_only {
             return Err(read_only());
         }
-        if request.epoch <= self.epoch_floor {
+        if request.epoch <= self.epoch_floor && !request.session_id.is_of_queue() {
             return Err(stale(&request.session_id, request.epoch, self.epoch_floor));
         }
         if let Some(failure) = self.pressure.session_refusal() {
@@ -281,7 +294,10 @@ impl Core {
         let Some(session) = self.sessions.remove(session_id) else { return };
         let SessionPhase::Closing(ending) = session.phase else { return };
         self.registry.release(session_id);
-        self.epoch_floor = self.epoch_floor.max(session.epoch);
+        // Whoever serves a queue opens sessions in this process, so no late duplicate comes.
+        if !session.own_lease {
+            self.epoch_floor = self.epoch_floor.max(session.epoch);
+        }
         self.tell(Update::SessionEnded { session_id: session_id.clone(), epoch: session.epoch, end: ending.end });
         self.actions.push(Action::ReleaseSandbox { session_id: session_id.clone() });
     }

@@ -30,6 +30,12 @@ pub(super) struct Session {
     pub(super) unwritten: bool,
     /// Nobody has decided about it after a reconnect: it starts nothing.
     pub(super) suspended: bool,
+    /// It came from a work queue, and what the orchestrator grants or withdraws says nothing about it.
+    pub(super) own_lease: bool,
+    /// That lease, once there is one, with the time that the sandbox lives beyond it.
+    pub(super) lease: Option<(u64, Duration)>,
+    /// A gate was kept shut because that lease had lapsed; until it is renewed.
+    pub(super) lapsed: bool,
     /// Whether its processes run.
     pub(super) rest: Rest,
     /// They could not be made to stand still, so that is not tried again before the next call.
@@ -113,6 +119,9 @@ impl Session {
     pub(super) fn new(open_request: SessionOpen) -> Self {
         Self {
             epoch: open_request.epoch,
+            own_lease: open_request.session_id.is_of_queue(),
+            lease: None,
+            lapsed: false,
             open_request,
             phase: SessionPhase::Opening,
             receipt: Receipt::default(),

@@ -145,7 +145,7 @@ impl Loop {
         match action {
             Action::Prepare { session_id, call } => {
                 let call_id = call.call_id.clone();
-                if call.gate == Gate::Open && self.lease_has_lapsed() {
+                if call.gate == Gate::Open && self.lease_has_lapsed(&session_id) {
                     return self.keep_gate(call_id);
                 }
                 self.deadlines.remove(&call_id);
@@ -170,7 +170,7 @@ impl Loop {
                     Err(failure) => Done::Input(Input::PrepareFailed { call_id, failure }),
                 });
             }
-            Action::Go { call_id, .. } if self.lease_has_lapsed() => self.keep_gate(call_id),
+            Action::Go { session_id, call_id } if self.lease_has_lapsed(&session_id) => self.keep_gate(call_id),
             Action::Go { session_id, call_id } => {
                 let Some(sandbox) = self.outputs.session(&session_id) else { return };
                 crash_point::pass(Point::Go, call_id.as_str());
@@ -277,8 +277,8 @@ impl Loop {
     }
 
     /// Asked at the very gate: the machine may have slept since the core has decided.
-    fn lease_has_lapsed(&self) -> bool {
-        self.core.lease_until_ns().is_some_and(|until_ns| (self.clock)() >= until_ns)
+    fn lease_has_lapsed(&self, session_id: &SessionId) -> bool {
+        self.core.lease_until_ns(session_id).is_some_and(|until_ns| (self.clock)() >= until_ns)
     }
 
     fn keep_gate(&mut self, call_id: CallId) {

@@ -1,0 +1,227 @@
+//! Sections `[[claude]]`: which queues are served, and how they are reached.
+
+use std::path::PathBuf;
+
+use super::{Check, url_host};
+use crate::config::file::ClaudeSection;
+use crate::config::resolved::{Claude, Host};
+
+/// Where the queue is unless the operator says otherwise.
+const PUBLIC_API: &str = "https://api.anthropic.com";
+/// The version that all public examples send.
+const API_VERSION: &str = "2023-06-01";
+/// Longest id of an environment: with a session's behind it, it is still an id.
+const LONGEST_ENVIRONMENT_ID: usize = 64;
+/// Times that the operator may choose; a month is as long as a session may be idle elsewhere.
+const LONGEST_SECONDS: u64 = 30 * 24 * 3600;
+
+pub(super) fn resolve(check: &mut Check<'_>, sections: &[ClaudeSection], host: &Host, most: u64) -> Vec<Claude> {
+    let mut resolved: Vec<Claude> = Vec::new();
+    for (number, section) in sections.iter().enumerate() {
+        let key = |name: &str| format!("claude[{number}].{name}");
+        let Some(claude) = one(check, &key, section, host, most) else { continue };
+        // The id tells the sessions of two queues apart.
+        if resolved.iter().any(|other| other.environment_id == claude.environment_id) {
+            let what = format!("{} has a section already", claude.environment_id);
+            check.report(&key("environment_id"), what, "name each environment once");
+        }
+        resolved.push(claude);
+    }
+    resolved
+}
+
+fn one(
+    check: &mut Check<'_>,
+    key: &dyn Fn(&str) -> String,
+    section: &ClaudeSection,
+    host: &Host,
+    most: u64,
+) -> Option<Claude> {
+    let environment_id = check.required(&key("environment_id"), section.environment_id.clone());
+    let environment_id = environment_id.and_then(|id| environment(check, &key("environment_id"), id));
+    let key_file = key_file(check, key, section, host);
+    let base_url = base_url(check, key, section);
+    let ca_file = section.ca_file.as_deref().and_then(|path| check.absolute(&key("ca_file"), path));
+    let proxy = section.proxy.clone();
+    if proxy.as_deref().is_some_and(|proxy| !is_proxy(proxy)) {
+        // Its text may hold a password.
+        let fix = "write for example \"http://proxy.example:3128\"";
+        check.report(&key("proxy"), "is not http://[USER:PASSWORD@]HOST:PORT", fix);
+    }
+    let api_version = section.api_version.clone().unwrap_or_else(|| API_VERSION.to_owned());
+    if api_version.is_empty() || !api_version.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-') {
+        check.report(&key("api_version"), format!("{api_version:?} is no version"), "write for example \"2023-06-01\"");
+    }
+    let mut number = |name: &str, given: Option<u64>, default: u64, least: u64, most: u64| {
+        let value = given.unwrap_or(default);
+        if !(least..=most).contains(&value) {
+            check.report(&key(name), format!("{value} is out of range"), format!("write {least} to {most}"));
+        }
+        value
+    };
+    let max_sessions = number("max_sessions", section.max_sessions, most.max(1), 1, most.max(1));
+    let max_idle_seconds = number("max_idle_seconds", section.max_idle_seconds, 60, 0, LONGEST_SECONDS);
+    let keep_seconds = number("keep_seconds", section.keep_seconds, 1800, 1, LONGEST_SECONDS);
+    let max_command_seconds = number("max_command_seconds", section.max_command_seconds, 3600, 1, LONGEST_SECONDS);
+    Some(Claude {
+        environment_id: environment_id?,
+        key_file: key_file?,
+        base_url: base_url?,
+        ca_file,
+        proxy,
+        api_version,
+        max_sessions,
+        max_idle_seconds,
+        keep_seconds,
+        max_command_seconds,
+    })
+}
+
+fn environment(check: &mut Check<'_>, key: &str, id: String) -> Option<String> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
+    if !id.is_empty() && id.len() <= LONGEST_ENVIRONMENT_ID && id.bytes().all(allowed) {
+        return Some(id);
+    }
+    let fix = format!("write the id as the Console shows it, at most {LONGEST_ENVIRONMENT_ID} of [A-Za-z0-9_-]");
+    check.report(key, format!("{id:?} is not the id of an environment"), fix);
+    None
+}
+
+/// The key is in a file of the operator's, or in one that the service manager has made.
+fn key_file(
+    check: &mut Check<'_>,
+    key: &dyn Fn(&str) -> String,
+    section: &ClaudeSection,
+    host: &Host,
+) -> Option<PathBuf> {
+    match (&section.key_file, &section.key_credential) {
+        (Some(path), None) => check.absolute(&key("key_file"), path),
+        (None, Some(name)) => {
+            if name.is_empty() || name.starts_with('.') || name.contains('/') {
+                let fix = "write the name that LoadCredential= has before its colon";
+                check.report(&key("key_credential"), format!("{name:?} is no name of a credential"), fix);
+                return None;
+            }
+            let Some(directory) = &host.credentials_directory else {
+                let what = "the service manager has passed no credentials (CREDENTIALS_DIRECTORY is not set)";
+                check.report(&key("key_credential"), what, "add LoadCredential= to the unit, or name a key_file");
+                return None;
+            };
+            Some(directory.join(name))
+        }
+        (Some(_), Some(_)) => {
+            check.report(&key("key_credential"), "is one of two keys", "remove it, or remove key_file");
+            None
+        }
+        (None, None) => {
+            check.report(&key("key_file"), "is missing", "add it, or key_credential");
+            None
+        }
+    }
+}
+
+fn base_url(check: &mut Check<'_>, key: &dyn Fn(&str) -> String, section: &ClaudeSection) -> Option<String> {
+    let url = section.base_url.clone().unwrap_or_else(|| PUBLIC_API.to_owned());
+    let url = url.trim_end_matches('/').to_owned();
+    let is_plain = url.starts_with("http://");
+    if is_plain && section.allow_plain_http != Some(true) {
+        let fix = "write an https:// address, or allow_plain_http = true where the way there is private";
+        check.report(&key("base_url"), "would send the key and every result unencrypted", fix);
+        return None;
+    }
+    let scheme = if is_plain { "http://" } else { "https://" };
+    let rest = url.strip_prefix(scheme).unwrap_or_default();
+    let (authority, prefix) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/_.-~".contains(&byte);
+    let is_good = url_host(&format!("{scheme}{authority}"), scheme).is_some()
+        && prefix.bytes().all(plain)
+        && !prefix.contains("//")
+        && !prefix.split('/').any(|part| part == "." || part == "..");
+    if !is_good {
+        let fix = "write for example \"https://api.anthropic.com\" or \"https://host:8443/prefix\"";
+        check.report(&key("base_url"), format!("{url:?} is not https://HOST:PORT/PREFIX"), fix);
+        return None;
+    }
+    Some(url)
+}
+
+fn is_proxy(text: &str) -> bool {
+    let address = text.strip_prefix("http://").map(|rest| rest.rsplit_once('@').map_or(rest, |(_, address)| address));
+    address.is_some_and(|address| url_host(&format!("http://{address}"), "http://").is_some())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::resolved;
+
+    const GOOD: &str = "[[claude]]\nenvironment_id = \"env_1\"\nkey_file = \"/k\"\n";
+
+    fn problems(text: &str) -> Vec<String> {
+        resolved(text).expect_err("problems")
+    }
+
+    #[test]
+    fn environment_and_key_are_enough() {
+        let config = resolved(GOOD).expect("good");
+        let claude = &config.claude[0];
+        assert_eq!(
+            (claude.base_url.as_str(), claude.api_version.as_str()),
+            ("https://api.anthropic.com", "2023-06-01")
+        );
+        assert_eq!((claude.max_sessions, claude.max_idle_seconds, claude.keep_seconds), (64, 60, 1800));
+    }
+
+    #[test]
+    fn credential_is_found_where_the_service_manager_has_put_it() {
+        let text = "[[claude]]\nenvironment_id = \"env_1\"\nkey_credential = \"claude\"\n";
+        let config = resolved(text).expect("good");
+        assert_eq!(config.claude[0].key_file, std::path::Path::new("/run/credentials/u/claude"));
+    }
+
+    #[test]
+    fn every_problem_is_named_with_the_number_of_its_section() {
+        let found = problems(
+            "[[claude]]\nenvironment_id = \"a/b\"\nkey_file = \"k\"\nbase_url = \"https://h/../x\"\nproxy = \"http://u:hunter2@\"\n\
+             api_version = \"x y\"\nmax_sessions = 0\n[[claude]]\nkey_credential = \"../x\"\nbase_url = \"http://h\"\n",
+        );
+        let expected = [
+            "claude[0].environment_id: \"a/b\" is not the id",
+            "claude[0].key_file: k is a relative path",
+            "claude[0].base_url: \"https://h/../x\" is not https://HOST:PORT/PREFIX",
+            "claude[0].proxy: is not http://[USER:PASSWORD@]HOST:PORT",
+            "claude[0].api_version: \"x y\" is no version",
+            "claude[0].max_sessions: 0 is out of range",
+            "claude[1].environment_id: is missing",
+            "claude[1].key_credential: \"../x\" is no name",
+            "claude[1].base_url: would send the key and every result unencrypted",
+        ];
+        for text in expected {
+            assert!(found.iter().any(|problem| problem.contains(text)), "{text} not in {found:#?}");
+        }
+        assert_eq!(found.len(), expected.len(), "{found:#?}");
+        assert!(!found.iter().any(|problem| problem.contains("hunter2")));
+    }
+
+    #[test]
+    fn environments_are_named_once_and_keys_as_well() {
+        let twice = problems(&format!("{GOOD}{GOOD}"));
+        assert!(twice[0].contains("claude[1].environment_id: env_1 has a section already"), "{twice:?}");
+        let both = problems(&format!("{GOOD}key_credential = \"c\"\n"));
+        assert!(both[0].contains("claude[0].key_credential: is one of two keys"), "{both:?}");
+    }
+
+    #[test]
+    fn base_urls_may_have_a_prefix_and_plain_http_only_where_it_is_allowed() {
+        let with = |more: &str| resolved(&format!("{GOOD}{more}")).map(|config| config.claude[0].base_url.clone());
+        assert_eq!(with("base_url = \"https://h:1/api/v1/cloud/\"\n").expect("good"), "https://h:1/api/v1/cloud");
+        assert!(with("base_url = \"http://h\"\n").is_err());
+        assert_eq!(with("base_url = \"http://h\"\nallow_plain_http = true\n").expect("good"), "http://h");
+    }
+
+    #[test]
+    fn password_of_a_proxy_is_not_shown() {
+        let config = resolved(&format!("{GOOD}proxy = \"http://u:hunter2@p:1\"\n")).expect("good");
+        let shown = toml::to_string(&config).expect("a text");
+        assert!(shown.contains("http://...@p:1") && !shown.contains("hunter2"), "{shown}");
+    }
+}

@@ -1,0 +1,536 @@
+//! A work item: acknowledged, leased, served, and given back on every way out while its lease is held.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use tracing::{info, warn};
+
+use super::{Action, Answer, Beat, Failure, Finish, Machine, Page, SECOND, doubled, nanoseconds};
+use crate::connector::claude::conversation::{Conversation, Fate};
+use crate::connector::claude::lease::Lease;
+use crate::connector::claude::wire;
+use crate::work::{CancelMode, SessionId};
+
+/// A delivery that is not acknowledged within this time is delivered again, perhaps to somebody else.
+const ACK_WITHIN: u64 = 5 * SECOND;
+const ACK_AGAIN_AFTER: u64 = SECOND;
+/// From the end of an item until it is given back whatever is not posted.
+const END_PATIENCE: u64 = 10 * SECOND;
+/// Events of one session's history.
+const MOST_HISTORY: usize = 200_000;
+/// How often giving an item back is tried; then its lease runs out.
+const STOP_TRIES: u32 = 4;
+
+/// Where an item is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// It is being acknowledged.
+    Acking { in_flight: bool, again_at: u64 },
+    /// Its lease is ours, or about to be.
+    Serving,
+    /// Nothing more begins; answers are posted until then.
+    Ending { until: u64 },
+    /// It is being given back.
+    Stopping { tries: u32, in_flight: bool, again_at: u64 },
+}
+
+/// Why an item ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reason {
+    /// The turn is over, and nothing has come for long enough.
+    Idle,
+    /// The session is over for good.
+    SessionOver,
+    /// The server takes it back.
+    Stopping,
+    /// The server refuses this runner.
+    Refused,
+    /// This runner ends.
+    Shutdown,
+}
+
+/// Where the stream of events is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Link {
+    Closed { open_at: u64 },
+    Opening,
+    Listing,
+    Live,
+}
+
+/// An answer that is to be posted.
+#[derive(Debug)]
+pub(super) struct Post {
+    answer: Answer,
+    since: u64,
+    next_at: u64,
+    in_flight: bool,
+    tries: u32,
+    /// It was refused as too large, and a text stands in its place.
+    shortened: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Item {
+    /// As the server names it; empty for an item that asks for nothing.
+    pub(super) session_id: String,
+    /// As this runner names it.
+    pub(super) core: Option<SessionId>,
+    delivered_at: u64,
+    stage: Stage,
+    lease: Lease,
+    pub(super) conversation: Conversation,
+    link: Link,
+    link_number: u64,
+    link_failures: u32,
+    history: Vec<wire::Event>,
+    /// When to ask for the session's state; `None` when it is known, or asked.
+    fetch_at: Option<u64>,
+    posts: BTreeMap<String, Post>,
+}
+
+impl Item {
+    pub(super) fn new(session_id: String, core: Option<SessionId>, now: u64) -> Self {
+        Self {
+            session_id,
+            core,
+            delivered_at: now,
+            stage: Stage::Acking { in_flight: true, again_at: now },
+            lease: Lease::new(now),
+            conversation: Conversation::default(),
+            link: Link::Closed { open_at: now },
+            link_number: 0,
+            link_failures: 0,
+            history: Vec::new(),
+            fetch_at: None,
+            posts: BTreeMap::new(),
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn link_number(&self) -> u64 {
+        self.link_number
+    }
+
+    /// Its lease is ours, as far as this runner knows.
+    fn is_leased(&self) -> bool {
+        self.lease.is_held() && matches!(self.stage, Stage::Serving | Stage::Ending { .. })
+    }
+
+    /// Calls may begin.
+    pub(super) fn is_serving(&self) -> bool {
+        self.stage == Stage::Serving && self.lease.is_held()
+    }
+
+    pub(super) fn lease_until(&self) -> u64 {
+        self.lease.until()
+    }
+
+    fn idle_at(&self, max_idle: Option<Duration>) -> Option<u64> {
+        Some(self.conversation.idle_since()?.saturating_add(nanoseconds(max_idle?)))
+    }
+
+    /// When to look again.
+    pub(super) fn wake(&self, max_idle: Option<Duration>) -> u64 {
+        match self.stage {
+            Stage::Acking { in_flight, again_at } => {
+                let over = self.delivered_at.saturating_add(ACK_WITHIN);
+                if in_flight { over } else { again_at.min(over) }
+            }
+            Stage::Stopping { in_flight: true, .. } => u64::MAX,
+            Stage::Stopping { again_at, .. } => again_at,
+            Stage::Serving | Stage::Ending { .. } => {
+                let link = match self.link {
+                    Link::Closed { open_at } if self.is_serving() => Some(open_at),
+                    _ => None,
+                };
+                let until = if let Stage::Ending { until } = self.stage { Some(until) } else { None };
+                let posts = self.posts.values().filter(|post| !post.in_flight).map(|post| post.next_at);
+                let other = [link, until, self.fetch_at, self.idle_at(max_idle), Some(self.lease.wake())];
+                posts.chain(other.into_iter().flatten()).min().unwrap_or(u64::MAX)
+            }
+        }
+    }
+}
+
+impl Machine {
+    pub(super) fn acked(&mut self, work_id: &str, result: Result<(), Failure>) {
+        let now = self.now;
+        let Some(item) = self.items.get_mut(work_id) else { return };
+        let Stage::Acking { .. } = item.stage else { return };
+        match result {
+            // Somebody has acknowledged it, perhaps we did and the answer was lost: who has it is for the first beat to say.
+            Err(failure) if failure.status() != Some(409) => {
+                warn!(work_id, error = %failure, "a work item could not be acknowledged");
+                if failure.is_fatal() {
+                    return self.stop(work_id);
+                }
+                item.stage = Stage::Acking { in_flight: false, again_at: now.saturating_add(ACK_AGAIN_AFTER) };
+            }
+            _ if item.core.is_none() => self.stop(work_id),
+            _ => {
+                item.stage = Stage::Serving;
+                item.lease = Lease::new(now);
+            }
+        }
+    }
+
+    pub(super) fn beaten(&mut self, work_id: &str, sent: u64, result: Result<Beat, Failure>) {
+        let (now, draw) = (self.now, (self.draw)());
+        let Some(item) = self.items.get_mut(work_id) else { return };
+        if matches!(item.stage, Stage::Stopping { .. } | Stage::Acking { .. }) {
+            return;
+        }
+        match result {
+            Ok(beat) => {
+                let is_first = !item.lease.is_held();
+                item.lease.beaten(sent, &beat, draw);
+                if !beat.goes_on {
+                    if is_first {
+                        warn!(work_id, "a work item was taken back before it was served");
+                    }
+                    return self.end_item(work_id, Reason::Stopping);
+                }
+                if is_first {
+                    item.fetch_at = Some(now);
+                    item.link = Link::Closed { open_at: now };
+                    info!(work_id, session_id = item.session_id, "work item claimed");
+                }
+                self.lease_renewed(work_id, is_first);
+            }
+            Err(failure) if failure.status() == Some(412) => self.lose(work_id, "somebody else holds it"),
+            Err(failure) if failure.is_fatal() => {
+                warn!(work_id, error = %failure, "a heartbeat was refused");
+                // The lease may still be ours for a while, and giving it back needs no more beats.
+                item.lease.unanswered(now);
+                self.end_item(work_id, Reason::Refused);
+            }
+            Err(failure) => {
+                warn!(work_id, error = %failure, "a heartbeat got no answer, will beat again");
+                item.lease.unanswered(now);
+            }
+        }
+    }
+
+    pub(super) fn fetched(&mut self, work_id: &str, result: Result<bool, Failure>) {
+        let again_at = self.within(1.0, 3.0);
+        let Some(item) = self.items.get_mut(work_id) else { return };
+        match result {
+            Ok(false) => {}
+            Ok(true) => self.end_item(work_id, Reason::SessionOver),
+            Err(failure) if failure.is_fatal() => {
+                warn!(work_id, error = %failure, "the session of a work item cannot be looked at");
+                self.end_item(work_id, Reason::Refused);
+            }
+            Err(_) => item.fetch_at = Some(again_at),
+        }
+    }
+
+    pub(super) fn connected(&mut self, work_id: &str, link: u64) {
+        let Some(item) = self.items.get_mut(work_id) else { return };
+        if item.link != Link::Opening || item.link_number != link {
+            return;
+        }
+        item.link = Link::Listing;
+        item.history.clear();
+        item.conversation.connected();
+        let (work_id, session_id) = (work_id.to_owned(), item.session_id.clone());
+        self.actions.push(Action::List { work_id, session_id, link, page: None });
+    }
+
+    pub(super) fn listed(&mut self, work_id: &str, link: u64, result: Result<Page, Failure>) {
+        let now = self.now;
+        let Some(item) = self.items.get_mut(work_id) else { return };
+        if item.link != Link::Listing || item.link_number != link {
+            return;
+        }
+        let page = match result {
+            Ok(page) => page,
+            // Nothing is concluded from a part of a history: the stream is made again, and then all of it is read.
+            Err(failure) => {
+                self.actions.push(Action::Unstream { work_id: work_id.to_owned() });
+                return self.disconnected(work_id, link, Some(&failure));
+            }
+        };
+        item.history.extend(page.events);
+        if item.history.len() > MOST_HISTORY {
+            warn!(work_id, events = item.history.len(), "the history of a session is longer than this runner keeps");
+            return self.end_item(work_id, Reason::Refused);
+        }
+        if let Some(next) = page.next {
+            let (work_id, session_id) = (work_id.to_owned(), item.session_id.clone());
+            return self.actions.push(Action::List { work_id, session_id, link, page: Some(next) });
+        }
+        (item.link, item.link_failures) = (Link::Live, 0);
+        let history = std::mem::take(&mut item.history);
+        item.conversation.reconcile(now, history);
+        self.carry_out(work_id);
+    }
+
+    pub(super) fn live(&mut self, work_id: &str, link: u64, event: wire::Event) {
+        let now = self.now;
+        let Some(item) = self.items.get_mut(work_id) else { return };
+        if !matches!(item.link, Link::Listing | Link::Live) || item.link_number != link {
+            return;
+        }
+        if !item.conversation.live(now, event) {
+            warn!(work_id, "more events came than are kept while a history is read, will read it again");
+            return self.reconnect(work_id);
+        }
+        self.carry_out(work_id);
+    }
+
+    pub(super) fn disconnected(&mut self, work_id: &str, link: u64, failure: Option<&Failure>) {
+        let Some(item) = self.items.get_mut(work_id) else { return };
+        if item.link_number != link || matches!(item.link, Link::Closed { .. }) {
+            return;
+        }
+        if let Some(failure) = failure.filter(|failure| failure.is_fatal()) {
+            warn!(work_id, error = %failure, "the events of a session are refused");
+            item.link = Link::Closed { open_at: u64::MAX };
+            return self.end_item(work_id, Reason::Refused);
+        }
+        let most = doubled(item.link_failures, 0.5, 10.0);
+        item.link_failures += 1;
+        let open_at = self.within(most / 2.0, most);
+        if let Some(item) = self.items.get_mut(work_id) {
+            item.link = Link::Closed { open_at };
+        }
+    }
+
+    fn reconnect(&mut self, work_id: &str) {
+        let Some(item) = self.items.get_mut(work_id) else { return };
+        item.link = Link::Closed { open_at: self.now };
+        self.actions.push(Action::Unstream { work_id: work_id.to_owned() });
+    }
+
+    pub(super) fn deliver(&mut self, work_id: &str, tool_use_id: String, answer: Answer) {
+        let now = self.now;
+        let Some(item) = self.items.get_mut(work_id) else { return };
+        let post = Post { answer, since: now, next_at: now, in_flight: false, tries: 0, shortened: false };
+        item.posts.insert(tool_use_id, post);
+    }
+
+    pub(super) fn posted(&mut self, work_id: &str, tool_use_id: &str, result: Result<(), Failure>) {
+        let now = self.now;
+        let draw = (self.draw)();
+        let Some(item) = self.items.get_mut(work_id) else { return };
+        let window = item.lease.ttl();
+        let Some(post) = item.posts.get_mut(tool_use_id) else { return };
+        post.in_flight = false;
+        let failure = match result {
+            Ok(()) => {
+                item.posts.remove(tool_use_id);
+                item.conversation.posted(now, tool_use_id);
+                self.stored(tool_use_id);
+                return self.carry_out(work_id);
+            }
+            Err(failure) => failure,
+        };
+        if failure.status() == Some(413) && !post.shortened {
+            let text = "the result was refused by the control plane as too large; ask for less at once";
+            (post.answer, post.shortened, post.next_at) = (Answer::text(text), true, now);
+            return;
+        }
+        post.tries += 1;
+        if !failure.is_fatal() && now.saturating_sub(post.since) < window {
+            let seconds = doubled(post.tries - 1, 1.0, 30.0);
+            let delay = Duration::from_secs_f64(seconds * (0.5 + draw.clamp(0.0, 1.0) / 2.0));
+            post.next_at = now.saturating_add(nanoseconds(delay));
+            return;
+        }
+        warn!(work_id, tool_use_id, error = %failure, "a result could not be posted");
+        item.posts.remove(tool_use_id);
+        item.conversation.give_up(now, tool_use_id);
+        self.carry_out(work_id);
+    }
+
+    pub(super) fn stopped(&mut self, work_id: &str, result: Result<(), Failure>) {
+        let now = self.now;
+        let Some(item) = self.items.get_mut(work_id) else { return };
+        let Stage::Stopping { tries, .. } = item.stage else { return };
+        match result {
+            Err(failure) if !failure.is_fatal() && failure.status() != Some(409) && tries < STOP_TRIES => {
+                let again_at = now.saturating_add(SECOND << tries);
+                item.stage = Stage::Stopping { tries, in_flight: false, again_at };
+            }
+            result => {
+                if let Err(failure) = result.as_ref()
+                    && failure.status() != Some(409)
+                {
+                    warn!(work_id, error = %failure, "a work item could not be given back, its lease will run out");
+                }
+                info!(work_id, session_id = item.session_id, "work item given back");
+                self.release(work_id);
+            }
+        }
+    }
+
+    /// The item is no longer ours: everything stops, and nothing more is posted.
+    fn lose(&mut self, work_id: &str, why: &str) {
+        warn!(work_id, why, "the lease of a work item is lost, what runs for it is ended");
+        self.cancel_all(work_id);
+        self.release(work_id);
+    }
+
+    fn release(&mut self, work_id: &str) {
+        let Some(item) = self.items.remove(work_id) else { return };
+        self.actions.push(Action::Forget { work_id: work_id.to_owned() });
+        if let Some(core) = item.core {
+            self.let_go(&core);
+        }
+    }
+
+    fn cancel_all(&mut self, work_id: &str) {
+        let Some(item) = self.items.get(work_id) else { return };
+        for tool_use_id in item.conversation.running() {
+            self.cancel(work_id, &tool_use_id, CancelMode::Kill);
+        }
+    }
+
+    /// Ends an item whose lease is held. What was begun for it is ended and answered first, where an answer is still of use.
+    pub(super) fn end_item(&mut self, work_id: &str, reason: Reason) {
+        let now = self.now;
+        let Some(item) = self.items.get_mut(work_id) else { return };
+        if !matches!(item.stage, Stage::Serving) {
+            return;
+        }
+        info!(work_id, session_id = item.session_id, ?reason, "work item ends");
+        self.actions.push(Action::Unstream { work_id: work_id.to_owned() });
+        item.link = Link::Closed { open_at: u64::MAX };
+        item.fetch_at = None;
+        match reason {
+            Reason::Idle => self.stop(work_id),
+            Reason::SessionOver => {
+                item.posts.clear();
+                let core = item.core.clone();
+                self.cancel_all(work_id);
+                if let Some(core) = core {
+                    self.session_over(&core);
+                }
+                self.stop(work_id);
+            }
+            Reason::Stopping | Reason::Refused | Reason::Shutdown => {
+                item.stage = Stage::Ending { until: now.saturating_add(END_PATIENCE) };
+                let waiting = item.conversation.take_waiting();
+                for tool_use_id in waiting {
+                    self.refuse(work_id, &tool_use_id, "the call did not run: the runner was told to end its work");
+                }
+                self.cancel_all(work_id);
+            }
+        }
+    }
+
+    fn stop(&mut self, work_id: &str) {
+        let now = self.now;
+        if let Some(item) = self.items.get_mut(work_id) {
+            item.posts.clear();
+            item.stage = Stage::Stopping { tries: 0, in_flight: false, again_at: now };
+        }
+    }
+
+    /// Answers a call that is not in the hands of the sessions.
+    pub(super) fn refuse(&mut self, work_id: &str, tool_use_id: &str, text: &str) {
+        let now = self.now;
+        let Some(item) = self.items.get_mut(work_id) else { return };
+        if let Fate::Post { .. } = item.conversation.finished(now, tool_use_id) {
+            self.deliver(work_id, tool_use_id.to_owned(), Answer::text(text));
+        }
+    }
+
+    /// Nobody waits for this answer any more.
+    pub(super) fn withdraw(&mut self, work_id: &str, tool_use_id: &str) {
+        if let Some(item) = self.items.get_mut(work_id) {
+            item.posts.remove(tool_use_id);
+        }
+    }
+
+    /// Does for an item what is due.
+    pub(super) fn tend_item(&mut self, work_id: &str) {
+        let now = self.now;
+        let Some(item) = self.items.get_mut(work_id) else { return };
+        match item.stage {
+            Stage::Acking { in_flight, again_at } => {
+                if now >= item.delivered_at.saturating_add(ACK_WITHIN) {
+                    warn!(work_id, "a work item was not acknowledged in time, it is left for another delivery");
+                    return self.release(work_id);
+                }
+                if !in_flight && now >= again_at {
+                    item.stage = Stage::Acking { in_flight: true, again_at };
+                    self.actions.push(Action::AckAgain { work_id: work_id.to_owned() });
+                }
+            }
+            Stage::Stopping { tries, in_flight: false, again_at } if now >= again_at => {
+                item.stage = Stage::Stopping { tries: tries + 1, in_flight: true, again_at };
+                self.actions.push(Action::Stop { work_id: work_id.to_owned() });
+            }
+            Stage::Stopping { .. } => {}
+            Stage::Serving | Stage::Ending { .. } => self.tend_leased(work_id),
+        }
+    }
+
+    fn tend_leased(&mut self, work_id: &str) {
+        let now = self.now;
+        let Some(item) = self.items.get_mut(work_id) else { return };
+        if item.lease.is_lost(now) {
+            return self.lose(work_id, "no heartbeat was answered for as long as it lasts");
+        }
+        if let Some((expected, interval)) = item.lease.beat(now) {
+            let within = Duration::from_nanos(interval);
+            self.actions.push(Action::Beat { work_id: work_id.to_owned(), expected, within });
+        }
+        self.end_if_over(work_id);
+        let Some(item) = self.items.get_mut(work_id) else { return };
+        let session_id = item.session_id.clone();
+        if item.is_serving() {
+            if item.fetch_at.is_some_and(|at| now >= at) {
+                item.fetch_at = None;
+                let session_id = session_id.clone();
+                self.actions.push(Action::Fetch { work_id: work_id.to_owned(), session_id });
+            }
+            if item.conversation.must_read_again() && item.link == Link::Live {
+                item.link = Link::Closed { open_at: now };
+                self.actions.push(Action::Unstream { work_id: work_id.to_owned() });
+            }
+            if matches!(item.link, Link::Closed { open_at } if now >= open_at) {
+                item.link = Link::Opening;
+                item.link_number += 1;
+                let (session_id, link) = (session_id.clone(), item.link_number);
+                self.actions.push(Action::Stream { work_id: work_id.to_owned(), session_id, link });
+            }
+        }
+        if item.is_leased() {
+            for (tool_use_id, post) in item.posts.iter_mut().filter(|(_, post)| !post.in_flight && now >= post.next_at)
+            {
+                post.in_flight = true;
+                let (tool_use_id, answer) = (tool_use_id.clone(), post.answer.clone());
+                let (work_id, session_id) = (work_id.to_owned(), session_id.clone());
+                self.actions.push(Action::Post { work_id, session_id, tool_use_id, answer });
+            }
+        }
+    }
+
+    fn end_if_over(&mut self, work_id: &str) {
+        let (now, max_idle) = (self.now, self.rules.max_idle);
+        let Some(item) = self.items.get(work_id) else { return };
+        let quiet = item.conversation.is_quiet() && item.posts.is_empty();
+        match item.stage {
+            Stage::Ending { until } if quiet || now >= until || self.finish == Some(Finish::AtOnce) => {
+                self.stop(work_id);
+                self.tend_item(work_id);
+            }
+            Stage::Ending { .. } => {}
+            _ if item.conversation.has_ended() => self.end_item_now(work_id, Reason::SessionOver),
+            _ if self.finish.is_some() => self.end_item_now(work_id, Reason::Shutdown),
+            // What is being emptied takes nothing more, and what it has is finished first.
+            _ if self.draining && quiet && item.link == Link::Live => self.end_item_now(work_id, Reason::Idle),
+            _ if item.idle_at(max_idle).is_some_and(|at| now >= at) => self.end_item_now(work_id, Reason::Idle),
+            _ => {}
+        }
+    }
+
+    fn end_item_now(&mut self, work_id: &str, reason: Reason) {
+        self.end_item(work_id, reason);
+        self.tend_item(work_id);
+    }
+}

@@ -1,0 +1,307 @@
+//! The state machine of one environment: event in, actions out. It knows no clock, no socket and no runtime.
+//!
+//! Towards the server it is a worker: it polls while there is room, acknowledges, beats, serves and stops work items. Towards
+//! the sessions of this runner it is what an orchestrator is: it opens sessions, sends calls, takes results and acknowledges
+//! them when the server has them. The lease of a work item is the lease of its session, so nothing begins that is not ours to
+//! begin, and what has begun once is found again by its id.
+
+mod calls;
+mod item;
+mod poll;
+mod sessions;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sha2::{Digest, Sha256};
+
+use super::content;
+use super::http::Failure;
+use super::lease::SECOND;
+use super::wire::{Beat, Delivery, Page};
+use crate::work::{CallId, CallResult, IdError, RESERVED_PREFIX, SessionId, Update, WorkItem};
+use calls::Known;
+use item::Item;
+use poll::Poll;
+use sessions::Kept;
+
+/// What of the configuration counts here.
+#[derive(Debug, Clone)]
+pub(super) struct Rules {
+    pub(super) environment_id: String,
+    /// Work items at once.
+    pub(super) max_items: usize,
+    /// Sessions at once in this runner, whoever has placed them.
+    pub(super) max_sessions: usize,
+    /// From the end of a turn until the item is given back; `None`: never.
+    pub(super) max_idle: Option<Duration>,
+    /// How long the sandbox of a session is kept after its item.
+    pub(super) keep: Duration,
+    /// Longest time that a command may ask for.
+    pub(super) longest_command: Duration,
+}
+
+/// What of the rest of the runner counts here.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Room {
+    /// Sessions of the orchestrator, and work items of other queues.
+    pub(super) others: usize,
+    /// The host is short of something.
+    pub(super) closed: bool,
+}
+
+/// How the connector is to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Finish {
+    /// When results are posted.
+    Patient,
+    /// With what has been posted.
+    AtOnce,
+}
+
+/// What an answer to a tool use is made of.
+#[derive(Debug, Clone)]
+pub(super) enum Answer {
+    /// The result of a call.
+    Result { call_id: CallId, result: Arc<CallResult>, interrupted: bool },
+    /// A text of ours about a call that did not run.
+    Text(String),
+}
+
+/// Everything that can happen.
+#[derive(Debug)]
+pub(super) enum Event {
+    /// Time has passed.
+    Tick,
+    /// The sessions say something.
+    Update(Update),
+    /// `Action::Poll` is done.
+    Polled(Result<Option<Delivery>, Failure>),
+    /// `Action::Ack` is done.
+    Acked { work_id: String, result: Result<(), Failure> },
+    /// `Action::Beat` is done; it was sent at `sent`.
+    Beaten { work_id: String, sent: u64, result: Result<Beat, Failure> },
+    /// `Action::Fetch` is done: whether the session is over.
+    Fetched { work_id: String, result: Result<bool, Failure> },
+    /// The stream of `Action::Stream` is open.
+    Connected { work_id: String, link: u64 },
+    /// It has brought an event.
+    Live { work_id: String, link: u64, event: super::wire::Event },
+    /// It is over, or could not be opened.
+    Disconnected { work_id: String, link: u64, failure: Option<Failure> },
+    /// `Action::List` is done.
+    Listed { work_id: String, link: u64, result: Result<Page, Failure> },
+    /// `Action::Post` is done.
+    Posted { work_id: String, tool_use_id: String, result: Result<(), Failure> },
+    /// `Action::Stop` is done.
+    Stopped { work_id: String, result: Result<(), Failure> },
+    /// Take no more, and end.
+    Finish(Finish),
+}
+
+/// Everything that can be asked for. What concerns a work item ends with [`Action::Forget`].
+#[derive(Debug, Clone)]
+pub(super) enum Action {
+    Poll,
+    /// Take note of a delivery, its credential above all, and acknowledge it.
+    Ack(Delivery),
+    /// Acknowledge it again.
+    AckAgain {
+        work_id: String,
+    },
+    Beat {
+        work_id: String,
+        expected: String,
+        within: Duration,
+    },
+    Fetch {
+        work_id: String,
+        session_id: String,
+    },
+    Stream {
+        work_id: String,
+        session_id: String,
+        link: u64,
+    },
+    /// Close the stream.
+    Unstream {
+        work_id: String,
+    },
+    List {
+        work_id: String,
+        session_id: String,
+        link: u64,
+        page: Option<String>,
+    },
+    Post {
+        work_id: String,
+        session_id: String,
+        tool_use_id: String,
+        answer: Answer,
+    },
+    Stop {
+        work_id: String,
+    },
+    /// Give up everything that is under way for an item, and its credential.
+    Forget {
+        work_id: String,
+    },
+    /// For the sessions of this runner.
+    Work(WorkItem),
+}
+
+/// One environment.
+#[derive(Debug)]
+pub(super) struct Machine {
+    rules: Rules,
+    draw: fn() -> f64,
+    now: u64,
+    room: Room,
+    poll: Poll,
+    /// What an earlier runner has left is known.
+    restored: bool,
+    draining: bool,
+    finish: Option<Finish>,
+    items: BTreeMap<String, Item>,
+    sessions: BTreeMap<SessionId, Kept>,
+    calls: BTreeMap<CallId, Known>,
+    actions: Vec<Action>,
+}
+
+impl Machine {
+    /// `draw` is random in 0..=1.
+    pub(super) fn new(rules: Rules, draw: fn() -> f64) -> Self {
+        Self {
+            rules,
+            draw,
+            now: 0,
+            room: Room::default(),
+            poll: Poll::default(),
+            restored: false,
+            draining: false,
+            finish: None,
+            items: BTreeMap::new(),
+            sessions: BTreeMap::new(),
+            calls: BTreeMap::new(),
+            actions: Vec::new(),
+        }
+    }
+
+    /// How much room there is for new sessions.
+    pub(super) fn set_room(&mut self, room: Room) {
+        self.room = room;
+    }
+
+    /// Takes one event at `now` and returns what must be done, in this order.
+    pub(super) fn handle(&mut self, now: u64, event: Event) -> Vec<Action> {
+        self.now = self.now.max(now);
+        match event {
+            Event::Tick => {}
+            Event::Update(update) => self.update(update),
+            Event::Polled(result) => self.polled(result),
+            Event::Acked { work_id, result } => self.acked(&work_id, result),
+            Event::Beaten { work_id, sent, result } => self.beaten(&work_id, sent, result),
+            Event::Fetched { work_id, result } => self.fetched(&work_id, result),
+            Event::Connected { work_id, link } => self.connected(&work_id, link),
+            Event::Live { work_id, link, event } => self.live(&work_id, link, event),
+            Event::Disconnected { work_id, link, failure } => self.disconnected(&work_id, link, failure.as_ref()),
+            Event::Listed { work_id, link, result } => self.listed(&work_id, link, result),
+            Event::Posted { work_id, tool_use_id, result } => self.posted(&work_id, &tool_use_id, result),
+            Event::Stopped { work_id, result } => self.stopped(&work_id, result),
+            Event::Finish(finish) => self.finish = self.finish.max(Some(finish)),
+        }
+        self.pass_time();
+        std::mem::take(&mut self.actions)
+    }
+
+    /// Work items that are ours, or about to be.
+    pub(super) fn items(&self) -> usize {
+        self.items.len()
+    }
+
+    /// Nothing is left to do, and nothing will come.
+    pub(super) fn is_done(&self) -> bool {
+        self.finish.is_some() && self.items.is_empty()
+    }
+
+    /// When to look again, if nothing happens before.
+    pub(super) fn wake(&self) -> u64 {
+        let poll = self.may_poll().then_some(self.poll.next_at);
+        let items = self.items.values().map(|item| item.wake(self.rules.max_idle));
+        let sessions = self.sessions.values().map(Kept::wake);
+        poll.into_iter().chain(items).chain(sessions).min().unwrap_or(u64::MAX)
+    }
+
+    fn pass_time(&mut self) {
+        let works: Vec<_> = self.items.keys().cloned().collect();
+        for work_id in works {
+            self.tend_item(&work_id);
+        }
+        self.tend_sessions();
+        self.forget_old_results();
+        if self.may_poll() && self.now >= self.poll.next_at {
+            self.poll.in_flight = true;
+            self.actions.push(Action::Poll);
+        }
+    }
+
+    fn work(&mut self, item: WorkItem) {
+        self.actions.push(Action::Work(item));
+    }
+
+    /// A time from now that is spread over `least` to `most` seconds.
+    fn within(&self, least: f64, most: f64) -> u64 {
+        let draw = (self.draw)().clamp(0.0, 1.0);
+        self.now.saturating_add(nanoseconds(Duration::from_secs_f64(least + (most - least) * draw)))
+    }
+
+    /// The name of a session in this runner.
+    fn session_id(&self, session_id: &str) -> Result<SessionId, IdError> {
+        SessionId::new(scoped(&self.rules.environment_id, session_id))
+    }
+
+    /// The name of a tool use in this runner.
+    fn call_id(&self, tool_use_id: &str) -> Result<CallId, IdError> {
+        CallId::new(scoped(&self.rules.environment_id, tool_use_id))
+    }
+}
+
+/// What begins every name that this environment gives.
+pub(super) fn scope(environment_id: &str) -> String {
+    format!("{RESERVED_PREFIX}{environment_id}:")
+}
+
+/// An id of the server as one of this runner: the ids of two servers may be alike. One that becomes too long is hashed, with a
+/// dot before it, which no id of a server has.
+fn scoped(environment_id: &str, id: &str) -> String {
+    let name = format!("{}{id}", scope(environment_id));
+    if name.len() <= 128 {
+        return name;
+    }
+    let digest: String = Sha256::digest(id).iter().take(24).map(|byte| format!("{byte:02x}")).collect();
+    format!("{}.{digest}", scope(environment_id))
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Doubled with each failure, up to `most` seconds.
+fn doubled(failures: u32, first: f64, most: f64) -> f64 {
+    (first * 2_f64.powi(i32::try_from(failures.min(20)).unwrap_or(20))).min(most)
+}
+
+impl Answer {
+    /// A text that says that nothing was run.
+    fn text(text: impl Into<String>) -> Self {
+        Self::Text(text.into())
+    }
+
+    fn interrupted() -> Self {
+        Self::text(content::INTERRUPTED)
+    }
+}

@@ -1,0 +1,134 @@
+//! Work queues of Claude Managed Agents: environments whose tools run on the customer's machines.
+//!
+//! One task for each environment. It asks the queue for work while there is room for it, keeps the lease of every work item,
+//! reads the events of its session, and hands tool uses on as calls; results go back as events. It is to the sessions of this
+//! runner what an orchestrator is, so what holds for calls holds here: each begins once or never, over any number of runners,
+//! and its result is posted until the server has it. `machine` decides all of it and is pure; `task` carries it out. Credentials
+//! stay in this process.
+
+mod api;
+mod content;
+mod conversation;
+mod http;
+mod input;
+mod lease;
+mod machine;
+mod secret;
+mod sse;
+mod task;
+mod wire;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::time::Duration;
+
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinHandle;
+
+pub use http::Base;
+pub use secret::SecretError;
+
+use super::Ports;
+use super::backoff::draw;
+use super::orchestrator::Stop;
+use machine::{Machine, Rules};
+
+/// What one environment needs to know.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Where the server is.
+    pub base: Base,
+    /// The environment whose queue is served.
+    pub environment_id: String,
+    /// File with its key.
+    pub key_file: PathBuf,
+    /// Value of the header `anthropic-version`.
+    pub api_version: String,
+    /// Who asks for work; unique among all workers of the environment.
+    pub worker_id: String,
+    /// Work items at once.
+    pub max_items: usize,
+    /// Sessions at once in this runner, whoever has placed them.
+    pub max_sessions: usize,
+    /// From the end of a turn until a work item is given back; `None`: never.
+    pub max_idle: Option<Duration>,
+    /// How long the sandbox of a session is kept after its work item.
+    pub keep: Duration,
+    /// Longest time that a command may ask for.
+    pub longest_command: Duration,
+    /// A clock that counts while the machine sleeps, in nanoseconds.
+    pub clock: fn() -> u64,
+}
+
+/// Why a queue cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    /// The key.
+    #[error(transparent)]
+    Key(#[from] SecretError),
+    /// A text that has no place in a header.
+    #[error("claude.api_version or the id of this runner cannot stand in a header")]
+    Header,
+}
+
+/// A running connector.
+#[derive(Debug)]
+pub struct Handle {
+    /// Read the key again.
+    pub reload: Arc<Notify>,
+    /// Ends after a stop.
+    pub task: JoinHandle<()>,
+}
+
+/// What begins the ids of all sessions and calls of an environment in this runner.
+#[must_use]
+pub fn scope(environment_id: &str) -> String {
+    machine::scope(environment_id)
+}
+
+/// Whom a queue shares the runner with.
+#[derive(Debug, Clone)]
+pub struct Neighbours {
+    /// Sessions of the orchestrator.
+    pub sessions: watch::Receiver<usize>,
+    /// Work items of all queues together.
+    pub items: Arc<AtomicUsize>,
+}
+
+/// Reads the key and begins to ask for work.
+///
+/// # Errors
+/// `QueueError`; then nothing was started.
+pub fn start(
+    settings: Settings,
+    ports: Ports,
+    neighbours: Neighbours,
+    stop: watch::Receiver<Stop>,
+) -> Result<Handle, QueueError> {
+    let key = secret::Secret::read(&settings.key_file)?;
+    let client = http::Client::new(settings.base);
+    let environment_id = settings.environment_id;
+    let api = api::Api::new(client, environment_id.clone(), key, &settings.api_version, &settings.worker_id);
+    let api = Arc::new(api.ok_or(QueueError::Header)?);
+    let rules = Rules {
+        environment_id,
+        max_items: settings.max_items,
+        max_sessions: settings.max_sessions,
+        max_idle: settings.max_idle,
+        keep: settings.keep,
+        longest_command: settings.longest_command,
+    };
+    let reload = Arc::new(Notify::new());
+    let task = task::Task {
+        api,
+        key_file: settings.key_file,
+        machine: Machine::new(rules, draw),
+        ports,
+        neighbours,
+        stop,
+        reload: Arc::clone(&reload),
+        clock: settings.clock,
+    };
+    Ok(Handle { reload, task: tokio::spawn(task.run()) })
+}

@@ -1,0 +1,370 @@
+//! The loop of one environment: it feeds the machine and carries out what that decides. Nothing in it waits for the network:
+//! each request is a task of its own, which reports back, and ends with its work item.
+
+use std::collections::{HashMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use prost::Message;
+use proto::runner::v1 as pb;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::task::JoinSet;
+use tracing::{error, info, warn};
+
+use super::Neighbours;
+use super::api::Api;
+use super::content::{self, Blocks};
+use super::http::Failure;
+use super::machine::{Action, Answer, Event, Finish, Machine, Room};
+use super::secret::Secret;
+use super::sse::{Frame, Parser};
+use super::wire;
+use crate::connector::Ports;
+use crate::connector::orchestrator::Stop;
+use crate::work::{CallId, CallResult, Content, OutputSource, Progress, Stream, ToolResult, WorkItem};
+
+/// Reports of requests that wait for the loop. When it is full, streams are not read on.
+const QUEUED_REPORTS: usize = 256;
+/// Work that waits for the sessions. When there is so much, no more reports are taken.
+const QUEUED_WORK: usize = 1024;
+/// Largest result that is read back from a sandbox.
+const MOST_RESULT_BYTES: usize = 64 * 1024 * 1024;
+/// The clock of a lease goes on while the machine sleeps, and timers do not.
+const SLEEP_CEILING: Duration = Duration::from_secs(1);
+/// A machine that wants to be looked at again at once has nothing to say.
+const SLEEP_FLOOR: Duration = Duration::from_millis(5);
+
+/// What an environment's loop is made of.
+pub(super) struct Task {
+    pub(super) api: Arc<Api>,
+    pub(super) key_file: PathBuf,
+    pub(super) machine: Machine,
+    pub(super) ports: Ports,
+    pub(super) neighbours: Neighbours,
+    pub(super) stop: watch::Receiver<Stop>,
+    pub(super) reload: Arc<Notify>,
+    pub(super) clock: fn() -> u64,
+}
+
+/// What is under way for a work item.
+struct Under {
+    secret: Secret,
+    /// How far the sessions had come at the last heartbeat.
+    progress: Option<u64>,
+    requests: JoinSet<()>,
+    stream: Option<tokio::task::AbortHandle>,
+}
+
+struct Loop {
+    api: Arc<Api>,
+    machine: Machine,
+    outputs: Arc<dyn OutputSource>,
+    progress: Progress,
+    clock: fn() -> u64,
+    items: HashMap<String, Under>,
+    /// Work that waits for the sessions.
+    pending: VecDeque<WorkItem>,
+    reports: mpsc::Sender<Event>,
+    polls: JoinSet<()>,
+}
+
+impl Task {
+    pub(super) async fn run(self) {
+        let Self { api, key_file, machine, ports, neighbours, mut stop, reload, clock } = self;
+        let Neighbours { sessions: mut others, items } = neighbours;
+        let mut own = 0;
+        let Ports { work, mut updates, outputs, progress, pressure, .. } = ports;
+        let (reports, mut done) = mpsc::channel(QUEUED_REPORTS);
+        let mut state = Loop {
+            api,
+            machine,
+            outputs,
+            progress,
+            clock,
+            items: HashMap::new(),
+            pending: VecDeque::new(),
+            reports,
+            polls: JoinSet::new(),
+        };
+        let mut updates_open = true;
+        loop {
+            let event = tokio::select! {
+                update = updates.recv(), if updates_open => match update {
+                    Some(update) => Event::Update(update),
+                    None => {
+                        updates_open = false;
+                        Event::Tick
+                    }
+                },
+                Some(report) = done.recv(), if state.pending.len() < QUEUED_WORK => report,
+                permit = work.reserve(), if !state.pending.is_empty() => {
+                    if let (Ok(permit), Some(item)) = (permit, state.pending.pop_front()) {
+                        permit.send(item);
+                    }
+                    Event::Tick
+                }
+                () = tokio::time::sleep(state.sleep()) => Event::Tick,
+                Ok(()) = stop.changed() => match *stop.borrow() {
+                    Stop::Run => Event::Tick,
+                    // The next runner goes on: nothing is given back, and the leases run out.
+                    Stop::Leave => return,
+                    Stop::WhenDelivered => Event::Finish(Finish::Patient),
+                    Stop::Now => Event::Finish(Finish::AtOnce),
+                },
+                () = reload.notified() => {
+                    state.read_key(&key_file);
+                    Event::Tick
+                }
+                Ok(()) = others.changed() => Event::Tick,
+            };
+            let closed = pressure.borrow().session_refusal().is_some();
+            let of_others = items.load(Ordering::Relaxed).saturating_sub(own) + *others.borrow();
+            state.machine.set_room(Room { others: of_others, closed });
+            state.take(event);
+            let now = state.machine.items();
+            items.fetch_add(now, Ordering::Relaxed);
+            items.fetch_sub(std::mem::replace(&mut own, now), Ordering::Relaxed);
+            let nobody_works = work.is_closed();
+            if state.machine.is_done() && (state.pending.is_empty() || nobody_works) {
+                return;
+            }
+        }
+    }
+}
+
+impl Loop {
+    fn sleep(&self) -> Duration {
+        let now = (self.clock)();
+        Duration::from_nanos(self.machine.wake().saturating_sub(now)).clamp(SLEEP_FLOOR, SLEEP_CEILING)
+    }
+
+    fn read_key(&self, key_file: &std::path::Path) {
+        match Secret::read(key_file) {
+            Ok(key) => {
+                self.api.set_key(key);
+                info!("the key of an environment was read again");
+            }
+            Err(error) => warn!(error = &error as &dyn std::error::Error, "the key of an environment stays as it was"),
+        }
+    }
+
+    fn take(&mut self, event: Event) {
+        let actions = self.machine.handle((self.clock)(), event);
+        for action in actions {
+            self.carry_out(action);
+        }
+        // Requests that have reported are over.
+        while self.polls.try_join_next().is_some() {}
+        for under in self.items.values_mut() {
+            while under.requests.try_join_next().is_some() {}
+        }
+    }
+
+    fn carry_out(&mut self, action: Action) {
+        let (api, reports) = (Arc::clone(&self.api), self.reports.clone());
+        match action {
+            Action::Work(item) => self.pending.push_back(item),
+            Action::Poll => {
+                self.polls.spawn(async move { report(&reports, Event::Polled(api.poll().await)).await });
+            }
+            Action::Ack(delivery) => {
+                let secret = delivery.token.unwrap_or_else(|| self.api.key());
+                let under = Under { secret, progress: None, requests: JoinSet::new(), stream: None };
+                self.items.insert(delivery.work_id.clone(), under);
+                self.acknowledge(delivery.work_id);
+            }
+            Action::AckAgain { work_id } => self.acknowledge(work_id),
+            Action::Beat { work_id, expected, within } => {
+                let (sent, progress) = ((self.clock)(), self.progress.count());
+                let before = self.items.get_mut(&work_id).and_then(|under| under.progress.replace(progress));
+                if before == Some(progress) {
+                    // Whoever wedges must lose the lease, not renew it.
+                    let failure = Failure::Transport("the sessions of this runner stand still".to_owned());
+                    let beaten = Event::Beaten { work_id: work_id.clone(), sent, result: Err(failure) };
+                    return self.request(work_id, |_| std::future::ready(beaten));
+                }
+                self.request(work_id.clone(), |secret| async move {
+                    let result = api.beat(&secret, &work_id, &expected, within).await;
+                    Event::Beaten { work_id, sent, result }
+                });
+            }
+            Action::Fetch { work_id, session_id } => self.request(work_id.clone(), |secret| async move {
+                let result = api.is_over(&secret, &session_id).await;
+                Event::Fetched { work_id, result }
+            }),
+            Action::List { work_id, session_id, link, page } => self.request(work_id.clone(), |secret| async move {
+                let result = api.list(&secret, &session_id, page.as_deref()).await;
+                Event::Listed { work_id, link, result }
+            }),
+            Action::Post { work_id, session_id, tool_use_id, answer } => {
+                let outputs = Arc::clone(&self.outputs);
+                self.request(work_id.clone(), |secret| async move {
+                    let blocks = blocks(answer, outputs.as_ref()).await;
+                    let result = api.answer(&secret, &session_id, &tool_use_id, blocks).await;
+                    Event::Posted { work_id, tool_use_id, result }
+                });
+            }
+            Action::Stop { work_id } => self.request(work_id.clone(), |secret| async move {
+                let result = api.stop(&secret, &work_id).await;
+                Event::Stopped { work_id, result }
+            }),
+            Action::Stream { work_id, session_id, link } => {
+                let Some(under) = self.items.get_mut(&work_id) else { return };
+                let secret = under.secret.clone();
+                let reading = async move {
+                    let failure = read_stream(&api, &secret, &work_id, &session_id, link, &reports).await.err();
+                    report(&reports, Event::Disconnected { work_id, link, failure }).await;
+                };
+                under.stream = Some(under.requests.spawn(reading));
+            }
+            Action::Unstream { work_id } => {
+                if let Some(stream) = self.items.get_mut(&work_id).and_then(|under| under.stream.take()) {
+                    stream.abort();
+                }
+            }
+            // Dropping what is under way ends it: of a lost lease nothing more is posted.
+            Action::Forget { work_id } => drop(self.items.remove(&work_id)),
+        }
+    }
+
+    fn acknowledge(&mut self, work_id: String) {
+        let api = Arc::clone(&self.api);
+        self.request(work_id.clone(), |_| async move {
+            let result = api.ack(&work_id).await;
+            Event::Acked { work_id, result }
+        });
+    }
+
+    /// Has something asked for an item with its own credential.
+    fn request<F>(&mut self, work_id: String, ask: impl FnOnce(Secret) -> F)
+    where
+        F: Future<Output = Event> + Send + 'static,
+    {
+        let Some(under) = self.items.get_mut(&work_id) else { return };
+        let (asking, reports) = (ask(under.secret.clone()), self.reports.clone());
+        under.requests.spawn(async move { report(&reports, asking.await).await });
+    }
+}
+
+async fn report(reports: &mpsc::Sender<Event>, event: Event) {
+    // A closed channel means that the loop has ended, and with it everybody who cares.
+    let _ = reports.send(event).await;
+}
+
+async fn read_stream(
+    api: &Api,
+    secret: &Secret,
+    work_id: &str,
+    session_id: &str,
+    link: u64,
+    reports: &mpsc::Sender<Event>,
+) -> Result<(), Failure> {
+    let mut pieces = api.stream(secret, session_id).await?;
+    report(reports, Event::Connected { work_id: work_id.to_owned(), link }).await;
+    let mut parser = Parser::default();
+    while let Some(bytes) = pieces.next().await? {
+        for frame in parser.feed(&bytes).map_err(|error| Failure::Transport(error.to_string()))? {
+            if let Some(event) = event_of(&frame)? {
+                report(reports, Event::Live { work_id: work_id.to_owned(), link, event }).await;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The event of a frame. What it is stands in its data, and its name is of use only where there is something else in it.
+fn event_of(frame: &Frame) -> Result<Option<wire::Event>, Failure> {
+    match frame.name.as_str() {
+        "ping" => return Ok(None),
+        "error" => {
+            let envelope: serde_json::Value = serde_json::from_str(&frame.data).unwrap_or_default();
+            let kind = wire::printable(envelope["error"]["type"].as_str().unwrap_or("unknown"));
+            let status = match kind.as_str() {
+                "authentication_error" => 401,
+                "permission_error" => 403,
+                "not_found_error" => 404,
+                _ => 500,
+            };
+            return Err(Failure::Status { status, kind, retry_after: None });
+        }
+        _ => {}
+    }
+    Ok(serde_json::from_str(&frame.data).ok().map(wire::event))
+}
+
+async fn blocks(answer: Answer, outputs: &dyn OutputSource) -> Blocks {
+    match answer {
+        Answer::Text(text) => content::text(true, &text),
+        Answer::Result { call_id, result, interrupted } => {
+            if !result.presented.content.is_empty() {
+                return content::blocks(&result.end, &result.presented, interrupted);
+            }
+            match read_result(&call_id, &result, outputs).await {
+                Some(presented) => content::blocks(&result.end, &presented, interrupted),
+                None => {
+                    error!(tool_call_id = %call_id, "a result that was kept in its sandbox cannot be read");
+                    content::text(true, "the call has ended, and its result is not kept any more; ask for less at once")
+                }
+            }
+        }
+    }
+}
+
+/// A result that was too large to travel with the end of its call.
+async fn read_result(call_id: &CallId, result: &CallResult, outputs: &dyn OutputSource) -> Option<ToolResult> {
+    let summary = result.end.streams.iter().find(|stream| stream.stream == Stream::Result)?;
+    let total = usize::try_from(summary.total_bytes).ok().filter(|total| *total <= MOST_RESULT_BYTES)?;
+    let mut bytes = summary.inline.clone().unwrap_or_default();
+    while bytes.len() < total {
+        let offset = bytes.len() as u64;
+        let chunk =
+            outputs.read_output(call_id, Stream::Result, offset, crate::work::limits::CHUNK_BYTES).await.ok()?;
+        if chunk.offset != offset || chunk.bytes.is_empty() {
+            return None;
+        }
+        bytes.extend(chunk.bytes);
+    }
+    let decoded = pb::ToolResult::decode(bytes.as_slice()).ok()?;
+    let content = decoded.content.into_iter().map(|block| match block.kind? {
+        pb::content_block::Kind::Text(text) => Some(Content::Text(text)),
+        pb::content_block::Kind::Image(media) => {
+            Some(Content::Image { media_type: media.media_type, data: media.data })
+        }
+        pb::content_block::Kind::Document(media) => {
+            Some(Content::Document { media_type: media.media_type, data: media.data })
+        }
+    });
+    Some(ToolResult { is_error: decoded.is_error, content: content.collect::<Option<_>>()? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(name: &str, data: &str) -> Frame {
+        Frame { name: name.to_owned(), data: data.to_owned() }
+    }
+
+    #[test]
+    fn what_an_event_is_stands_in_its_data() {
+        let interrupt = r#"{"type":"user.interrupt"}"#;
+        let expected = wire::Event::Interrupt { thread_id: None };
+        for name in ["", "message", "user.interrupt", "agent.message"] {
+            assert_eq!(event_of(&frame(name, interrupt)).expect("no failure"), Some(expected.clone()));
+        }
+        assert_eq!(event_of(&frame("ping", "{}")).expect("no failure"), None);
+        assert_eq!(event_of(&frame("message", "not JSON")).expect("no failure"), None);
+    }
+
+    #[test]
+    fn errors_on_a_stream_are_final_only_where_the_runner_is_refused() {
+        let fatal = |kind: &str| {
+            let data = format!(r#"{{"type":"error","error":{{"type":"{kind}","message":"m"}}}}"#);
+            event_of(&frame("error", &data)).expect_err("a failure").is_fatal()
+        };
+        assert!(fatal("authentication_error") && fatal("permission_error") && fatal("not_found_error"));
+        assert!(!fatal("overloaded_error") && !fatal("api_error") && !fatal("novel"));
+    }
+}
