@@ -336,6 +336,21 @@ fn cancel_of_an_unknown_call_leaves_a_tombstone_and_tombstones_are_bounded() {
     assert!(!core.handle(call("s", 1, "a", 0)).iter().any(|a| matches!(a, Action::Tell(Update::Refused { .. }))));
 }
 
+/// Seed 4640 of the simulation: the next runner knew nothing of a cancel that had been confirmed.
+#[test]
+fn cancel_that_the_journal_has_refused_is_not_confirmed_when_it_is_repeated() {
+    let mut core = core(Config::default());
+    ready(&mut core, "s", 1);
+    core.handle(cancel("s", 1, "c", CancelMode::Kill));
+    let written = |durable| Input::CancelWritten { call_id: cid("c"), epoch: 1, phase: None, durable };
+    assert_eq!(refusal(&core.handle(written(false))), Code::JournalReadOnly);
+
+    let repeated = core.handle(cancel("s", 1, "c", CancelMode::Kill));
+
+    assert!(matches!(&repeated[..], [Action::WriteCancelled { epoch: 1, .. }]), "{repeated:?}");
+    assert_eq!(refusal(&core.handle(written(false))), Code::JournalReadOnly);
+}
+
 #[test]
 fn stale_epochs_are_refused_and_a_newer_one_takes_the_session_over() {
     let mut core = core(Config::default());

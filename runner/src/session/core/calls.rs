@@ -135,9 +135,13 @@ impl Core {
 
     /// Its caller may count on it from here: whatever happens to this process, the call will not run, or will be ended.
     pub(super) fn journalled_cancel(&mut self, call_id: CallId, epoch: u64, phase: Option<CallPhase>, durable: bool) {
-        self.unwritten_tombstones.remove(&call_id);
+        let is_tombstone = self.unwritten_tombstones.remove(&call_id);
         if durable {
             return self.tell(Update::CancelNoted { call_id, epoch, phase });
+        }
+        if is_tombstone {
+            // The next runner may know nothing of it, so a repeat must not be confirmed.
+            self.tombstones.retain(|known| *known != call_id);
         }
         self.read_only = true;
         self.refuse(RequestKind::Cancel, None, Some(call_id), epoch, read_only());
