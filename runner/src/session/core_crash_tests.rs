@@ -207,6 +207,13 @@ impl World {
             Action::CloseSandbox { session_id, .. } | Action::ReleaseSandbox { session_id } => {
                 self.sandboxes.remove(session_id);
                 self.resting.remove(session_id);
+                // Whatever was still asked of this sandbox is not asked of the next one of its session.
+                self.open.retain(|(action, _)| match action {
+                    Action::Freeze { session_id: of }
+                    | Action::Stop { session_id: of }
+                    | Action::Thaw { session_id: of } => of != session_id,
+                    _ => true,
+                });
             }
             Action::Freeze { session_id } | Action::Stop { session_id } => {
                 let calls = self.sandboxes.get(session_id).into_iter().flatten();
