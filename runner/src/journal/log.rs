@@ -81,6 +81,9 @@ impl<D: Disk> Log<D> {
         let recovered = recovered(&disk, &scanned.live, same_boot)?;
         crash_point::pass(Point::Scanned, "");
         report(&disk, &scanned);
+        // The newest segment may have been named by a process that died before its name was synced. What it makes void must not be
+        // gone while it may be lost itself.
+        disk.sync_names().map_err(failed(&disk, "sync", ""))?;
         // Unfinished copies first: what is written from here on has their numbers.
         for leftover in &scanned.leftovers {
             disk.remove(leftover).map_err(failed(&disk, "remove", leftover))?;

@@ -335,6 +335,31 @@ fn start_on_a_full_disk_gives_the_ballast_up() {
     assert_eq!(open(&disk).unwrap().1, fold(&records));
 }
 
+/// F-12, F-19: seeds 7271 and 7516 of the simulation. A process dies when its newest segment has a name that is not synced, the next
+/// one while it removes what that made void, and then the power fails: of names that are not synced any may be there.
+#[test]
+fn two_deaths_in_recovery_and_a_power_cut_lose_nothing() {
+    let records = small_life();
+    for (first, second, seed) in
+        (0..24).flat_map(|first| (0..16).flat_map(move |second| (0..6).map(move |seed| (first, second, seed))))
+    {
+        let mut disk = SimulatedDisk::default();
+        let (mut log, _) = open(&disk).unwrap();
+        assert!(append(&mut log, &records, &[3]).1);
+        for operation in [first, second] {
+            disk = disk.after_process_crash();
+            disk.set_fault(Fault::Everything(operation));
+            // It dies on the way, or has nothing left to do.
+            let _ = open(&disk);
+        }
+
+        let recovered = open(&disk.after_power_cut(chooser(seed))).map(|(_, recovered)| recovered);
+
+        let recovered = recovered.unwrap_or_else(|error| panic!("dead at {first} and {second}, seed {seed}: {error}"));
+        assert_eq!(recovered, fold(&records), "dead at {first} and {second}, seed {seed}");
+    }
+}
+
 fn records() -> impl Strategy<Value = Vec<Record>> {
     proptest::collection::vec(any_record(), 0..120)
 }
