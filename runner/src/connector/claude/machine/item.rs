@@ -1,23 +1,28 @@
 //! A work item: acknowledged, leased, served, and given back on every way out while its lease is held.
+//!
+//! [`stream`] reads the events of its session, [`post`] has answers posted; this file is the way from one end to the other.
+
+mod post;
+mod stream;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tracing::{info, warn};
 
-use super::{Action, Answer, Beat, Failure, Finish, Machine, Page, SECOND, doubled, nanoseconds};
+use super::{Action, Answer, Beat, Failure, Finish, Machine, SECOND, nanoseconds};
 use crate::connector::claude::conversation::{Conversation, Fate};
 use crate::connector::claude::lease::Lease;
 use crate::connector::claude::wire;
 use crate::work::{CancelMode, SessionId};
+use post::Post;
+use stream::Link;
 
 /// A delivery that is not acknowledged within this time is delivered again, perhaps to somebody else.
 const ACK_WITHIN: u64 = 5 * SECOND;
 const ACK_AGAIN_AFTER: u64 = SECOND;
 /// From the end of an item until it is given back whatever is not posted.
 const END_PATIENCE: u64 = 10 * SECOND;
-/// Events of one session's history.
-const MOST_HISTORY: usize = 200_000;
 /// How often giving an item back is tried; then its lease runs out.
 const STOP_TRIES: u32 = 4;
 
@@ -47,27 +52,6 @@ pub(super) enum Reason {
     Refused,
     /// This runner ends.
     Shutdown,
-}
-
-/// Where the stream of events is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Link {
-    Closed { open_at: u64 },
-    Opening,
-    Listing,
-    Live,
-}
-
-/// An answer that is to be posted.
-#[derive(Debug)]
-pub(super) struct Post {
-    answer: Answer,
-    since: u64,
-    next_at: u64,
-    in_flight: bool,
-    tries: u32,
-    /// It was refused as too large, and a text stands in its place.
-    shortened: bool,
 }
 
 #[derive(Debug)]
@@ -226,125 +210,6 @@ impl Machine {
         }
     }
 
-    pub(super) fn connected(&mut self, work_id: &str, link: u64) {
-        let Some(item) = self.items.get_mut(work_id) else { return };
-        if item.link != Link::Opening || item.link_number != link {
-            return;
-        }
-        item.link = Link::Listing;
-        item.history.clear();
-        item.conversation.connected();
-        let (work_id, session_id) = (work_id.to_owned(), item.session_id.clone());
-        self.actions.push(Action::List { work_id, session_id, link, page: None });
-    }
-
-    pub(super) fn listed(&mut self, work_id: &str, link: u64, result: Result<Page, Failure>) {
-        let now = self.now;
-        let Some(item) = self.items.get_mut(work_id) else { return };
-        if item.link != Link::Listing || item.link_number != link {
-            return;
-        }
-        let page = match result {
-            Ok(page) => page,
-            // Nothing is concluded from a part of a history: the stream is made again, and then all of it is read.
-            Err(failure) => {
-                self.actions.push(Action::Unstream { work_id: work_id.to_owned() });
-                return self.disconnected(work_id, link, Some(&failure));
-            }
-        };
-        item.history.extend(page.events);
-        if item.history.len() > MOST_HISTORY {
-            warn!(work_id, events = item.history.len(), "the history of a session is longer than this runner keeps");
-            return self.end_item(work_id, Reason::Refused);
-        }
-        if let Some(next) = page.next {
-            let (work_id, session_id) = (work_id.to_owned(), item.session_id.clone());
-            return self.actions.push(Action::List { work_id, session_id, link, page: Some(next) });
-        }
-        (item.link, item.link_failures) = (Link::Live, 0);
-        let history = std::mem::take(&mut item.history);
-        item.conversation.reconcile(now, history);
-        self.carry_out(work_id);
-    }
-
-    pub(super) fn live(&mut self, work_id: &str, link: u64, event: wire::Event) {
-        let now = self.now;
-        let Some(item) = self.items.get_mut(work_id) else { return };
-        if !matches!(item.link, Link::Listing | Link::Live) || item.link_number != link {
-            return;
-        }
-        if !item.conversation.live(now, event) {
-            warn!(work_id, "more events came than are kept while a history is read, will read it again");
-            return self.reconnect(work_id);
-        }
-        self.carry_out(work_id);
-    }
-
-    pub(super) fn disconnected(&mut self, work_id: &str, link: u64, failure: Option<&Failure>) {
-        let Some(item) = self.items.get_mut(work_id) else { return };
-        if item.link_number != link || matches!(item.link, Link::Closed { .. }) {
-            return;
-        }
-        if let Some(failure) = failure.filter(|failure| failure.is_fatal()) {
-            warn!(work_id, error = %failure, "the events of a session are refused");
-            item.link = Link::Closed { open_at: u64::MAX };
-            return self.end_item(work_id, Reason::Refused);
-        }
-        let most = doubled(item.link_failures, 0.5, 10.0);
-        item.link_failures += 1;
-        let open_at = self.within(most / 2.0, most);
-        if let Some(item) = self.items.get_mut(work_id) {
-            item.link = Link::Closed { open_at };
-        }
-    }
-
-    fn reconnect(&mut self, work_id: &str) {
-        let Some(item) = self.items.get_mut(work_id) else { return };
-        item.link = Link::Closed { open_at: self.now };
-        self.actions.push(Action::Unstream { work_id: work_id.to_owned() });
-    }
-
-    pub(super) fn deliver(&mut self, work_id: &str, tool_use_id: String, answer: Answer) {
-        let now = self.now;
-        let Some(item) = self.items.get_mut(work_id) else { return };
-        let post = Post { answer, since: now, next_at: now, in_flight: false, tries: 0, shortened: false };
-        item.posts.insert(tool_use_id, post);
-    }
-
-    pub(super) fn posted(&mut self, work_id: &str, tool_use_id: &str, result: Result<(), Failure>) {
-        let now = self.now;
-        let draw = (self.draw)();
-        let Some(item) = self.items.get_mut(work_id) else { return };
-        let window = item.lease.ttl();
-        let Some(post) = item.posts.get_mut(tool_use_id) else { return };
-        post.in_flight = false;
-        let failure = match result {
-            Ok(()) => {
-                item.posts.remove(tool_use_id);
-                item.conversation.posted(now, tool_use_id);
-                self.stored(tool_use_id);
-                return self.carry_out(work_id);
-            }
-            Err(failure) => failure,
-        };
-        if failure.status() == Some(413) && !post.shortened {
-            let text = "the result was refused by the control plane as too large; ask for less at once";
-            (post.answer, post.shortened, post.next_at) = (Answer::text(text), true, now);
-            return;
-        }
-        post.tries += 1;
-        if !failure.is_fatal() && now.saturating_sub(post.since) < window {
-            let seconds = doubled(post.tries - 1, 1.0, 30.0);
-            let delay = Duration::from_secs_f64(seconds * (0.5 + draw.clamp(0.0, 1.0) / 2.0));
-            post.next_at = now.saturating_add(nanoseconds(delay));
-            return;
-        }
-        warn!(work_id, tool_use_id, error = %failure, "a result could not be posted");
-        item.posts.remove(tool_use_id);
-        item.conversation.give_up(now, tool_use_id);
-        self.carry_out(work_id);
-    }
-
     pub(super) fn stopped(&mut self, work_id: &str, result: Result<(), Failure>) {
         let now = self.now;
         let Some(item) = self.items.get_mut(work_id) else { return };
@@ -354,12 +219,11 @@ impl Machine {
                 let again_at = now.saturating_add(SECOND << tries);
                 item.stage = Stage::Stopping { tries, in_flight: false, again_at };
             }
-            result => {
-                if let Err(failure) = result.as_ref()
-                    && failure.status() != Some(409)
-                {
-                    warn!(work_id, error = %failure, "a work item could not be given back, its lease will run out");
-                }
+            Err(failure) if failure.status() != Some(409) => {
+                warn!(work_id, error = %failure, "a work item could not be given back, its lease will run out");
+                self.release(work_id);
+            }
+            _ => {
                 info!(work_id, session_id = item.session_id, "work item given back");
                 self.release(work_id);
             }
@@ -438,13 +302,6 @@ impl Machine {
         }
     }
 
-    /// Nobody waits for this answer any more.
-    pub(super) fn withdraw(&mut self, work_id: &str, tool_use_id: &str) {
-        if let Some(item) = self.items.get_mut(work_id) {
-            item.posts.remove(tool_use_id);
-        }
-    }
-
     /// Does for an item what is due.
     pub(super) fn tend_item(&mut self, work_id: &str) {
         let now = self.now;
@@ -485,29 +342,11 @@ impl Machine {
         if item.is_serving() {
             if item.fetch_at.is_some_and(|at| now >= at) {
                 item.fetch_at = None;
-                let session_id = session_id.clone();
                 self.actions.push(Action::Fetch { work_id: work_id.to_owned(), session_id });
             }
-            if item.conversation.must_read_again() && item.link == Link::Live {
-                item.link = Link::Closed { open_at: now };
-                self.actions.push(Action::Unstream { work_id: work_id.to_owned() });
-            }
-            if matches!(item.link, Link::Closed { open_at } if now >= open_at) {
-                item.link = Link::Opening;
-                item.link_number += 1;
-                let (session_id, link) = (session_id.clone(), item.link_number);
-                self.actions.push(Action::Stream { work_id: work_id.to_owned(), session_id, link });
-            }
+            self.tend_stream(work_id);
         }
-        if item.is_leased() {
-            for (tool_use_id, post) in item.posts.iter_mut().filter(|(_, post)| !post.in_flight && now >= post.next_at)
-            {
-                post.in_flight = true;
-                let (tool_use_id, answer) = (tool_use_id.clone(), post.answer.clone());
-                let (work_id, session_id) = (work_id.to_owned(), session_id.clone());
-                self.actions.push(Action::Post { work_id, session_id, tool_use_id, answer });
-            }
-        }
+        self.tend_posts(work_id);
     }
 
     fn end_if_over(&mut self, work_id: &str) {

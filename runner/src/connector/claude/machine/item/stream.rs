@@ -1,0 +1,127 @@
+//! The events of an item's session: the stream is opened first, then the whole history is read, and only then is anything
+//! concluded.
+
+use tracing::warn;
+
+use super::Reason;
+use crate::connector::claude::machine::{Action, Failure, Machine, Page, doubled};
+use crate::connector::claude::wire;
+
+/// Events of one session's history.
+const MOST_HISTORY: usize = 200_000;
+
+/// Where the stream of events is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Link {
+    Closed { open_at: u64 },
+    Opening,
+    Listing,
+    Live,
+}
+
+impl Machine {
+    pub(in crate::connector::claude::machine) fn connected(&mut self, work_id: &str, link: u64) {
+        let Some(item) = self.items.get_mut(work_id) else { return };
+        if item.link != Link::Opening || item.link_number != link {
+            return;
+        }
+        item.link = Link::Listing;
+        item.history.clear();
+        item.conversation.connected();
+        let (work_id, session_id) = (work_id.to_owned(), item.session_id.clone());
+        self.actions.push(Action::List { work_id, session_id, link, page: None });
+    }
+
+    pub(in crate::connector::claude::machine) fn listed(
+        &mut self,
+        work_id: &str,
+        link: u64,
+        result: Result<Page, Failure>,
+    ) {
+        let now = self.now;
+        let Some(item) = self.items.get_mut(work_id) else { return };
+        if item.link != Link::Listing || item.link_number != link {
+            return;
+        }
+        let page = match result {
+            Ok(page) => page,
+            // Nothing is concluded from a part of a history: the stream is made again, and then all of it is read.
+            Err(failure) => {
+                self.actions.push(Action::Unstream { work_id: work_id.to_owned() });
+                return self.disconnected(work_id, link, Some(&failure));
+            }
+        };
+        item.history.extend(page.events);
+        if item.history.len() > MOST_HISTORY {
+            warn!(work_id, events = item.history.len(), "the history of a session is longer than this runner keeps");
+            return self.end_item(work_id, Reason::Refused);
+        }
+        if let Some(next) = page.next {
+            let (work_id, session_id) = (work_id.to_owned(), item.session_id.clone());
+            return self.actions.push(Action::List { work_id, session_id, link, page: Some(next) });
+        }
+        (item.link, item.link_failures) = (Link::Live, 0);
+        let history = std::mem::take(&mut item.history);
+        item.conversation.reconcile(now, history);
+        self.carry_out(work_id);
+    }
+
+    pub(in crate::connector::claude::machine) fn live(&mut self, work_id: &str, link: u64, event: wire::Event) {
+        let now = self.now;
+        let Some(item) = self.items.get_mut(work_id) else { return };
+        if !matches!(item.link, Link::Listing | Link::Live) || item.link_number != link {
+            return;
+        }
+        if !item.conversation.live(now, event) {
+            warn!(work_id, "more events came than are kept while a history is read, will read it again");
+            return self.reconnect(work_id);
+        }
+        self.carry_out(work_id);
+    }
+
+    pub(in crate::connector::claude::machine) fn disconnected(
+        &mut self,
+        work_id: &str,
+        link: u64,
+        failure: Option<&Failure>,
+    ) {
+        let Some(item) = self.items.get_mut(work_id) else { return };
+        if item.link_number != link || matches!(item.link, Link::Closed { .. }) {
+            return;
+        }
+        if let Some(failure) = failure.filter(|failure| failure.is_fatal()) {
+            warn!(work_id, error = %failure, "the events of a session are refused");
+            item.link = Link::Closed { open_at: u64::MAX };
+            return self.end_item(work_id, Reason::Refused);
+        }
+        let most = doubled(item.link_failures, 0.5, 10.0);
+        item.link_failures += 1;
+        let open_at = self.within(most / 2.0, most);
+        if let Some(item) = self.items.get_mut(work_id) {
+            item.link = Link::Closed { open_at };
+        }
+    }
+
+    /// Closes the stream, and makes it again at once.
+    fn reconnect(&mut self, work_id: &str) {
+        let Some(item) = self.items.get_mut(work_id) else { return };
+        item.link = Link::Closed { open_at: self.now };
+        self.actions.push(Action::Unstream { work_id: work_id.to_owned() });
+    }
+
+    /// Does for the stream of an item that is served what is due.
+    pub(super) fn tend_stream(&mut self, work_id: &str) {
+        let now = self.now;
+        let Some(item) = self.items.get(work_id) else { return };
+        if item.conversation.must_read_again() && item.link == Link::Live {
+            self.reconnect(work_id);
+        }
+        let Some(item) = self.items.get_mut(work_id) else { return };
+        if matches!(item.link, Link::Closed { open_at } if now >= open_at) {
+            item.link = Link::Opening;
+            item.link_number += 1;
+            let (session_id, link) = (item.session_id.clone(), item.link_number);
+            self.actions.push(Action::Stream { work_id: work_id.to_owned(), session_id, link });
+        }
+    }
+}
