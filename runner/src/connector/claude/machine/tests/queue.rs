@@ -1,0 +1,214 @@
+//! Polling, acknowledging, and the lease of an item to its end.
+
+use super::*;
+
+#[test]
+fn nothing_is_polled_before_what_an_earlier_runner_left_is_known() {
+    let mut machine = Machine::new(rules(), half);
+    assert!(machine.handle(SECOND, Event::Tick).is_empty());
+    assert!(matches!(machine.handle(SECOND, Event::Update(Update::Restored))[..], [Action::Poll]));
+}
+
+#[test]
+fn polling_stops_without_room_and_goes_on_with_it() {
+    let mut world = World::new();
+    world.deliver("work_1", Order::Session("sesn_1".into()));
+    world.deliver("work_2", Order::Session("sesn_2".into()));
+    world.asked.clear();
+    world.pass(10);
+    assert_eq!(world.asked(|action| matches!(action, Action::Poll)), 0, "two items are the most");
+
+    let mut world = World::new();
+    world.machine.set_room(Room { others: 8, closed: false });
+    world.handle(Event::Polled(Ok(None)));
+    world.asked.clear();
+    world.pass(10);
+    assert_eq!(world.asked(|action| matches!(action, Action::Poll)), 0, "others have all of it");
+    world.machine.set_room(Room { others: 7, closed: true });
+    world.pass(10);
+    assert_eq!(world.asked(|action| matches!(action, Action::Poll)), 0, "the host is short of something");
+    world.machine.set_room(Room { others: 7, closed: false });
+    world.pass(10);
+    assert_eq!(world.asked(|action| matches!(action, Action::Poll)), 1, "one at a time");
+}
+
+#[test]
+fn failed_polls_come_slower_and_refused_ones_slowest() {
+    let mut world = World::new();
+    let mut waits = Vec::new();
+    for _ in 0..8 {
+        world.handle(Event::Polled(Err(lost())));
+        waits.push((world.machine.wake() - world.now) / SECOND);
+        world.now = world.machine.wake();
+        world.handle(Event::Tick);
+    }
+    assert_eq!(waits, [2, 4, 8, 16, 32, 60, 60, 60]);
+    world.handle(Event::Polled(Err(status(401))));
+    assert_eq!((world.machine.wake() - world.now) / SECOND, 90);
+}
+
+#[test]
+fn heartbeats_begin_with_the_acknowledgement_and_nothing_else_before_the_first_is_taken() {
+    let mut world = World::new();
+    world.deliver(WORK, Order::Session(SESSION.into()));
+    assert_eq!(world.asked(|action| matches!(action, Action::Stream { .. } | Action::Fetch { .. })), 0);
+    assert_eq!(world.beat_asked(), "NO_HEARTBEAT");
+    let beat = world.good_beat();
+    world.beaten(Ok(beat.clone()));
+    assert_eq!(world.asked(|action| matches!(action, Action::Stream { .. })), 1);
+    world.asked.clear();
+    world.pass(40);
+    assert_eq!(world.beat_asked(), beat.last_heartbeat);
+}
+
+#[test]
+fn items_that_ask_for_nothing_are_acknowledged_and_given_back() {
+    let mut world = World::new();
+    world.deliver(WORK, Order::Nothing("healthcheck".into()));
+    assert_eq!((world.stops_asked(), world.asked(|action| matches!(action, Action::Beat { .. }))), (1, 0));
+    world.handle(Event::Stopped { work_id: WORK.into(), result: Ok(()) });
+    assert_eq!(world.forgotten(), 1);
+}
+
+#[test]
+fn delivery_that_cannot_be_acknowledged_in_time_is_left_and_a_conflict_is_decided_by_the_first_beat() {
+    let mut world = World::new();
+    world.next("a poll", |action| matches!(action, Action::Poll).then_some(()));
+    let delivery = Delivery { work_id: WORK.into(), order: Order::Session(SESSION.into()), token: None };
+    world.handle(Event::Polled(Ok(Some(delivery.clone()))));
+    world.handle(Event::Acked { work_id: WORK.into(), result: Err(lost()) });
+    world.pass(2);
+    assert_eq!(world.asked(|action| matches!(action, Action::AckAgain { .. })), 1);
+    world.handle(Event::Acked { work_id: WORK.into(), result: Err(status(409)) });
+    assert_eq!(world.beat_asked(), "NO_HEARTBEAT");
+
+    let mut world = World::new();
+    world.handle(Event::Polled(Ok(Some(delivery.clone()))));
+    world.pass(6);
+    assert_eq!((world.forgotten(), world.stops_asked()), (1, 0));
+
+    let mut world = World::new();
+    world.handle(Event::Polled(Ok(Some(delivery))));
+    world.handle(Event::Acked { work_id: WORK.into(), result: Err(status(403)) });
+    assert_eq!(world.stops_asked(), 1);
+}
+
+#[test]
+fn delivery_of_what_is_served_already_is_not_acknowledged() {
+    let mut world = World::served(vec![]);
+    for work_id in [WORK, "work_2"] {
+        world.asked.clear();
+        let delivery = Delivery { work_id: work_id.into(), order: Order::Session(SESSION.into()), token: None };
+        world.handle(Event::Polled(Ok(Some(delivery))));
+        assert_eq!(world.asked(|action| matches!(action, Action::Ack(_))), 0, "{work_id}");
+        world.pass(3);
+    }
+}
+
+/// F-16: whoever has lost the lease ends what runs at once, and posts nothing more.
+#[test]
+fn lost_lease_ends_everything_and_posts_nothing() {
+    for is_assumed in [false, true] {
+        let mut world = World::served(vec![bash("t1"), bash("t2")]);
+        world.call_asked();
+        world.finished("claude:env_1:t2", "done");
+        world.asked.clear();
+        if is_assumed {
+            for _ in 0..125 {
+                world.pass(1);
+                if world.asked(|action| matches!(action, Action::Beat { .. })) > 0 && world.forgotten() == 0 {
+                    world.asked.retain(|action| !matches!(action, Action::Beat { .. }));
+                    world.beaten(Err(lost()));
+                }
+            }
+        } else {
+            world.pass(40);
+            world.beaten(Err(status(412)));
+        }
+        assert_eq!(world.cancels_asked(), [("claude:env_1:t1".to_owned(), CancelMode::Kill)], "{is_assumed}");
+        assert_eq!((world.forgotten(), world.stops_asked()), (1, 0), "{is_assumed}");
+        let suspended = world.asked(|action| matches!(action, Action::Work(WorkItem::Suspend { session_id: Some(_) })));
+        assert!(suspended > 0, "something could still begin");
+        world.asked.clear();
+        world.finished("claude:env_1:t1", "killed");
+        world.posted("t2", Err(lost()));
+        world.pass(100);
+        assert_eq!((world.posts_asked(), world.acknowledged()), (0, vec![]), "{is_assumed}");
+    }
+}
+
+#[test]
+fn item_that_is_taken_back_is_answered_with_errors_and_then_given_back() {
+    let mut world = World::served(vec![bash("t1")]);
+    world.call_asked();
+    world.pass(40);
+    let beat = Beat { goes_on: false, ..world.good_beat() };
+    world.beaten(Ok(beat));
+    assert_eq!(world.cancels_asked(), [("claude:env_1:t1".to_owned(), CancelMode::Kill)]);
+    assert_eq!(world.stops_asked(), 0, "its answer comes first");
+    world.finished("claude:env_1:t1", "killed");
+    assert_eq!(world.post_asked().0, "t1");
+    world.posted("t1", Ok(()));
+    assert_eq!(world.stops_asked(), 1);
+}
+
+#[test]
+fn item_is_given_back_in_the_end_although_nothing_answers() {
+    let mut world = World::served(vec![bash("t1")]);
+    world.pass(40);
+    world.beaten(Ok(Beat { goes_on: false, last_heartbeat: "x".into(), ttl_seconds: Some(120) }));
+    world.asked.clear();
+    world.pass(11);
+    assert_eq!(world.stops_asked(), 1);
+    world.handle(Event::Stopped { work_id: WORK.into(), result: Err(status(500)) });
+    world.pass(10);
+    assert_eq!(world.stops_asked(), 2);
+    world.handle(Event::Stopped { work_id: WORK.into(), result: Err(status(409)) });
+    assert_eq!(world.forgotten(), 1);
+}
+
+#[test]
+fn idle_clock_runs_only_while_nothing_is_left_to_do() {
+    let mut world = World::served(vec![bash("t1")]);
+    world.live(end_of_turn());
+    world.pass_beating(200);
+    assert_eq!(world.stops_asked(), 0, "a call runs");
+    world.finished("claude:env_1:t1", "x");
+    world.posted("t1", Ok(()));
+    world.pass_beating(59);
+    assert_eq!(world.stops_asked(), 0, "it counts from the end of the call");
+    world.live(json!({"type": "user.message"}));
+    world.pass_beating(200);
+    assert_eq!(world.stops_asked(), 0, "somebody has said something");
+    world.live(end_of_turn());
+    world.live(verdict("other", "allow"));
+    world.pass_beating(59);
+    assert_eq!(world.stops_asked(), 0);
+    world.pass_beating(2);
+    assert_eq!(world.stops_asked(), 1, "a verdict is no sign of life");
+}
+
+#[test]
+fn runner_that_is_emptied_answers_polls_no_more_and_gives_items_back() {
+    let mut world = World::served(vec![bash("t1")]);
+    world.handle(Event::Update(Update::Drained { draining: true, sessions_left: 1, calls_left: 1 }));
+    world.handle(Event::Polled(Ok(None)));
+    world.asked.clear();
+    world.pass_beating(30);
+    assert_eq!((world.stops_asked(), world.asked(|action| matches!(action, Action::Poll))), (0, 0));
+    world.finished("claude:env_1:t1", "x");
+    world.posted("t1", Ok(()));
+    assert_eq!(world.stops_asked(), 1);
+}
+
+#[test]
+fn end_of_the_runner_gives_every_item_back() {
+    let mut world = World::served(vec![bash("t1")]);
+    world.handle(Event::Finish(Finish::Patient));
+    assert_eq!(world.cancels_asked().len(), 1);
+    assert!(!world.machine.is_done());
+    world.handle(Event::Finish(Finish::AtOnce));
+    assert_eq!(world.stops_asked(), 1);
+    world.handle(Event::Stopped { work_id: WORK.into(), result: Ok(()) });
+    assert!(world.machine.is_done());
+}

@@ -1,0 +1,94 @@
+//! Sessions of the runner: kept between items, full, ending, named.
+
+use super::*;
+
+#[test]
+fn session_outlives_its_items_and_is_closed_when_nobody_has_wanted_it_for_long() {
+    let mut world = World::served(vec![bash("t1"), end_of_turn()]);
+    let session_id = core();
+    world.handle(Event::Update(Update::SessionOpened {
+        session_id,
+        epoch: 1,
+        receipt: Receipt::default(),
+        replay: Replay::First,
+    }));
+    world.finished("claude:env_1:t1", "x");
+    world.posted("t1", Ok(()));
+    world.live(end_of_turn());
+    world.pass_beating(61);
+    world.handle(Event::Stopped { work_id: WORK.into(), result: Ok(()) });
+    let closes = |action: &Action| matches!(action, Action::Work(WorkItem::Close(_)));
+    world.asked.retain(|action| matches!(action, Action::Poll));
+    world.pass(300);
+    assert_eq!(world.asked(closes), 0);
+    assert!(world.asked(|action| matches!(action, Action::Work(WorkItem::Lease { .. }))) >= 9, "its sandbox would end");
+
+    world.asked.retain(|action| matches!(action, Action::Poll));
+    world.serve(vec![bash("t1"), result_of("t1"), bash("t2")]);
+    assert_eq!(world.asked(|action| matches!(action, Action::Work(WorkItem::Open(_)))), 0, "it is there");
+    assert_eq!(world.call_asked(), "claude:env_1:t2");
+    world.finished("claude:env_1:t2", "x");
+    world.posted("t2", Ok(()));
+    world.live(end_of_turn());
+    world.pass_beating(61);
+    world.handle(Event::Stopped { work_id: WORK.into(), result: Ok(()) });
+    world.pass(640);
+    assert_eq!(world.asked(closes), 1);
+}
+
+#[test]
+fn session_that_is_over_is_closed_and_its_results_are_dropped() {
+    let mut world = World::served(vec![bash("t1"), bash("t2")]);
+    world.finished("claude:env_1:t1", "x");
+    world.asked.clear();
+    world.live(json!({"type": "session.status_terminated"}));
+    assert_eq!(world.cancels_asked(), [("claude:env_1:t2".to_owned(), CancelMode::Kill)]);
+    assert_eq!(world.asked(|action| matches!(action, Action::Work(WorkItem::Close(_)))), 1);
+    assert_eq!((world.stops_asked(), world.posts_asked()), (1, 0));
+    world.finished("claude:env_1:t2", "killed");
+    assert_eq!(world.acknowledged(), ["claude:env_1:t1", "claude:env_1:t2"]);
+}
+
+#[test]
+fn session_without_room_is_opened_later_and_its_calls_with_it() {
+    let mut world = World::served(vec![bash("t1")]);
+    world.asked.clear();
+    world.handle(refused(RequestKind::Open, None, Code::Capacity));
+    world.handle(refused(RequestKind::Call, Some("claude:env_1:t1"), Code::SessionUnknown));
+    assert_eq!((world.calls_asked(), world.posts_asked()), (0, 0));
+    world.pass_beating(3);
+    assert_eq!(world.asked(|action| matches!(action, Action::Work(WorkItem::Open(_)))), 1);
+    assert_eq!(world.call_asked(), "claude:env_1:t1");
+    for _ in 0..40 {
+        world.handle(refused(RequestKind::Open, None, Code::Capacity));
+        world.handle(refused(RequestKind::Call, Some("claude:env_1:t1"), Code::SessionUnknown));
+        world.pass_beating(3);
+    }
+    assert_eq!(world.post_asked().1, "the call did not run: no room");
+}
+
+#[test]
+fn session_that_is_still_ending_is_opened_again_when_it_has_ended() {
+    let mut world = World::served(vec![bash("t1")]);
+    world.asked.clear();
+    world.handle(refused(RequestKind::Open, None, Code::SessionClosed));
+    world.handle(refused(RequestKind::Call, Some("claude:env_1:t1"), Code::SessionClosed));
+    world.pass_beating(10);
+    assert_eq!(world.calls_asked(), 0);
+    let ended = Update::SessionEnded { session_id: core(), epoch: 1, end: SessionEnd::Closed };
+    world.handle(Event::Update(ended));
+    assert_eq!(world.asked(|action| matches!(action, Action::Work(WorkItem::Open(_)))), 1);
+    assert_eq!(world.call_asked(), "claude:env_1:t1");
+}
+
+#[test]
+fn ids_of_the_server_become_ids_of_the_runner_and_no_two_the_same() {
+    let long = "x".repeat(128);
+    let scoped =
+        [scoped("env_1", "s"), scoped("env_1", &long), scoped("env_2", &long), scoped("env_1", &format!("{long}y"))];
+    assert_eq!(scoped[0], "claude:env_1:s");
+    for (at, id) in scoped.iter().enumerate() {
+        assert!(SessionId::new(id).is_ok_and(|id| id.is_of_queue()), "{id}");
+        assert!(!scoped[..at].contains(id), "{id}");
+    }
+}
