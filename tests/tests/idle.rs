@@ -41,6 +41,20 @@ async fn counting(daemon: &Daemon, name: &str, token: &str, request: pb::OpenSes
     (session, workspace)
 }
 
+/// A daemon with a lease of three seconds, and a session that lives for one beyond it.
+async fn soon_orphaned(idle: &str, name: &str, token: &str) -> (Daemon, Session, Workspace) {
+    let link = LinkSettings {
+        lease_ttl: Duration::from_secs(3),
+        heartbeat_every: Duration::from_millis(300),
+        ..LinkSettings::default()
+    };
+    let daemon = Daemon::start(Options { link, ..options(idle) }).await;
+    let orphan_ttl = Some(prost_types::Duration { seconds: 1, nanos: 0 });
+    let request = pb::OpenSession { orphan_ttl, ..Default::default() };
+    let (session, workspace) = counting(&daemon, name, token, request).await;
+    (daemon, session, workspace)
+}
+
 /// What the kernel says of the group of the process with this token in its arguments.
 fn is_frozen(token: &str) -> Option<bool> {
     let pid = *host::processes_with(token).first()?;
@@ -184,15 +198,7 @@ async fn session_that_stands_still_is_taken_over_so_by_the_next_runner_and_the_n
 async fn session_that_stands_still_ends_when_lease_and_orphan_time_are_over() {
     needs_root!();
     let _host = host::shared();
-    let link = LinkSettings {
-        lease_ttl: Duration::from_secs(3),
-        heartbeat_every: Duration::from_millis(300),
-        ..LinkSettings::default()
-    };
-    let daemon = Daemon::start(Options { link, ..options("freeze_after_seconds = 1") }).await;
-    let orphan_ttl = Some(prost_types::Duration { seconds: 1, nanos: 0 });
-    let request = pb::OpenSession { orphan_ttl, ..Default::default() };
-    let (_session, _) = counting(&daemon, "orphan", "600.251", request).await;
+    let (daemon, _session, _) = soon_orphaned("freeze_after_seconds = 1", "orphan", "600.251").await;
     until_frozen("600.251").await;
 
     daemon.wire.hold_what_goes_to_the_runner();
@@ -348,15 +354,7 @@ async fn session_without_processes_keeps_its_place_ends_in_time_and_leaves_nothi
 async fn session_without_processes_ends_when_lease_and_orphan_time_are_over() {
     needs_root!();
     let _host = host::shared();
-    let link = LinkSettings {
-        lease_ttl: Duration::from_secs(3),
-        heartbeat_every: Duration::from_millis(300),
-        ..LinkSettings::default()
-    };
-    let daemon = Daemon::start(Options { link, ..options("stop_after_seconds = 1") }).await;
-    let orphan_ttl = Some(prost_types::Duration { seconds: 1, nanos: 0 });
-    let request = pb::OpenSession { orphan_ttl, ..Default::default() };
-    let (_session, workspace) = counting(&daemon, "alone", "600.311", request).await;
+    let (daemon, _session, workspace) = soon_orphaned("stop_after_seconds = 1", "alone", "600.311").await;
     until_stopped(&daemon, &workspace, "600.311").await;
 
     daemon.wire.hold_what_goes_to_the_runner();

@@ -8,7 +8,8 @@ use std::process::ExitCode;
 use clap::{Args, Subcommand};
 
 use super::{code, embedded, print, say};
-use crate::config::file::{ConfigFile, Problem};
+use crate::config::file::ConfigFile;
+use crate::config::problem::Problem;
 use crate::config::resolve::resolve;
 use crate::config::resolved::{Config, Host};
 

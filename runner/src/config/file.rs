@@ -4,38 +4,13 @@
 //! write instead. Nothing is interpreted here; that is `resolve`.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
 use toml::Table;
 
+use super::problem::Problem;
 use super::reader::Reader;
 use crate::telemetry::{LogFormat, LogLevel};
-
-/// One thing that is wrong, and how to put it right.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Problem {
-    /// The file.
-    pub file: PathBuf,
-    /// The key, with its section; empty when the file as a whole is meant.
-    pub key: String,
-    /// What is wrong.
-    pub what: String,
-    /// What to write.
-    pub fix: String,
-}
-
-impl fmt::Display for Problem {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { file, key, what, fix } = self;
-        if key.is_empty() {
-            write!(formatter, "{}: {what}; {fix}", file.display())
-        } else {
-            write!(formatter, "{}: {key}: {what}; {fix}", file.display())
-        }
-    }
-}
 
 /// The whole file. Absent keys are `None`, so that defaults are decided in one place.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::de::DeserializeOwned;
 use toml::{Table, Value};
 
-use super::file::Problem;
+use super::problem::Problem;
 
 /// Takes keys out of a table and remembers what was wrong, and which keys exist, so that the rest is unknown.
 pub(super) struct Reader<'a> {

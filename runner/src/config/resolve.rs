@@ -5,7 +5,8 @@ mod claude;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use super::file::{ConfigFile, IdleSection, LimitsSection, OrchestratorSection, PressureSection, Problem};
+use super::file::{ConfigFile, IdleSection, LimitsSection, OrchestratorSection, PressureSection};
+use super::problem::Problem;
 use super::resolved::{Capacity, CertificateFiles, Config, Host, Idle, Orchestrator, Pressure, SandboxDefaults};
 use crate::sandbox::receipt::Tier;
 use crate::work::RunnerId;
