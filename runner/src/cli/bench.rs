@@ -196,7 +196,6 @@ fn start(arguments: &BenchArguments, tree: Option<&Path>) -> Result<StartedLaunc
     let identity = runner_identity(RUNNER_ID);
     let size = embedded::host_size();
     let mut policy = LauncherPolicy::embedded(identity.uid, identity.gid, home.state.clone(), home.run.clone(), size);
-    policy.pool = Some(1);
     policy.ids = IdRanges::of_this_process(SANDBOXES).sandboxes;
     policy.lock_directory = nix::unistd::geteuid().is_root().then(|| PathBuf::from("/run/sandbox-runner-ids"));
     if let Some(path) = tree {

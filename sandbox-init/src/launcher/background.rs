@@ -16,10 +16,11 @@ use prost::Message;
 
 use super::cgroup::{Group, Reclaim, Tree};
 use super::files::{Files, Owners};
-use super::forecast::{Amounts, Forecast, MemoryUpper};
-use super::host::Places;
+use super::forecast::{Ahead, AheadRoot, Amounts, Forecast, Site};
+use super::host::{HostRoot, Places};
 use super::nested;
 use super::policy_file::Limits;
+use super::rootfs::{Builder, Built};
 use super::shape::Shape;
 use super::spawn::{Blank, Private, Range, Unmade, Workshop, make_blank};
 use crate::sys::socket::{Packet, receive_what_fits, send};
@@ -84,7 +85,7 @@ pub struct Report {
     /// What was written into the limit files.
     #[prost(message, optional, tag = "10")]
     pub limits: Option<Amounts>,
-    /// Size of the upper among the descriptors; 0: there is none.
+    /// Size of the upper in memory among the descriptors; 0: there is none.
     #[prost(uint64, tag = "11")]
     pub upper_bytes: u64,
     /// Memory of the workload of this name was asked for: see `errno` and `reclaimed_bytes`.
@@ -96,6 +97,15 @@ pub struct Report {
     /// Whether a mount namespace is among the descriptors.
     #[prost(bool, tag = "14")]
     pub has_mounts: bool,
+    /// Lower directory of the root filesystem over that upper; empty: there is none.
+    #[prost(string, tag = "15")]
+    pub lower: String,
+    /// Whether that lower is shown through an id map.
+    #[prost(bool, tag = "16")]
+    pub idmapped: bool,
+    /// Copies of the host's directories among the descriptors.
+    #[prost(uint32, tag = "17")]
+    pub directories: u32,
 }
 
 /// Largest order or report.
@@ -120,6 +130,8 @@ pub struct Background {
     pub shape: Shape,
     /// Our directories.
     pub places: Places,
+    /// The host's directories.
+    pub host_root: HostRoot,
 }
 
 /// A removal that has to be tried again.
@@ -139,26 +151,29 @@ const PATIENCE: Duration = Duration::from_secs(30);
 impl Background {
     /// Serves until the launcher is gone.
     pub fn run(self) {
+        let mut builder = Builder::default();
         // What a blank inherits bounds its user namespace: pending signals are counted for the launcher's user.
         let _ = setrlimit(Resource::RLIMIT_SIGPENDING, 4096, 4096);
-        let mut removals: Vec<Removal> = Vec::new();
+        let mut removals: VecDeque<Removal> = VecDeque::new();
+        let mut removed = false;
         // At most one for each sandbox: see `Launcher::reclaim`.
         let mut reclaims: VecDeque<Reclaim> = VecDeque::new();
         loop {
-            let timeout = match (reclaims.is_empty(), removals.is_empty()) {
+            let timeout = match (reclaims.is_empty() && !removed, removals.is_empty()) {
                 (false, _) => PollTimeout::ZERO,
                 (true, false) => PollTimeout::from(2_u8),
                 (true, true) => PollTimeout::NONE,
             };
+            removed = false;
             let mut interest = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
             match poll(&mut interest, timeout) {
                 Ok(0) => {
-                    removals.retain_mut(|removal| !self.remove(removal));
+                    removed = self.remove_oldest(&mut removals);
                     self.reclaim_a_piece(&mut reclaims);
                 }
                 // Without room for a descriptor the mounts are dissolved here and now.
                 Ok(_) => match receive_what_fits(&self.socket, PACKET_BYTES) {
-                    Ok(Some(packet)) => self.obey(packet, &mut removals, &mut reclaims),
+                    Ok(Some(packet)) => self.obey(packet, &mut builder, &mut removals, &mut reclaims),
                     Err(Errno::EINTR) => {}
                     Ok(None) | Err(_) => break,
                 },
@@ -167,7 +182,7 @@ impl Background {
             }
             // Whoever wants a sandbox waits for a blank; nobody waits for a removal, until ids or disk run short.
             if removals.iter().any(|removal| removal.since.elapsed() > OVERDUE) {
-                removals.retain_mut(|removal| !self.remove(removal));
+                removed = self.remove_oldest(&mut removals);
             }
         }
         while removals.iter().any(|removal| removal.since.elapsed() < PATIENCE) {
@@ -179,14 +194,20 @@ impl Background {
         }
     }
 
-    fn obey(&self, packet: Packet, removals: &mut Vec<Removal>, reclaims: &mut VecDeque<Reclaim>) {
+    fn obey(
+        &self,
+        packet: Packet,
+        builder: &mut Builder,
+        removals: &mut VecDeque<Removal>,
+        reclaims: &mut VecDeque<Reclaim>,
+    ) {
         let Ok(order) = Order::decode(packet.bytes.as_slice()) else { return };
         if !order.remove.is_empty() {
-            removals.push(Removal { order, mounts: packet.descriptors, since: Instant::now() });
+            removals.push_back(Removal { order, mounts: packet.descriptors, since: Instant::now() });
         } else if !order.reclaim.is_empty() {
             reclaims.push_back(Reclaim::new(order.reclaim));
         } else if !order.make.is_empty() {
-            self.make(&order);
+            self.make(&order, builder);
         }
     }
 
@@ -198,7 +219,7 @@ impl Background {
         }
     }
 
-    fn make(&self, order: &Order) {
+    fn make(&self, order: &Order, builder: &mut Builder) {
         let workshop = Workshop { tree: &self.tree, image: self.image.as_fd(), owners: self.owners };
         let range = Range { slot: order.slot, base: order.base, count: order.count };
         let made = match self.shape {
@@ -207,8 +228,10 @@ impl Background {
         };
         match made {
             Ok(mut blank) => {
-                if let Some(forecast) = order.forecast.filter(|_| self.shape != Shape::Nested) {
-                    forecast.prepare(&self.tree, &mut blank, range, self.shape == Shape::Unprivileged);
+                if let Some(forecast) = order.forecast.as_ref().filter(|_| self.shape != Shape::Nested) {
+                    let rootless = self.shape == Shape::Unprivileged;
+                    let mut site = Site { tree: &self.tree, builder, host_root: &self.host_root, rootless };
+                    forecast.prepare(&mut site, &mut blank, range);
                 }
                 self.hand_over(&blank);
             }
@@ -246,9 +269,16 @@ impl Background {
             report.has_mounts = true;
             descriptors.push(mounts.as_raw_fd());
         }
-        if let Some(upper) = &blank.upper {
-            report.upper_bytes = upper.bytes;
-            descriptors.push(upper.mount.as_raw_fd());
+        if let Some(Ahead { bytes, upper, root }) = &blank.ahead {
+            report.upper_bytes = *bytes;
+            descriptors.push(upper.as_raw_fd());
+            if let Some(AheadRoot { lower, built, directories }) = root {
+                report.lower = lower.to_string_lossy().into_owned();
+                report.idmapped = built.idmapped;
+                report.directories = u32::try_from(directories.len()).unwrap_or(u32::MAX);
+                descriptors.push(built.mount.as_raw_fd());
+                descriptors.extend(directories.iter().map(AsRawFd::as_raw_fd));
+            }
         }
         self.report(&report, &descriptors);
     }
@@ -260,6 +290,16 @@ impl Background {
             // Too many are on their way: the launcher ends a blank that comes without them.
             let _ = send(&self.socket, &bytes, &[]);
         }
+    }
+
+    /// One try, so that an order never waits for more than one; what fails goes to the end. True when it succeeded.
+    fn remove_oldest(&self, removals: &mut VecDeque<Removal>) -> bool {
+        let Some(mut oldest) = removals.pop_front() else { return false };
+        let removed = self.remove(&mut oldest);
+        if !removed {
+            removals.push_back(oldest);
+        }
+        removed
     }
 
     /// One try. True when there is nothing left to do.
@@ -384,9 +424,20 @@ pub fn blank_from(report: Report, descriptors: Vec<OwnedFd>) -> Option<Blank> {
     };
     let mounts = if report.has_mounts { Some(descriptors.next()?) } else { None };
     let limits = report.limits.map(Limits::from);
-    let upper = match report.upper_bytes {
+    let ahead = match report.upper_bytes {
         0 => None,
-        bytes => Some(MemoryUpper { bytes, mount: descriptors.next()? }),
+        bytes => Some(Ahead {
+            bytes,
+            upper: descriptors.next()?,
+            root: match report.lower.as_str() {
+                "" => None,
+                lower => Some(AheadRoot {
+                    lower: lower.into(),
+                    built: Built { mount: descriptors.next()?, idmapped: report.idmapped },
+                    directories: (0..report.directories).map(|_| descriptors.next()).collect::<Option<_>>()?,
+                }),
+            },
+        }),
     };
     Some(Blank {
         name: report.made,
@@ -398,7 +449,7 @@ pub fn blank_from(report: Report, descriptors: Vec<OwnedFd>) -> Option<Blank> {
         private,
         group,
         limits,
-        upper,
+        ahead,
         spent: Vec::new(),
     })
 }

@@ -3,25 +3,22 @@
 //! Turns a blank and a checked request into a boot packet: root filesystem, limits, and what came with the blank.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::Path;
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open};
-use nix::sys::stat::Mode;
 use prost::Message;
 use proto::launch::v1::Layer;
 
 use super::cgroup::{CgroupError, Tree};
 use super::files::{FilesError, directory_of};
-use super::forecast::memory_backed;
-use super::host::{HostRoot, Places, place};
+use super::forecast::{Ahead, AheadRoot, memory_backed};
+use super::host::{HostRoot, Places, copy_of};
 use super::ids::Slot;
 use super::policy_file::{Limits, Policy};
 use super::rootfs::{Builder, Plan, RootfsError, Upper, upper_mount};
 use super::spawn::Blank;
 use super::validate::Checked;
 use crate::boot::{Boot, Role};
-use crate::sys::mount::{attribute, open_tree, set_attributes};
+use crate::sys::mount::{attribute, set_attributes};
 use crate::sys::socket::send;
 
 /// Why a sandbox could not be made.
@@ -110,14 +107,24 @@ pub fn boot(
         rootless: context.rootless,
         add_points: context.rootless && !request.host_rootfs,
     };
-    let upper = match blank.upper.take() {
-        Some(ready) if request.ephemeral && ready.bytes == memory_backed(&request.limits) => ready.mount,
+    let (upper, root) = match blank.ahead.take() {
+        Some(ahead) if ahead.is_for(request) => (ahead.upper, ahead.root),
+        // No second overlay over the same upper: what was made for somebody else goes as a whole.
         other => {
-            blank.spent.extend(other.map(|other| other.mount));
-            upper_mount(&plan.upper, slot.base, context.rootless)?
+            blank.spent.extend(other.into_iter().flat_map(Ahead::into_mounts));
+            (upper_mount(&plan.upper, slot.base, context.rootless)?, None)
         }
     };
-    let root = context.builder.build(&plan, &upper)?;
+    let (root, directories) = match root {
+        Some(AheadRoot { built, directories, .. }) => {
+            context.builder.learn(&built, context.rootless);
+            (built, directories)
+        }
+        None if request.host_rootfs => {
+            (context.builder.build(&plan, &upper)?, context.host_root.copies().map_err(step("copy a mount"))?)
+        }
+        None => (context.builder.build(&plan, &upper)?, Vec::new()),
+    };
 
     let mut message = message(context, slot, request);
     let mut descriptors: Vec<(Role, BorrowedFd<'_>)> = vec![
@@ -137,7 +144,9 @@ pub fn boot(
     if let Some(lock) = slot.lock() {
         descriptors.push((Role::SlotLock, lock));
     }
-    let mounts = extra_mounts(context, request)?;
+    let names = context.host_root.directories.iter().map(|name| format!("/{name}"));
+    let mut mounts: Vec<(String, OwnedFd)> = names.zip(directories).collect();
+    mounts.extend(volumes(request)?);
     for (target, mount) in &mounts {
         message.mount_targets.push(target.clone());
         descriptors.push((Role::Mount, mount.as_fd()));
@@ -191,20 +200,10 @@ pub(super) fn message(context: &Context<'_>, slot: &Slot, request: &Checked) -> 
     }
 }
 
-fn extra_mounts(context: &Context<'_>, request: &Checked) -> Result<Vec<(String, OwnedFd)>, CreateError> {
+fn volumes(request: &Checked) -> Result<Vec<(String, OwnedFd)>, CreateError> {
     let mut mounts = Vec::new();
-    let copy = |path: &Path| {
-        let directory = open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
-            .map_err(step("open a mount"))?;
-        open_tree(directory.as_fd(), c"", false).map_err(step("copy a mount"))
-    };
-    if request.host_rootfs {
-        for name in &context.host_root.directories {
-            mounts.push((format!("/{name}"), copy(&Path::new(place::HOST).join(name))?));
-        }
-    }
     for volume in &request.volumes {
-        let mount = copy(&volume.source)?;
+        let mount = copy_of(&volume.source).map_err(step("copy a volume"))?;
         if volume.read_only {
             set_attributes(mount.as_fd(), attribute::READ_ONLY, 0, None, false)
                 .map_err(step("make a volume read-only"))?;

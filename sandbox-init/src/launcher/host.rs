@@ -149,6 +149,23 @@ impl HostRoot {
         let there = |name: &&str| Path::new(place::HOST).join(name).is_dir();
         Self { directories: HOST_DIRECTORIES.into_iter().filter(there).collect() }
     }
+
+    /// A detached copy of each, in their order.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn copies(&self) -> nix::Result<Vec<OwnedFd>> {
+        self.directories.iter().map(|name| copy_of(&Path::new(place::HOST).join(name))).collect()
+    }
+}
+
+/// A detached copy of the mount at a directory of the trimmed namespace.
+///
+/// # Errors
+/// What the kernel says.
+pub fn copy_of(path: &Path) -> nix::Result<OwnedFd> {
+    let directory = open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+    open_tree(directory.as_fd(), c"", false)
 }
 
 /// Makes a mount namespace of our own, still with the host's tree in it. Descriptors of directories that are to be copied

@@ -115,7 +115,7 @@ pub fn make_blank(image: BorrowedFd<'_>, name: String, range: Range) -> Result<B
             private: None,
             group: None,
             limits: None,
-            upper: None,
+            ahead: None,
             spent: Vec::new(),
         }),
     }

@@ -198,7 +198,7 @@ fn default_orphan_timeout() -> u64 {
 }
 
 fn default_pool() -> u32 {
-    1
+    2
 }
 
 /// A policy file is small; anything larger is not one.
@@ -316,6 +316,14 @@ pub(super) mod tests {
         default = { memory_bytes = 1, cpu_millis = 1, pids = 1, disk_bytes = 1 }
         maximum = { memory_bytes = 2, cpu_millis = 2, pids = 2, disk_bytes = 2 }
     "#;
+
+    /// The same with limits that a sandbox can live with.
+    pub(in crate::launcher) fn roomy() -> String {
+        ["memory_bytes", "disk_bytes", "pids", "cpu_millis"].into_iter().fold(GOOD.to_owned(), |policy, name| {
+            let policy = policy.replace(&format!("{name} = 1"), &format!("{name} = 16777216"));
+            policy.replace(&format!("{name} = 2"), &format!("{name} = 16777216"))
+        })
+    }
 
     fn problem(text: &str) -> String {
         parse(text, Path::new("/p")).expect_err("must be refused").to_string()

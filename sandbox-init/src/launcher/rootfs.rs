@@ -98,30 +98,49 @@ impl Builder {
     /// # Errors
     /// [`RootfsError`] names the step.
     pub fn build(&mut self, plan: &Plan<'_>, upper: &OwnedFd) -> Result<Built, RootfsError> {
+        if let Some(built) = self.try_descriptors(plan, upper)? {
+            return Ok(built);
+        }
+        // The kernel needs a path, so a tree is attached for a moment. Not a copy of the cached one: before 6.15 the
+        // kernel refuses to copy a detached tree.
+        let fresh = self.lower_tree(plan)?;
+        let mount = by_paths(&fresh, upper, plan)?;
+        Ok(Built { mount, idmapped: self.idmaps_for(plan) })
+    }
+
+    /// The same without attaching anything anywhere, where the kernel can.
+    pub fn build_by_descriptors(&mut self, plan: &Plan<'_>, upper: &OwnedFd) -> Option<Built> {
+        self.try_descriptors(plan, upper).ok().flatten()
+    }
+
+    /// Another builder has built this one.
+    pub fn learn(&mut self, built: &Built, rootless: bool) {
+        self.no_idmap |= !built.idmapped && !rootless;
+    }
+
+    /// `None`: the kernel wants paths.
+    fn try_descriptors(&mut self, plan: &Plan<'_>, upper: &OwnedFd) -> Result<Option<Built>, RootfsError> {
+        if self.paths_only {
+            return Ok(None);
+        }
         let key = (plan.slot, plan.lower.to_owned());
         if !self.cache.contains_key(&key) {
             let tree = self.lower_tree(plan)?;
             self.cache.insert(key.clone(), tree);
         }
         let lower = self.cache.get(&key).ok_or(RootfsError { step: "keep the lower", source: Errno::ENOENT })?;
-        let idmapped = !self.no_idmap && !plan.rootless;
-        if !self.paths_only {
-            match by_descriptors(lower, upper, plan) {
-                Ok(mount) => return Ok(Built { mount, idmapped }),
-                Err(Errno::EINVAL | Errno::EBADF | Errno::ENOTDIR) => self.paths_only = true,
-                Err(source) => return Err(RootfsError { step: "mount the overlay", source }),
+        match by_descriptors(lower, upper, plan) {
+            Ok(mount) => Ok(Some(Built { mount, idmapped: self.idmaps_for(plan) })),
+            Err(Errno::EINVAL | Errno::EBADF | Errno::ENOTDIR) => {
+                self.paths_only = true;
+                Ok(None)
             }
+            Err(source) => Err(RootfsError { step: "mount the overlay", source }),
         }
-        // The kernel needs a path, so a tree is attached for a moment. Not a copy of the cached one: before 6.15 the
-        // kernel refuses to copy a detached tree.
-        let fresh = self.lower_tree(plan)?;
-        let mount = by_paths(&fresh, upper, plan)?;
-        Ok(Built { mount, idmapped })
     }
 
-    /// Forgets the trees of one slot.
-    pub fn forget(&mut self, slot: u32) {
-        self.cache.retain(|(owner, _), _| *owner != slot);
+    fn idmaps_for(&self, plan: &Plan<'_>) -> bool {
+        !self.no_idmap && !plan.rootless
     }
 
     fn lower_tree(&mut self, plan: &Plan<'_>) -> Result<OwnedFd, RootfsError> {

@@ -20,7 +20,7 @@ use nix::unistd::{Gid, Pid, Uid, pipe2, read, setgroups, setresgid, setresuid};
 
 use super::cgroup::{CgroupError, Group, Mode as CgroupMode, Tree};
 use super::files::{Files, FilesError, Owners};
-use super::forecast::MemoryUpper;
+use super::forecast::Ahead;
 use super::policy_file::Limits;
 use crate::boot::{BOOT_DESCRIPTOR, IMAGE_DESCRIPTOR};
 use crate::sys::network::bring_loopback_up;
@@ -51,8 +51,8 @@ pub struct Blank {
     pub group: Option<Group>,
     /// Limits that its groups have already.
     pub limits: Option<Limits>,
-    /// An upper made ahead.
-    pub upper: Option<MemoryUpper>,
+    /// Its root filesystem, as far as it was made ahead.
+    pub ahead: Option<Ahead>,
     /// Mounts that it does not need any more. Dropping one dissolves it, which waits for all processors.
     pub spent: Vec<OwnedFd>,
 }
@@ -196,7 +196,7 @@ pub fn make_blank(workshop: &Workshop<'_>, name: String, range: Range) -> Result
         private,
         group,
         limits: None,
-        upper: None,
+        ahead: None,
         spent: Vec::new(),
     })
 }

@@ -346,7 +346,7 @@ fn begin(beginning: Beginning, image: OwnedFd) -> Result<(), StartError> {
             // It ends with the launcher's end of the socket; what it starts begins with every signal open.
             reset_signals();
             drop((ours, connection, listener, slots, program));
-            Background { tree, image, socket: theirs, embedded, prefix: kind, owners, shape, places }.run();
+            Background { tree, image, socket: theirs, embedded, prefix: kind, owners, shape, places, host_root }.run();
             crate::sys::process::exit_now(0)
         }
         Cloned::Parent { pidfd, .. } => pidfd,

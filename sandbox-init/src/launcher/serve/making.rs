@@ -13,6 +13,7 @@ use proto::launch::v1::reply::Body as Answer;
 
 use super::Launcher;
 use super::answers::{host_error, no_slot};
+use super::pool::REFILL_DELAY;
 use super::process::Phase;
 use crate::boot::Booted;
 use crate::launcher::background::PACKET_BYTES;
@@ -66,7 +67,10 @@ impl Launcher<'_> {
             self.counters.creations_refused += 1;
             return self.answer(number, request_id, Answer::Failure(no_slot("too many sandboxes are being made")));
         }
-        self.waiting.push_back(Waiting { connection: number, request_id, request: checked, since: Instant::now() });
+        let since = Instant::now();
+        self.in_a_row = self.last_asked.is_some_and(|last| since.duration_since(last) < REFILL_DELAY);
+        self.last_asked = Some(since);
+        self.waiting.push_back(Waiting { connection: number, request_id, request: checked, since });
         self.hand_out();
     }
 

@@ -149,6 +149,10 @@ pub struct Launcher<'a> {
     next: u32,
     embedded: bool,
     last_request: Instant,
+    /// When the last sandbox was asked for.
+    last_asked: Option<Instant>,
+    /// It was asked for soon after the one before.
+    in_a_row: bool,
     failures: u32,
     /// How often a bound was reached.
     counters: wire::Counters,
@@ -206,6 +210,8 @@ impl<'a> Launcher<'a> {
             next: 1,
             embedded,
             last_request: Instant::now(),
+            last_asked: None,
+            in_a_row: false,
             failures: 0,
             counters: wire::Counters::default(),
             stopping: None,

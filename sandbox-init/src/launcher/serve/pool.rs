@@ -1,7 +1,8 @@
 //! Privileged: takes id ranges and has blanks made in them.
 //!
-//! Keeps as many blanks as requests wait, and when nobody asks for anything as many as the policy wants on top. A host on
-//! which blanks fail one after the other has its requests refused instead of tried for ever.
+//! Keeps as many blanks as requests wait, one more while sandboxes are asked for one after the other, and when nobody asks
+//! for anything as many as the policy wants on top. A host on which blanks fail one after the other has its requests refused
+//! instead of tried for ever.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -20,7 +21,7 @@ use crate::launcher::validate::refusal;
 
 /// Time without a request before the pool is filled again: on a small machine a refill competes with the sandbox that was
 /// just handed out.
-const REFILL_DELAY: Duration = Duration::from_millis(15);
+pub(super) const REFILL_DELAY: Duration = Duration::from_millis(15);
 /// How long the mounts of a blank that has become a sandbox are kept when there is no quiet moment.
 const SPENT_AT_MOST: Duration = Duration::from_secs(1);
 /// Blanks that may fail, without a sandbox that has booted from one in between, before requests are refused instead of tried again.
@@ -38,7 +39,7 @@ impl Launcher<'_> {
         while self.spent.front().is_some_and(|(since, _)| idle || since.elapsed() >= SPENT_AT_MOST) {
             self.spent.pop_front();
         }
-        while self.blanks() < if idle { self.wanted_blanks() } else { self.waiting.len() } {
+        while self.blanks() < if idle { self.wanted_blanks() } else { self.waiting.len() + self.ahead() } {
             match self.parts.slots.take() {
                 Ok(Some(slot)) => {
                     let number = self.number();
@@ -48,7 +49,7 @@ impl Launcher<'_> {
                         slot: slot.number,
                         base: slot.base,
                         count: slot.count,
-                        forecast: self.forecast,
+                        forecast: self.forecast.clone(),
                         ..Order::default()
                     };
                     self.making.insert(name, slot);
@@ -167,6 +168,12 @@ impl Launcher<'_> {
         self.processes.values().filter(|process| matches!(process.phase, Phase::Blank)).count() + self.making.len()
     }
 
+    /// Blanks that are made ahead though somebody is being served: where the next request is near, it would wait for all of
+    /// the making.
+    fn ahead(&self) -> usize {
+        usize::from(self.in_a_row && self.failures == 0).min(self.parts.policy.pool as usize)
+    }
+
     fn wanted_blanks(&self) -> usize {
         if self.stopping.is_some() || self.failures >= MAX_FAILURES && self.waiting.is_empty() {
             return 0;
@@ -203,7 +210,7 @@ pub(super) mod tests {
     use crate::launcher::cgroup::Tree;
     use crate::launcher::host::{HostRoot, Places};
     use crate::launcher::ids::Slots;
-    use crate::launcher::policy_file::{self, tests::GOOD};
+    use crate::launcher::policy_file::{self, tests::roomy};
     use crate::launcher::serve::making::Waiting;
     use crate::launcher::serve::{End, Parts};
     use crate::launcher::shape::Shape;
@@ -221,11 +228,7 @@ pub(super) mod tests {
         background: OwnedFd,
         connection: OwnedFd,
     ) -> Launcher<'static> {
-        let policy = GOOD.replace("slots = 4", "slots = 1");
-        let policy = ["memory_bytes", "disk_bytes", "pids", "cpu_millis"].into_iter().fold(policy, |policy, name| {
-            let policy = policy.replace(&format!("{name} = 1"), &format!("{name} = 16777216"));
-            policy.replace(&format!("{name} = 2"), &format!("{name} = 16777216"))
-        });
+        let policy = roomy().replace("slots = 4", "slots = 1");
         let policy = policy_file::parse(&policy, Path::new("/p")).expect("valid policy");
         let parts = Parts {
             tree: Tree::nothing(),
