@@ -229,6 +229,9 @@ impl Sandboxes for HostSandboxes {
     fn end_unknown(&self) -> BoxFuture<'static, ()> {
         let this = self.clone();
         Box::pin(async move {
+            if *this.unknown.borrow() == Unknown::Ended {
+                return;
+            }
             if let Err(error) = this.end_others(&[]).await {
                 error!(error = &error as &dyn std::error::Error, "a sandbox of an earlier runner could not be ended");
             }
