@@ -248,7 +248,8 @@ impl Daemon {
                         break;
                     }
                     Signal::Now => {
-                        self.end(Duration::ZERO).await;
+                        let sandboxes = Arc::clone(&self.sandboxes);
+                        tokio::join!(sandboxes.end_unknown(), self.end(Duration::ZERO));
                         return Ok(End::Done);
                     }
                 },
@@ -276,7 +277,11 @@ impl Daemon {
         let patience = self.drain_time;
         let hurry = Notify::new();
         let mut hurried = false;
-        let mut ending = std::pin::pin!(self.end_within(patience, &hurry));
+        let sandboxes = Arc::clone(&self.sandboxes);
+        // Nobody shall have to look for what an earlier runner has left either.
+        let mut ending = std::pin::pin!(async {
+            tokio::join!(sandboxes.end_unknown(), self.end_within(patience, &hurry));
+        });
         loop {
             tokio::select! {
                 () = &mut ending => return Ok(End::Done),

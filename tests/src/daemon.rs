@@ -35,11 +35,15 @@ pub struct Options {
     pub limits: String,
     /// Lines of `[pressure]`.
     pub pressure: String,
+    /// The installed program, of which launcher and runner are started and the launcher replaces itself; the built ones when
+    /// nobody says.
+    pub program: Option<PathBuf>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { slots: 4, link: LinkSettings::default(), limits: small_sandboxes(), pressure: unwatched() }
+        let (limits, pressure) = (small_sandboxes(), unwatched());
+        Self { slots: 4, link: LinkSettings::default(), limits, pressure, program: None }
     }
 }
 
@@ -65,6 +69,7 @@ pub struct Daemon {
     pub wire: FaultProxy,
     setup: Setup,
     _rootfs: Rootfs,
+    program: Option<PathBuf>,
     launcher: Option<Child>,
     runner: Option<Child>,
     /// Crash points of runners that are started from here on; see `runner/src/crash_point.rs`.
@@ -96,7 +101,10 @@ impl Daemon {
 
     async fn install_for(options: Options, orchestrator: Arc<Orchestrator>) -> Self {
         let rootfs = Rootfs::with_prober();
-        let setup = Setup::new(options.slots, rootfs.path());
+        let mut setup = Setup::new(options.slots, rootfs.path());
+        if let Some(program) = &options.program {
+            setup.policy = format!("program = \"{}\"\n{}", program.display(), setup.policy);
+        }
         let [state, run] = setup.directories();
         // As the units have it: the runner makes its own socket in the run directory, and keeps its identity.
         chown(&run, None, Some(RUNNER_UID)).expect("chown of the run directory");
@@ -118,6 +126,7 @@ impl Daemon {
             wire,
             setup,
             _rootfs: rootfs,
+            program: options.program,
             launcher: None,
             runner: None,
             crash_points: String::new(),
@@ -206,7 +215,10 @@ level = "info"
     pub async fn start_launcher(&mut self) {
         // The new socket must not be mistaken for the one of a launcher that was killed.
         let _ = fs::remove_file(self.setup.socket());
-        let mut command = self.setup.command();
+        let mut command = match &self.program {
+            Some(program) => self.setup.installed_command(program),
+            None => self.setup.command(),
+        };
         command.stderr(self.log_file());
         let mut process = command.spawn().expect("the launcher starts");
         let deadline = Instant::now() + scaled(PATIENCE);
@@ -222,7 +234,7 @@ level = "info"
     /// The command that runs the daemon with its configuration.
     #[must_use]
     pub fn runner_command(&self) -> Command {
-        let mut command = Command::new(binary());
+        let mut command = Command::new(self.program.as_deref().unwrap_or_else(|| binary()));
         command.arg("run").arg("--config").arg(self.config());
         command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(self.log_file());
         if !self.crash_points.is_empty() {
@@ -299,6 +311,24 @@ level = "info"
     /// When the program cannot be started.
     pub fn spawn_runner(&mut self) {
         self.runner = Some(self.runner_command().spawn().expect("the runner starts"));
+    }
+
+    /// Has the launcher execute its installed program in place, as a service manager does for a reload, and waits until that serves.
+    ///
+    /// # Panics
+    /// When there is none, or it does not.
+    pub async fn reload_launcher(&mut self) {
+        let before = Connection::greeted(&self.setup.socket()).expect("the launcher serves");
+        let pid = self.launcher_pid().expect("a launcher");
+        kill(Pid::from_raw(pid.cast_signed()), Signal::SIGHUP).expect("own child");
+        // The connection from before ends with the program that held it.
+        while before.receive().is_ok_and(|packet| !packet.is_empty()) {}
+        let deadline = Instant::now() + scaled(PATIENCE);
+        while Connection::greeted(&self.setup.socket()).is_err() {
+            assert!(!has_ended(&mut self.launcher), "the launcher ended: {}", self.end_of_log());
+            assert!(Instant::now() < deadline, "the next program does not serve: {}", self.end_of_log());
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     /// Waits until runner or launcher have said something.

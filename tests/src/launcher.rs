@@ -120,6 +120,19 @@ without = []
         command
     }
 
+    /// The same of the installed command, which becomes the launcher.
+    ///
+    /// # Panics
+    /// When the policy cannot be written.
+    #[must_use]
+    pub fn installed_command(&self, program: &Path) -> Command {
+        let policy = self.command().get_args().last().expect("the policy is the last argument").to_owned();
+        let mut command = Command::new(program);
+        command.arg("launcher").arg("--policy").arg(policy);
+        command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command
+    }
+
     /// Starts a launcher and waits until it serves.
     ///
     /// # Errors

@@ -6,6 +6,7 @@
 #![allow(clippy::await_holding_lock, reason = "a test that needs the host alone keeps it to its end")]
 
 use std::fs;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use proto::runner::v1 as pb;
@@ -66,55 +67,128 @@ async fn runner_with_a_copied_state_directory_is_refused_and_the_first_one_does_
     daemon.end_with_nothing_left();
 }
 
-/// F-66: the disk is set back to what it was an hour ago, and later the right one is put back.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn state_that_was_set_back_is_refused_and_what_had_begun_is_not_begun_again() {
-    needs_root!();
-    let _host = host::shared();
-    let mut daemon = Daemon::start(Options::default()).await;
-    let [state, _] = daemon.directories();
-    let session = daemon.session("kept").await;
-    assert_eq!(printed(&session, "before", "echo begun >> /workspace/count").await, "");
-    let (journal, old, new) = (state.join("journal"), state.join("journal-old"), state.join("journal-new"));
-    for directory in [&old, &new] {
-        fs::create_dir(directory).expect("a directory of our own");
-    }
-    copy_directory(&journal, &old);
-    session.send("after", bash("echo after >> /workspace/count; sleep 60"));
-    within("start", session.started("after")).await.expect("started");
-    daemon.kill_runner();
-    copy_directory(&journal, &new);
-    let links = daemon.orchestrator.links();
-
-    put_in_place(&old, &journal);
-    daemon.spawn_runner();
-    daemon.said("the orchestrator refuses this runner").await;
-
-    let refused = daemon.orchestrator.refused_links();
-    assert!(refused[0].contains("STATE_ROLLED_BACK") && refused[0].contains("call after was accepted"), "{refused:?}");
-    assert!(daemon.runner_is_alive(), "a runner that ends would be started again and again");
-    assert_eq!(daemon.orchestrator.links(), links);
-
-    daemon.kill_runner();
-    put_in_place(&new, &journal);
-    daemon.start_runner().await;
-    let after = within("after", session.outcome("after")).await.expect("an end");
-    let kind = after.message.outcome.and_then(|outcome| outcome.kind);
-    assert!(matches!(kind, Some(Kind::Indeterminate(_) | Kind::Cancelled(_) | Kind::Signaled(_))), "{kind:?}");
-    assert_eq!(printed(&session, "count", "cat /workspace/count").await, "begun\nafter");
-    within("close", session.close(Duration::ZERO)).await.expect("the session ends");
-    for directory in [&old, &new] {
-        fs::remove_dir_all(directory).expect("a directory of our own");
-    }
-    daemon.end_with_nothing_left();
+/// Three sessions, and a copy of the journal from which much is missing: a call that runs, in a session that is in it; the
+/// start of another, which waited; a whole session. `seconds` tell the commands of a test from those of others.
+struct SetBack {
+    daemon: Daemon,
+    sessions: [Session; 3],
+    journal: PathBuf,
+    copies: [PathBuf; 2],
+    seconds: &'static str,
 }
 
-/// The files of `from` instead of those of `to`.
-fn put_in_place(from: &std::path::Path, to: &std::path::Path) {
-    for path in host::files_below(to).into_iter().filter(|path| path.is_file()) {
-        fs::remove_file(path).expect("a file of our own");
+/// In which session each command runs.
+const RUNNING: [&str; 3] = ["unknown", "waited", "elsewhere"];
+
+impl SetBack {
+    /// `then` looks at the orchestrator when the copy is made.
+    async fn prepare<T>(seconds: &'static str, then: impl FnOnce(&Daemon) -> T) -> (Self, T) {
+        let daemon = Daemon::start(Options { slots: 6, ..Options::default() }).await;
+        let [state, _] = daemon.directories();
+        let copies = [state.join("journal-old"), state.join("journal-new")];
+        for directory in &copies {
+            fs::create_dir(directory).expect("a directory of our own");
+        }
+        let journal = state.join("journal");
+        let runs = |call_id: &str| bash(format!("echo {call_id} >> /workspace/count; sleep {seconds}; echo end"));
+        let (first, second) = (daemon.session("first").await, daemon.session("second").await);
+        let argv = vec![b"cat".to_vec()];
+        second.send("before", pb::call::Input::Exec(pb::ExecInput { argv, stdin: true, ..Default::default() }));
+        within("start", second.started("before")).await.expect("started");
+        second.send(RUNNING[1], runs(RUNNING[1]));
+        within("acceptance", async {
+            while daemon.orchestrator.waiting().get("second") != Some(&1) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+        copy_directory(&journal, &copies[0]);
+        let then = then(&daemon);
+        within("end of the input", second.stdin("before", 0, b"", true)).await.expect("taken");
+        first.send(RUNNING[0], runs(RUNNING[0]));
+        let third = daemon.session("third").await;
+        third.send(RUNNING[2], runs(RUNNING[2]));
+        let sessions = [first, second, third];
+        for (session, call_id) in sessions.iter().zip(RUNNING) {
+            within("start", session.started(call_id)).await.expect("started");
+        }
+        let mut this = Self { daemon, sessions, journal, copies, seconds };
+        this.daemon.kill_runner();
+        copy_directory(&this.journal, &this.copies[1]);
+        (this, then)
     }
-    copy_directory(from, to);
+
+    fn put_in_place(&self, which: usize) {
+        for path in host::files_below(&self.journal).into_iter().filter(|path| path.is_file()) {
+            fs::remove_file(path).expect("a file of our own");
+        }
+        copy_directory(&self.copies[which], &self.journal);
+    }
+
+    fn end(mut self) {
+        for directory in &self.copies {
+            fs::remove_dir_all(directory).expect("a directory of our own");
+        }
+        self.daemon.end_with_nothing_left();
+    }
+}
+
+/// F-66: the disk is set back to what it was an hour ago, and later the right one is put back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn state_that_was_set_back_is_refused_ends_nothing_and_what_had_begun_goes_on_when_the_right_one_is_put_back() {
+    needs_root!();
+    let _host = host::shared();
+    let (mut set_back, ()) = SetBack::prepare("8.0661", |_| ()).await;
+    let (links, held) = (set_back.daemon.orchestrator.links(), set_back.daemon.sandboxes());
+
+    set_back.put_in_place(0);
+    set_back.daemon.spawn_runner();
+    set_back.daemon.said("the orchestrator refuses this runner").await;
+
+    let refused = set_back.daemon.orchestrator.refused_links();
+    assert!(refused[0].contains("STATE_ROLLED_BACK"), "{refused:?}");
+    assert!(set_back.daemon.runner_is_alive(), "a runner that ends would be started again and again");
+    assert_eq!(set_back.daemon.orchestrator.links(), links);
+    // Sandboxes were taken over, or not, before anybody was asked.
+    assert_eq!(set_back.daemon.sandboxes(), held, "a sandbox was ended, and nobody had confirmed that it may be");
+
+    set_back.daemon.kill_runner();
+    set_back.put_in_place(1);
+    set_back.daemon.start_runner().await;
+    for (session, call_id) in set_back.sessions.iter().zip(RUNNING) {
+        let ended = within(call_id, session.outcome(call_id)).await.expect("an end");
+        assert_eq!(ended.streams[&1].bytes, b"end\n", "{call_id}: {:?}", ended.message.outcome);
+        assert_eq!(printed(session, &format!("count-{call_id}"), "cat /workspace/count").await, call_id);
+        within("close", session.close(Duration::ZERO)).await.expect("the session ends");
+    }
+    assert_eq!(set_back.daemon.orchestrator.complaints(), Vec::<String>::new());
+    set_back.end();
+}
+
+/// F-66, F-29: the orchestrator has lost the same data, so nobody is left who knows.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_neither_journal_nor_orchestrator_know_is_ended_once_the_runner_is_welcome() {
+    needs_root!();
+    let _host = host::shared();
+    let (mut set_back, backup) = SetBack::prepare("600.0662", |daemon| daemon.orchestrator.backup()).await;
+
+    set_back.daemon.orchestrator.restore(backup);
+    set_back.put_in_place(0);
+    set_back.daemon.start_runner().await;
+
+    within("the end of what nobody knows", async {
+        while !host::processes_with(set_back.seconds).is_empty() || set_back.daemon.sandboxes().len() > 1 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    let [first, second, _] = &set_back.sessions;
+    assert_eq!(printed(first, "count", "cat /workspace/count").await, RUNNING[0], "its sandbox is kept");
+    let waited = within(RUNNING[1], second.outcome(RUNNING[1])).await.expect("an end");
+    let kind = waited.message.outcome.and_then(|outcome| outcome.kind);
+    assert!(matches!(kind, Some(Kind::Indeterminate(_))), "it was not known to have begun: {kind:?}");
+    within("close", first.close(Duration::ZERO)).await.expect("the session ends");
+    set_back.end();
 }
 
 /// F-45: the first runner is cut off, and nobody waits for the end of its lease.

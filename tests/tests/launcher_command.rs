@@ -14,15 +14,6 @@ use sandbox_runner_tests::needs_root;
 use sandbox_runner_tests::rootfs::{Rootfs, shared_directory};
 use sandbox_runner_tests::runner::{binary, finish};
 
-/// `program launcher --policy …` in place of the bare program of the launcher.
-fn command(program: &Path, setup: &Setup) -> Command {
-    let policy = setup.command().get_args().last().expect("the policy is the last argument").to_owned();
-    let mut command = Command::new(program);
-    command.arg("launcher").arg("--policy").arg(policy);
-    command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-    command
-}
-
 fn sandboxes(socket: &Path) -> Option<Vec<String>> {
     let answer = Connection::greeted(socket).ok()?.ask(request::Body::ListSandboxes(ListSandboxes::default())).ok()?;
     match answer.body {
@@ -39,7 +30,7 @@ fn the_command_becomes_a_launcher_that_serves_its_socket() {
     let rootfs = Rootfs::with_prober();
     let setup = Setup::new(1, rootfs.path());
     let socket = setup.socket();
-    let start = command(binary(), &setup);
+    let start = setup.installed_command(binary());
 
     let launcher = setup.start_with(start).expect("the launcher starts");
 
@@ -60,7 +51,7 @@ fn a_launcher_replaced_by_the_installed_command_keeps_pid_and_sandboxes() {
     let mut setup = Setup::new(1, rootfs.path());
     setup.policy = format!("program = \"{}\"\n{}", program.display(), setup.policy);
     let socket = setup.socket();
-    let start = command(&program, &setup);
+    let start = setup.installed_command(&program);
     let mut launcher = setup.start_with(start).expect("the launcher starts");
     let connection = Connection::greeted(&socket).expect("served");
     let created = connection.ask(request::Body::CreateSandbox(plain_sandbox("kept"))).expect("an answer").body;
@@ -90,7 +81,7 @@ fn a_policy_that_does_not_hold_ends_with_78_so_that_nobody_tries_again() {
     let mut setup = Setup::new(1, rootfs.path());
     setup.policy = format!("colour = \"red\"\n{}", setup.policy);
 
-    let finished = finish(command(binary(), &setup), Duration::from_secs(10)).expect("ends");
+    let finished = finish(setup.installed_command(binary()), Duration::from_secs(10)).expect("ends");
 
     assert_eq!(finished.status.code(), Some(78), "{}", finished.errors());
     assert!(finished.errors().contains("colour"), "{}", finished.errors());

@@ -252,9 +252,18 @@ async fn measure_unless_ended(
     kept: &[SandboxId],
 ) -> Result<Result<Measurement, End>, RunError> {
     let mut measuring = std::pin::pin!(measure(sandboxes));
+    let mut makes_room = false;
     loop {
         tokio::select! {
-            measured = &mut measuring => return Ok(Ok(measured?)),
+            measured = &mut measuring => match measured {
+                Err(MeasureError::Create(error)) if error.is_full() && !makes_room => {
+                    warn!("sandboxes that no session has take the room that the measurement needs, they are ended");
+                    makes_room = true;
+                    sandboxes.end_others(kept).await?;
+                    measuring.set(measure(sandboxes));
+                }
+                measured => return Ok(Ok(measured?)),
+            },
             signal = signals.next() => match signal {
                 Signal::Reload => {}
                 Signal::Leave if sandboxes.outlive_us() => return Ok(Err(End::Left)),
@@ -279,10 +288,14 @@ async fn serve_with(config: &Config, sandboxes: HostSandboxes, ephemeral: bool) 
         recovered.panicked = last_words::hear_in(&directory);
         last_words::leave_in(&directory);
     }
-    // Sandboxes that no session has hold calls that nobody remembers.
     let kept: Vec<_> =
         recovered.sessions.iter().filter_map(|session| session.sandbox.as_ref()).map(|(id, _)| id.clone()).collect();
-    sandboxes.end_others(&kept).await?;
+    if sandboxes.outlive_us() {
+        // A newer state than this one may know those that no session here has.
+        sandboxes.count_on(&kept).await?;
+    } else {
+        sandboxes.end_others(&kept).await?;
+    }
     let measured = match measure_unless_ended(&sandboxes, &mut signals, &kept).await? {
         Ok(measured) => measured,
         Err(end) => return Ok(end),

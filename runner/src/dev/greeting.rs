@@ -55,9 +55,10 @@ pub(super) fn welcome(
     // Another process without a journal counts from the beginning, and knows nothing of what the one before it held.
     // So may the first one that comes here: the process before it may have died before it found us.
     let another = state.hello.as_ref().is_none_or(|before| instance(before) != instance(hello));
-    if another && state.hello.as_ref().is_some_and(|before| is_older(hello, before)) {
-        // It is dead, and what it said last has taken longer than its successor. No link has this number.
-        state.late_runners += 1;
+    if state.hello.as_ref().is_some_and(|before| is_older(hello, before)) {
+        // What was said last has overtaken it: its process has died, or has given it up and greeted again. Nobody reads what
+        // would be answered, and what it says has changed since. No link has this number.
+        state.late_runners += u64::from(another);
         return 0;
     }
     let held: Vec<_> = pages.iter().flat_map(|page| &page.sessions).collect();
@@ -77,7 +78,7 @@ pub(super) fn welcome(
         loss::adopt(state, hello, &held);
     }
     if anew && another {
-        state.event_through = 0;
+        state.event_through = hello.first_unacked_event_seq.saturating_sub(1);
         settle_lost(shared, state);
     } else {
         // What the process before it had told, and was not acknowledged, is told again under numbers of its own.
@@ -167,19 +168,29 @@ fn may_be_served(
 }
 
 /// What another process must have found on its disk, and does not know of: acceptance and start of a call are there before
-/// they are told, and stay until its end is acknowledged.
+/// they are told, and stay until its end is acknowledged. Of a call that has not begun an end is told only when it is there as
+/// well.
 fn went_back(state: &State, held: &[&pb::SessionState]) -> Option<String> {
     let open = |record: &super::state::CallRecord| record.end.is_none() && record.refused.is_none();
-    state.calls.iter().filter(|(_, record)| record.accepted && open(record)).find_map(|(call_id, record)| {
+    let has_begun =
+        |record: &super::state::CallRecord| record.started.is_some() || record.end.as_ref().is_some_and(is_told);
+    state.calls.iter().filter(|(_, record)| record.accepted).find_map(|(call_id, record)| {
         let found = held.iter().flat_map(|session| &session.calls).find(|call| call.call_id == *call_id);
         match found {
-            None => Some(format!("call {call_id} was accepted, and is not known any more: this state was set back")),
-            Some(found) if record.started.is_some() && found.phase() == pb::CallPhase::Accepted => {
-                Some(format!("call {call_id} had started, and is said to wait: this state was set back"))
+            None if open(record) => {
+                Some(format!("call {call_id} was accepted, and is not known any more: this state was set back"))
             }
-            Some(_) => None,
+            Some(found) if has_begun(record) && found.phase() == pb::CallPhase::Accepted => {
+                Some(format!("call {call_id} had started or ended, and is said to wait: this state was set back"))
+            }
+            None | Some(_) => None,
         }
     })
+}
+
+/// An end has a number when the runner has told it, and none when somebody here has made it up.
+fn is_told(end: &pb::CallFinished) -> bool {
+    end.event_seq > 0
 }
 
 /// A session that another process of the runner does not list, or only as the owner of calls that are not acknowledged, has

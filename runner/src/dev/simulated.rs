@@ -29,6 +29,8 @@ pub(crate) struct Known {
     pub(crate) accepted: bool,
     pub(crate) sent: bool,
     pub(crate) cancelled: bool,
+    /// It has ended, whether or not all of its output is there.
+    pub(crate) has_end: bool,
     /// It was refused, with this code.
     pub(crate) refused: Option<String>,
     /// How it ended, when all of its output is there.
@@ -41,7 +43,10 @@ impl Store {
     pub(crate) fn new() -> Self {
         let settings =
             LinkSettings { window: WINDOW, heartbeat_every: Duration::from_secs(5), ..LinkSettings::default() };
-        Self { shared: Arc::new(Shared::new(settings)) }
+        let shared = Arc::new(Shared::new(settings));
+        // Each session has had placements before.
+        shared.state().next_epoch = 8;
+        Self { shared }
     }
 
     /// Another replica goes on with what is stored.
@@ -67,6 +72,37 @@ impl Store {
             let input = pb::BashInput { command: Some(command.into()), ..Default::default() };
             session.send(call_id, pb::call::Input::Bash(input));
         }
+    }
+
+    /// Sends a call again that the runner may have, as an orchestrator may at any time; false when it has not been sent yet.
+    pub(crate) fn call_again(&self, call_id: &str) -> bool {
+        let mut state = self.shared.state();
+        let Some(call) = state.calls.get(call_id).filter(|call| call.sent && call.refused.is_none()) else {
+            return false;
+        };
+        let request = call.request.clone();
+        state.send(Body::Call(request));
+        true
+    }
+
+    /// Closes a session in the name of a placement before its present one, as an orchestrator does that was replaced.
+    pub(crate) fn close_older_placement(&self, session_id: &str) -> bool {
+        let Some(session) = self.session(session_id) else { return false };
+        let close = pb::CloseSession { session_id: session_id.into(), epoch: session.epoch - 1, grace: None };
+        self.shared.state().send(Body::CloseSession(close));
+        true
+    }
+
+    /// Whether the runner has said of a session that it was closed.
+    pub(crate) fn was_closed(&self, session_id: &str) -> bool {
+        let state = self.shared.state();
+        let ended = state.sessions.get(session_id).and_then(|record| record.ended.as_ref());
+        ended.is_some_and(|ended| ended.reason() == pb::SessionEndReason::Closed)
+    }
+
+    /// Whether the runner has confirmed the cancel of a call.
+    pub(crate) fn is_cancel_noted(&self, call_id: &str) -> bool {
+        self.shared.state().calls.get(call_id).is_some_and(|call| call.cancel_noted)
     }
 
     pub(crate) fn cancel(&self, session_id: &str, call_id: &str, mode: pb::CancelMode) {
@@ -110,6 +146,7 @@ impl Store {
             accepted: call.accepted,
             sent: call.sent,
             cancelled: call.cancel.is_some(),
+            has_end: call.end.is_some(),
             refused: call.refused.as_ref().map(|failure| failure.code.clone()),
             outcome,
             has_holes: call.transcript.streams.values().any(|stream| !stream.holes.is_empty()),

@@ -23,12 +23,15 @@ const NEVER: usize = usize::MAX;
 pub(crate) struct Machine {
     disk: SimulatedDisk,
     boot: u32,
+    /// The disk says that it has synced, and has not.
+    pub(crate) syncs_nothing: bool,
 }
 
 impl Machine {
     /// Opens the journal; with `dies_at` the process dies at that operation, and then there is none.
     pub(crate) fn open(&self, dies_at: Option<usize>) -> Result<Option<(Arc<LossyJournal>, Recovered)>, String> {
         let identity = Identity { state_id: "simulated".into(), boot_id: format!("boot-{}", self.boot) };
+        self.disk.set_lies(self.syncs_nothing);
         self.disk.set_fault(Fault::Everything(dies_at.unwrap_or(NEVER)));
         match Log::open(self.disk.clone(), identity, SIZES) {
             Ok((log, recovered)) => {
@@ -45,12 +48,12 @@ impl Machine {
 
     /// What is there when only a process has died.
     pub(crate) fn after_process_crash(&self) -> Self {
-        Self { disk: self.disk.after_process_crash(), boot: self.boot }
+        Self { disk: self.disk.after_process_crash(), ..*self }
     }
 
     /// What is there when the power has failed; `keeps` decides about everything that was not synced.
     pub(crate) fn after_power_cut(&self, keeps: impl FnMut(usize) -> usize) -> Self {
-        Self { disk: self.disk.after_power_cut(keeps), boot: self.boot + 1 }
+        Self { disk: self.disk.after_power_cut(keeps), boot: self.boot + 1, ..*self }
     }
 }
 

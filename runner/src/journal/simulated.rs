@@ -55,6 +55,8 @@ struct State {
     lazy: bool,
     /// Most bytes that one write takes.
     shortest: Option<usize>,
+    /// Syncs nothing, and says that it has.
+    lies: bool,
     operations: usize,
 }
 
@@ -137,6 +139,10 @@ impl SimulatedDisk {
 
     pub(super) fn set_fault(&self, fault: Fault) {
         self.state().fault = Some(fault);
+    }
+
+    pub(super) fn set_lies(&self, lies: bool) {
+        self.state().lies = lies;
     }
 
     pub(super) fn set_room(&self, room: Option<usize>, lazy: bool) {
@@ -317,6 +323,9 @@ impl DiskFile for SimulatedFile {
         let mut state = self.disk.state();
         let failed = state.fails(true, false);
         let is_dead = matches!(state.fault, Some(Fault::Everything(_)));
+        if state.lies && !failed {
+            return Ok(());
+        }
         let inode = &mut state.inodes[self.inode];
         if failed {
             // As Linux does it: what could not be written counts as written from here on. A process that is dead has not

@@ -1,7 +1,8 @@
 //! A new runner takes over the sandboxes of an earlier one, and ends those that nobody wants.
 //!
 //! Bounded in time, because a sandbox that does not answer would delay everything a runner has to do at its start. What
-//! cannot be taken over is ended: a sandbox that lives without anybody who reads it is of no use to its session.
+//! cannot be taken over is ended: a sandbox that lives without anybody who reads it is of no use to its session. But not before
+//! somebody has confirmed that this runner serves: where its state was set back, a newer one knows what this one does not.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,10 +12,11 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{error, info, warn};
 
-use super::HostSandboxes;
 use super::control::{Control, ControlEnd, ControlError, Patience, Resumed};
 use super::launch::{Ended, LaunchError, ListedSandbox};
 use super::live::{Known, LiveSandbox};
+use super::measure::THROW_AWAY;
+use super::{HostSandboxes, Unknown};
 use crate::work::{Attached, CallId, Code, ExpectedCall, FoundCall, Gate, Processes, Receipt, SandboxId, ToolFailure};
 
 /// How long the launcher may take to say where a sandbox is. It may be restarted at the same time, as an upgrade of both does.
@@ -74,19 +76,23 @@ impl HostSandboxes {
             }
             Err(error) => error,
         };
-        warn!(%sandbox_id, error = &error as &dyn std::error::Error, "sandbox was not taken over and is ended");
+        warn!(%sandbox_id, error = &error as &dyn std::error::Error, "sandbox was not taken over");
         let this = self.clone();
-        let ending = tokio::spawn(async move { this.end_unseen(&sandbox_id).await });
+        let ending = tokio::spawn(async move { this.give_up(&sandbox_id).await });
         let _ = tokio::time::timeout(KILL_TIME, ending).await;
         Err(failure(&error))
     }
 
-    /// Ends a sandbox of an earlier runner that is not taken over.
-    pub(super) async fn end_unseen(&self, sandbox_id: &SandboxId) {
+    /// Nobody counts on a sandbox of an earlier runner any more. It is ended, now or with the other unknown ones.
+    pub(super) async fn give_up(&self, sandbox_id: &SandboxId) {
+        // First, so that whoever ends the unknown ones from here on finds it among them.
+        self.launcher.stop_watching(sandbox_id.as_str());
+        if *self.unknown.borrow() == Unknown::Kept {
+            return info!(%sandbox_id, "sandbox is left alone until somebody confirms that this runner serves");
+        }
         if let Err(error) = self.launcher.kill(sandbox_id.as_str()).await {
             error!(%sandbox_id, error = &error as &dyn std::error::Error, "sandbox could not be ended");
         }
-        self.launcher.stop_watching(sandbox_id.as_str());
     }
 
     async fn find(&self, sandbox_id: &SandboxId) -> Result<ListedSandbox, AttachError> {
@@ -133,6 +139,19 @@ impl HostSandboxes {
         Ok(TakenOver { sandbox: LiveSandbox::new(self.launcher.clone(), known, control, receipt), found, processes })
     }
 
+    /// Counts on the sandboxes in `keep` and leaves all others alone until [`Sandboxes::end_unknown`], but for those of a
+    /// measurement, in which nobody ever runs anything.
+    ///
+    /// # Errors
+    /// The first [`LaunchError`]; the others are ended all the same.
+    pub async fn count_on(&self, keep: &[SandboxId]) -> Result<(), LaunchError> {
+        self.unknown.send_replace(Unknown::Kept);
+        for sandbox_id in keep {
+            drop(self.launcher.watch_ending(sandbox_id.as_str()));
+        }
+        self.end_uncounted(|entry| entry.sandbox_id.starts_with(THROW_AWAY)).await
+    }
+
     /// Ends every sandbox that the launcher holds, also those that were `kept` until now and not taken over.
     ///
     /// # Errors
@@ -153,9 +172,17 @@ impl HostSandboxes {
         for sandbox_id in keep {
             drop(self.launcher.watch_ending(sandbox_id.as_str()));
         }
+        self.unknown.send_replace(Unknown::Ending);
         self.launcher.all_are_known();
+        let result = self.end_uncounted(|_| true).await;
+        self.unknown.send_replace(Unknown::Ended);
+        result
+    }
+
+    async fn end_uncounted(&self, is_meant: impl Fn(&ListedSandbox) -> bool) -> Result<(), LaunchError> {
         let listed = self.launcher.list().await?;
-        let mut others = listed.into_iter().filter(|entry| !self.launcher.counts_on(&entry.sandbox_id));
+        let is_other = |entry: &ListedSandbox| !self.launcher.counts_on(&entry.sandbox_id) && is_meant(entry);
+        let mut others = listed.into_iter().filter(is_other);
         let mut result = Ok(());
         let mut kills = JoinSet::new();
         loop {

@@ -160,6 +160,27 @@ async fn others_are_ended_and_those_to_be_kept_are_counted_on() {
 }
 
 #[tokio::test]
+async fn those_that_no_session_has_are_left_alone_until_somebody_has_confirmed_but_for_measurements() {
+    let directory = tempfile::tempdir().expect("a directory");
+    process_1(directory.path(), "b", false);
+    let (host, kills) = host(directory.path(), &["kept", "x", "a", "doctor-1"], Vec::new());
+
+    host.count_on(&[id("kept"), id("a")]).await.expect("the launcher answers");
+    let failure = host.attach(id("a"), Receipt::default(), Vec::new()).await.expect_err("it is another one");
+    host.discard(id("kept")).await;
+
+    assert!(failure.message.starts_with("the sandbox was ended"), "{}", failure.message);
+    assert_eq!(*kills.lock().expect("not poisoned"), ["doctor-1"]);
+
+    host.end_unknown().await;
+
+    let mut killed = kills.lock().expect("not poisoned").split_off(1);
+    killed.sort();
+    // The scripted launcher still lists it.
+    assert_eq!(killed, ["a", "doctor-1", "kept", "x"]);
+}
+
+#[tokio::test]
 async fn those_that_were_kept_are_ended_when_nobody_will_take_them_over() {
     let directory = tempfile::tempdir().expect("a directory");
     let (host, kills) = host(directory.path(), &["kept"], Vec::new());

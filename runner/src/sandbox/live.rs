@@ -250,13 +250,29 @@ impl Sandbox for LiveSandbox {
         self.parts.receipt.clone()
     }
 
+    fn end_unknown_calls(&self) -> BoxFuture<'static, ()> {
+        let parts = Arc::clone(&self.parts);
+        Box::pin(async move {
+            // When the connection is over, so is the sandbox, and its end is told elsewhere.
+            if let Err(error) = parts.control.end_strangers().await {
+                warn!(sandbox_id = %parts.sandbox_id, error = &error as &dyn std::error::Error, "calls that nobody knows were not ended");
+            }
+        })
+    }
+
     fn start_call(
         &self,
         call: PreparedCall,
         observer: Arc<dyn CallObserver>,
     ) -> BoxFuture<'static, Result<(), ToolFailure>> {
         let parts = Arc::clone(&self.parts);
-        Box::pin(async move { parts.control.start_call(&call, observer).await.map_err(|error| parts.failure(error)) })
+        Box::pin(async move {
+            let started = async {
+                parts.control.end_strangers().await?;
+                parts.control.start_call(&call, observer).await
+            };
+            started.await.map_err(|error| parts.failure(error))
+        })
     }
 
     fn go(&self, call_id: &CallId) -> BoxFuture<'static, Result<(), ToolFailure>> {

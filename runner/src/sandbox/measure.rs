@@ -16,6 +16,8 @@ use super::spec::{Limits, Spec};
 use super::{CreateError, HostSandboxes};
 use crate::work::{CallEnd, CallEvent, CallObserver, Content, Layer, Receipt, Sandbox};
 
+/// How the names of sandboxes that are only measured begin.
+pub(super) const THROW_AWAY: &str = "doctor-";
 const PROBE: &str = "probe";
 const PROBE_TIME: Duration = Duration::from_secs(60);
 const MOST_ATTEMPTS: usize = 512;
@@ -76,7 +78,7 @@ struct Report {
 /// # Errors
 /// [`MeasureError`]; the sandbox is gone in any case.
 pub async fn measure(sandboxes: &HostSandboxes) -> Result<Measurement, MeasureError> {
-    let mut spec = Spec::throw_away(format!("doctor-{}", uuid::Uuid::new_v4().simple()));
+    let mut spec = Spec::throw_away(format!("{THROW_AWAY}{}", uuid::Uuid::new_v4().simple()));
     // Small enough that the attacks reach every limit in two seconds; the attacks count on these numbers.
     spec.limits = Limits { memory_bytes: 192 << 20, cpu_millis: 500, pids: 64, disk_bytes: 64 << 20 };
     let sandbox = sandboxes.create_live(&spec).await?;

@@ -23,7 +23,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use tracing::{debug, info};
+use tokio::sync::watch;
+use tracing::{debug, error, info};
 
 pub use self::attach::AttachError;
 use self::control::{Control, ControlEnd, Patience};
@@ -62,6 +63,13 @@ pub enum CreateError {
     },
 }
 
+impl CreateError {
+    /// The launcher holds as many as it can.
+    pub fn is_full(&self) -> bool {
+        matches!(self, Self::Launch(LaunchError::Refused { code, .. }) if code == "NO_SLOT")
+    }
+}
+
 /// Makes sandboxes with one launcher. Cheap to clone.
 #[derive(Clone)]
 pub struct HostSandboxes {
@@ -71,6 +79,18 @@ pub struct HostSandboxes {
     generation: u64,
     outlive: bool,
     measured: Arc<OnceLock<Measured>>,
+    unknown: Arc<watch::Sender<Unknown>>,
+}
+
+/// What becomes of sandboxes of earlier runners that nobody here counts on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Unknown {
+    /// Nobody has confirmed yet that they are nobody's.
+    Kept,
+    /// They are being ended.
+    Ending,
+    /// They are ended, and others would be at once.
+    Ended,
 }
 
 /// The result of the attacks on the first sandbox; every later one is made the same way.
@@ -82,7 +102,15 @@ struct Measured {
 impl HostSandboxes {
     /// Uses `launcher`, whose sockets appear in `socket_directory`. `generation` tells this runner from earlier ones.
     pub fn new(launcher: Launcher, host: HostReport, socket_directory: PathBuf, generation: u64) -> Self {
-        Self { launcher, host: Arc::new(host), socket_directory, generation, outlive: false, measured: Arc::default() }
+        Self {
+            launcher,
+            host: Arc::new(host),
+            socket_directory,
+            generation,
+            outlive: false,
+            measured: Arc::default(),
+            unknown: Arc::new(watch::Sender::new(Unknown::Ended)),
+        }
     }
 
     /// The same, of a launcher that keeps sandboxes when its runner ends.
@@ -137,6 +165,20 @@ impl HostSandboxes {
         }
     }
 
+    /// The same behind the end of unknown sandboxes, where those take all the room.
+    async fn create_in_turn(&self, spec: &Spec) -> Result<LiveSandbox, CreateError> {
+        let mut unknown = self.unknown.subscribe();
+        let is_over = *unknown.borrow() == Unknown::Ended;
+        match self.create_live(spec).await {
+            Err(error) if error.is_full() && !is_over => {
+                // The sender lives in `self`, so waiting cannot fail.
+                let _ = unknown.wait_for(|unknown| *unknown == Unknown::Ended).await;
+                self.create_live(spec).await
+            }
+            result => result,
+        }
+    }
+
     /// Keeps the result of the first measurement.
     fn remember(&self, attempts: &[Attempt], receipt: &Receipt) {
         let _ = self.measured.set(Measured { attempts: attempts.to_vec(), receipt: receipt.clone() });
@@ -165,7 +207,7 @@ impl Sandboxes for HostSandboxes {
         let this = self.clone();
         Box::pin(async move {
             let minimum = request.min_tier.clone();
-            let sandbox = this.create_live(&spec_of(request)?).await.map_err(create_failure)?;
+            let sandbox = this.create_in_turn(&spec_of(request)?).await.map_err(create_failure)?;
             if let Err(failure) = check_tier(&sandbox.receipt(), &minimum) {
                 sandbox.close(Duration::ZERO).await;
                 return Err(failure);
@@ -184,9 +226,21 @@ impl Sandboxes for HostSandboxes {
         Box::pin(async move { this.attach_live(sandbox_id, receipt, calls).await })
     }
 
+    fn end_unknown(&self) -> BoxFuture<'static, ()> {
+        let this = self.clone();
+        Box::pin(async move {
+            if *this.unknown.borrow() == Unknown::Ended {
+                return;
+            }
+            if let Err(error) = this.end_others(&[]).await {
+                error!(error = &error as &dyn std::error::Error, "a sandbox of an earlier runner could not be ended");
+            }
+        })
+    }
+
     fn discard(&self, sandbox_id: SandboxId) -> BoxFuture<'static, ()> {
         let this = self.clone();
-        Box::pin(async move { this.end_unseen(&sandbox_id).await })
+        Box::pin(async move { this.give_up(&sandbox_id).await })
     }
 
     fn receipt(&self) -> Receipt {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::core::{Action, Config, Core, Input};
+use super::core::{Action, Config, Core, IdlePolicy, Input};
 use super::core_tests::{call, cid, core, open, sandbox_id, sid};
 use crate::journal::{Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
 use crate::work::*;
@@ -73,6 +73,74 @@ fn nothing_left_is_told_at_once() {
     let actions = core(Config::default()).handle(Input::Recovered(Box::default()));
 
     assert_eq!(actions, [Action::Tell(Update::Restored)]);
+}
+
+fn ends_unknown(actions: &[Action]) -> Vec<Option<SessionId>> {
+    let unknown = actions.iter().filter_map(|action| match action {
+        Action::EndUnknown { session_id } => Some(session_id.clone()),
+        _ => None,
+    });
+    unknown.collect()
+}
+
+fn attach(core: &mut Core) -> Vec<Action> {
+    let found = BTreeMap::new();
+    core.handle(Input::SandboxAttached { session_id: sid("s"), found, processes: Processes::Run })
+}
+
+/// F-66: what the journal does not know may be in a newer one.
+#[test]
+fn what_is_unknown_is_ended_once_and_not_before_somebody_confirms_that_this_runner_serves() {
+    let mut core = core(Config::default());
+    let resume = || Input::Work(WorkItem::Resume { session_id: None });
+
+    let mut before = core.handle(Input::Recovered(Box::new(left(Vec::new()))));
+    before.extend(attach(&mut core));
+
+    assert_eq!(ends_unknown(&before), []);
+    assert_eq!(ends_unknown(&core.handle(resume())), [None, Some(sid("s"))]);
+    assert_eq!(ends_unknown(&core.handle(resume())), []);
+}
+
+#[test]
+fn sandbox_that_is_taken_over_after_the_confirmation_is_confirmed_with_it() {
+    let mut core = core(Config::default());
+    core.handle(Input::Recovered(Box::new(left(Vec::new()))));
+
+    let resumed = core.handle(Input::Work(WorkItem::Resume { session_id: None }));
+
+    assert_eq!(ends_unknown(&resumed), [None]);
+    assert_eq!(ends_unknown(&attach(&mut core)), [Some(sid("s"))]);
+}
+
+#[test]
+fn session_that_an_orchestrator_does_not_mention_keeps_what_the_journal_does_not_know_until_it_is_adopted() {
+    let mut core = core(Config::default());
+    core.handle(Input::Recovered(Box::new(left(Vec::new()))));
+    attach(&mut core);
+
+    let mut actions = core.handle(Input::Work(WorkItem::Suspend { session_id: Some(sid("s")) }));
+    actions.extend(core.handle(Input::Work(WorkItem::Resume { session_id: None })));
+
+    assert_eq!(ends_unknown(&actions), [None]);
+    let adopted = core.handle(Input::Work(WorkItem::Resume { session_id: Some(sid("s")) }));
+    assert_eq!(ends_unknown(&adopted), [Some(sid("s"))]);
+}
+
+#[test]
+fn session_that_nobody_has_confirmed_is_not_idle() {
+    let idle = IdlePolicy { stop_after: Some(Duration::from_secs(9)), ..IdlePolicy::default() };
+    let mut core = core(Config { idle, ..Config::default() });
+    let mut before = core.handle(Input::Recovered(Box::new(left(Vec::new()))));
+    before.extend(attach(&mut core));
+    before.extend(core.handle(Input::IdlePassed { session_id: sid("s") }));
+
+    let after = core.handle(Input::Work(WorkItem::Resume { session_id: None }));
+
+    let rests =
+        |action: &Action| matches!(action, Action::ArmIdle { .. } | Action::Stop { .. } | Action::Freeze { .. });
+    assert!(!before.iter().any(rests), "{before:?}");
+    assert!(after.iter().any(rests), "{after:?}");
 }
 
 #[test]
@@ -148,7 +216,8 @@ fn restart_without_a_lease_is_not_counted_against_a_call_that_waits_at_its_gate(
     let resumed = core.handle(Input::Work(WorkItem::Resume { session_id: None }));
 
     assert!(!attached.contains(&Action::WriteStarted { call_id: cid("a") }), "{attached:?}");
-    assert_eq!(resumed, [Action::WriteStarted { call_id: cid("a") }]);
+    let unknown = [None, Some(sid("s"))].map(|session_id| Action::EndUnknown { session_id });
+    assert_eq!(resumed, [&unknown[..], &[Action::WriteStarted { call_id: cid("a") }]].concat());
 }
 
 #[test]
@@ -451,7 +520,8 @@ fn gate_of_an_earlier_runner_is_opened_only_when_an_orchestrator_has_confirmed_t
     let decided = core.handle(Input::Work(WorkItem::Resume { session_id: Some(sid("s")) }));
 
     assert!(![&attached, &alone, &lease].iter().any(|actions| is_handed_over(actions, "a")));
-    assert_eq!(decided, [Action::WriteStarted { call_id: cid("a") }]);
+    let unknown = Action::EndUnknown { session_id: Some(sid("s")) };
+    assert_eq!(decided, [unknown, Action::WriteStarted { call_id: cid("a") }]);
     let written = core.handle(Input::StartWritten { call_id: cid("a"), durable: true });
     assert_eq!(written, [Action::Go { session_id: sid("s"), call_id: cid("a") }]);
 }

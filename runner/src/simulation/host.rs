@@ -19,6 +19,7 @@ pub(super) enum Request {
     Cancel(CallId, CancelMode),
     Acknowledge(CallId),
     Deadline(u64),
+    EndUnknown,
     Close,
 }
 
@@ -58,6 +59,8 @@ pub(super) struct Sandbox {
     pub(super) alive: bool,
     calls: BTreeMap<CallId, Held>,
     forgotten: BTreeSet<CallId>,
+    /// Calls that the runner which serves it does not know.
+    pub(super) unknown: BTreeSet<CallId>,
     deadline_ns: u64,
     pub(super) requests: VecDeque<Request>,
     pub(super) reports: VecDeque<Report>,
@@ -73,6 +76,10 @@ pub(super) struct Host {
     /// Sandboxes that ended without anybody asking for it.
     pub(super) losses: u64,
     pub(super) violations: Vec<String>,
+    /// Sandboxes and unknown calls that a runner has ended.
+    pub(super) ended: u64,
+    /// The runner that serves has an old copy of its journal.
+    pub(super) is_set_back: bool,
 }
 
 /// Byte `offset` of the output of a call.
@@ -94,6 +101,7 @@ impl Host {
             alive: true,
             calls: BTreeMap::new(),
             forgotten: BTreeSet::new(),
+            unknown: BTreeSet::new(),
             deadline_ns: u64::MAX,
             requests: VecDeque::new(),
             reports: VecDeque::new(),
@@ -161,8 +169,24 @@ impl Host {
                 sandbox.forgotten.insert(call_id);
             }
             Request::Deadline(at) => sandbox.deadline_ns = at,
-            Request::Close => sandbox.close(),
+            Request::EndUnknown => {
+                for call_id in std::mem::take(&mut sandbox.unknown) {
+                    self.ended += 1;
+                    sandbox.calls.remove(&call_id);
+                    sandbox.forgotten.insert(call_id);
+                }
+            }
+            Request::Close => {
+                self.ended += 1;
+                sandbox.close();
+            }
         }
+    }
+
+    /// Whether the word to begin is on its way to a call.
+    pub(super) fn is_about_to_begin(&self, call_id: &CallId) -> bool {
+        let mut requests = self.sandboxes.values().flat_map(|sandbox| &sandbox.requests);
+        requests.any(|request| matches!(request, Request::Go(other) if other == call_id))
     }
 
     /// What runs in one goes on: `draw` says how far.
@@ -226,12 +250,13 @@ impl Host {
         self.sandboxes.retain(|_, sandbox| sandbox.alive);
     }
 
-    /// A new runner has what nobody counts on ended.
+    /// A runner has what nobody counts on ended.
     pub(super) fn end_others(&mut self, wanted: &BTreeSet<SandboxId>) {
+        self.ended += self.sandboxes.iter().filter(|(id, one)| one.alive && !wanted.contains(*id)).count() as u64;
         self.sandboxes.retain(|sandbox_id, _| wanted.contains(sandbox_id));
     }
 
-    /// As `Sandboxes::attach` promises; `None` when there is no such sandbox.
+    /// As `Sandboxes::attach` promises; `None` when there is no such sandbox, or it says what cannot be.
     pub(super) fn attach(
         &mut self,
         sandbox_id: &SandboxId,
@@ -241,11 +266,15 @@ impl Host {
         let is_open = |id: &CallId| expected.iter().any(|(expected, gate, _)| expected == id && *gate == Gate::Open);
         for (call_id, call) in &sandbox.calls {
             // One that is over may have been acknowledged, and the sandbox has not heard of it.
-            if matches!(call.state, State::Running(_)) && !is_open(call_id) {
+            if matches!(call.state, State::Running(_)) && !is_open(call_id) && !self.is_set_back {
                 self.violations.push(format!("{call_id} has begun, and the next runner does not know of it"));
             }
         }
-        sandbox.calls.retain(|id, _| is_open(id));
+        sandbox.calls.retain(|id, call| is_open(id) || !matches!(call.state, State::Prepared));
+        sandbox.unknown = sandbox.calls.keys().filter(|id| !is_open(id)).cloned().collect();
+        if expected.iter().any(|(id, gate, _)| *gate == Gate::Held && sandbox.unknown.contains(id)) {
+            return None;
+        }
         let mut found = BTreeMap::new();
         for (call_id, ..) in expected {
             let Some(call) = sandbox.calls.get(call_id) else { continue };
@@ -300,7 +329,11 @@ impl Sandbox {
             Request::Abort(call_id) => self.reports.push_back(Report::Aborted(call_id)),
             // What is closed again was closed before.
             Request::Close => self.reports.push_back(Report::Closed),
-            Request::Go(_) | Request::Cancel(..) | Request::Acknowledge(_) | Request::Deadline(_) => {}
+            Request::Go(_)
+            | Request::Cancel(..)
+            | Request::Acknowledge(_)
+            | Request::Deadline(_)
+            | Request::EndUnknown => {}
         }
     }
 }

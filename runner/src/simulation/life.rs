@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use futures_util::FutureExt;
 
 use super::host::{Host, HostOutputs, Report, Request};
+use super::mistakes::Mistake;
 use crate::connector::orchestrator::simulated::Connector;
 use crate::connector::tls::Credentials;
 use crate::journal::lossy::LossyJournal;
@@ -14,7 +15,7 @@ use crate::session::core::{Action, Config, Core, Input};
 use crate::session::registry::{Registry, Reserve};
 use crate::work::*;
 
-type Written = Result<(), JournalError>;
+pub(super) type Written = Result<(), JournalError>;
 
 /// What was asked for and has not been done.
 enum Pending {
@@ -25,16 +26,30 @@ enum Pending {
 
 /// A runner that lives.
 pub(super) struct Life {
-    core: Core,
+    pub(super) core: Core,
     pub(super) connector: Connector,
     pub(super) journal: Arc<LossyJournal>,
     host: Arc<Mutex<Host>>,
-    inputs: VecDeque<Input>,
+    pub(super) inputs: VecDeque<Input>,
     pending: VecDeque<Pending>,
-    sandboxes: BTreeMap<SessionId, SandboxId>,
-    calls: BTreeMap<CallId, SandboxId>,
+    pub(super) sandboxes: BTreeMap<SessionId, SandboxId>,
+    pub(super) calls: BTreeMap<CallId, SandboxId>,
+    clock: fn() -> u64,
+    /// What it does wrong.
+    pub(super) mistake: Option<Mistake>,
     /// What it has told, for whoever compares lives.
     pub(super) told: Vec<Update>,
+    /// When it has opened gates.
+    pub(super) gates: Vec<(CallId, u64)>,
+}
+
+/// What a runner finds where it begins.
+pub(super) struct Surroundings {
+    pub(super) host: Arc<Mutex<Host>>,
+    pub(super) instance: String,
+    pub(super) credentials: Credentials,
+    pub(super) clock: fn() -> u64,
+    pub(super) mistake: Option<Mistake>,
 }
 
 const RESERVE: Reserve =
@@ -44,17 +59,15 @@ const DEFAULTS: ResourceLimits =
 
 impl Life {
     pub(super) fn begin(
-        (journal, recovered): (Arc<LossyJournal>, Recovered),
-        host: Arc<Mutex<Host>>,
-        instance: String,
-        credentials: Credentials,
-        clock: fn() -> u64,
+        (journal, mut recovered): (Arc<LossyJournal>, Recovered),
+        Surroundings { host, instance, credentials, clock, mistake }: Surroundings,
     ) -> Self {
-        let wanted =
-            recovered.sessions.iter().filter_map(|session| Some(session.sandbox.as_ref()?.0.clone())).collect();
-        host.lock().unwrap().end_others(&wanted);
         let memory = Arc::new(JournalMemory::new(Arc::clone(&journal) as Arc<dyn Journal>, &recovered));
         let outputs = Arc::new(HostOutputs(Arc::clone(&host)));
+        let (memory, outputs) = match mistake {
+            Some(mistake) => mistake.of_beginning(&mut recovered, memory, outputs),
+            None => (memory as Arc<dyn Memory>, outputs as Arc<dyn OutputSource>),
+        };
         let mut life = Self {
             core: Core::new(Config::default(), Registry::new(RESERVE, DEFAULTS)),
             connector: Connector::new(outputs, memory, instance, credentials, clock),
@@ -64,35 +77,48 @@ impl Life {
             pending: VecDeque::new(),
             sandboxes: BTreeMap::new(),
             calls: BTreeMap::new(),
+            clock,
+            mistake,
             told: Vec::new(),
+            gates: Vec::new(),
         };
         life.handle(Input::Recovered(Box::new(recovered)));
         life
     }
 
-    fn host(&self) -> std::sync::MutexGuard<'_, Host> {
+    pub(super) fn host(&self) -> std::sync::MutexGuard<'_, Host> {
         self.host.lock().unwrap()
     }
 
-    fn handle(&mut self, input: Input) {
+    pub(super) fn handle(&mut self, input: Input) {
         self.inputs.push_back(input);
         while let Some(input) = self.inputs.pop_front() {
             for action in self.core.handle(input) {
-                self.execute(action);
+                match self.mistake {
+                    Some(mistake) => self.do_wrong(mistake, action),
+                    None => self.execute(action),
+                }
             }
         }
     }
 
-    fn tell(&mut self, update: Update) {
+    pub(super) fn tell(&mut self, update: Update) {
         self.told.push(update.clone());
         self.connector.tell(update);
     }
 
     /// The connector's next wish reaches the core.
     pub(super) fn work(&mut self) {
-        if let Some(item) = self.connector.work() {
-            self.handle(Input::Work(item));
-        }
+        let Some(item) = self.connector.work() else { return };
+        let epoch_of = |id: &SessionId| {
+            let mut sessions = self.core.sessions();
+            sessions.find_map(|(open, epoch, ..)| (open.session_id == *id).then_some(epoch))
+        };
+        let item = match self.mistake {
+            Some(mistake) => mistake.of_work(item, epoch_of),
+            None => item,
+        };
+        self.handle(Input::Work(item));
     }
 
     pub(super) fn pending(&self) -> usize {
@@ -150,6 +176,9 @@ impl Life {
                 self.handle(Input::Started { call_id, boottime_ns, shell_generation: 1 });
             }
             Report::Advanced(call_id, length) => {
+                if self.core.request(&call_id).is_none() {
+                    return;
+                }
                 let mut lengths = StreamLengths::default();
                 lengths.advance(Stream::Stdout, length);
                 self.tell(Update::OutputAdvanced { call_id, session_id, lengths });
@@ -168,18 +197,20 @@ impl Life {
         }
     }
 
-    fn write(&mut self, record: Record, report: impl FnOnce(Written) -> Input + 'static) {
+    pub(super) fn write(&mut self, record: Record, report: impl FnOnce(Written) -> Input + 'static) {
         let written = self.journal.append(record);
         self.pending.push_back(Pending::Write(written, Box::new(report)));
     }
 
-    fn execute(&mut self, action: Action) {
+    pub(super) fn execute(&mut self, action: Action) {
         match action {
             Action::Tell(update) => self.tell(update),
             Action::CreateSandbox(open) => self.pending.push_back(Pending::Create(open.session_id)),
             Action::AttachSandbox { session_id, sandbox_id, calls, .. } => {
                 self.pending.push_back(Pending::Attach { session_id, sandbox_id, calls });
             }
+            Action::EndUnknown { session_id: None } => self.end_others(),
+            Action::EndUnknown { session_id: Some(session_id) } => self.end_unknown(&session_id),
             Action::ReleaseSandbox { session_id } => drop(self.sandboxes.remove(&session_id)),
             // Nobody waits for these.
             Action::Note(record) => drop(self.journal.append(record)),
@@ -235,7 +266,10 @@ impl Life {
                     self.inputs.push_back(Input::PrepareFailed { call_id: call.call_id, failure });
                 }
             },
-            Action::Go { session_id, call_id } => self.send(&session_id, Request::Go(call_id)),
+            Action::Go { session_id, call_id } if self.lease_has_lapsed(&session_id) => {
+                self.inputs.push_back(Input::GateKept { call_id });
+            }
+            Action::Go { session_id, call_id } => self.go(&session_id, call_id),
             Action::Abort { session_id, call_id } => self.send(&session_id, Request::Abort(call_id)),
             Action::Cancel { session_id, call_id, mode } => self.send(&session_id, Request::Cancel(call_id, mode)),
             Action::Deadline { session_id, boottime_ns } => self.send(&session_id, Request::Deadline(boottime_ns)),
@@ -252,7 +286,33 @@ impl Life {
         }
     }
 
-    fn send(&mut self, session_id: &SessionId, request: Request) {
+    /// Opens a gate.
+    pub(super) fn go(&mut self, session_id: &SessionId, call_id: CallId) {
+        self.gates.push((call_id.clone(), (self.clock)()));
+        self.send(session_id, Request::Go(call_id));
+    }
+
+    fn lease_has_lapsed(&self, session_id: &SessionId) -> bool {
+        self.core.lease_until_ns(session_id).is_some_and(|until_ns| (self.clock)() >= until_ns)
+    }
+
+    pub(super) fn end_unknown(&mut self, session_id: &SessionId) {
+        let holds_some = |id: &SandboxId| self.host().sandboxes.get(id).is_some_and(|one| !one.unknown.is_empty());
+        if self.sandboxes.get(session_id).is_some_and(holds_some) {
+            self.send(session_id, Request::EndUnknown);
+        }
+    }
+
+    pub(super) fn end_others(&mut self) {
+        let attaching = self.pending.iter().filter_map(|pending| match pending {
+            Pending::Attach { sandbox_id, .. } => Some(sandbox_id.clone()),
+            Pending::Write(..) | Pending::Create(_) => None,
+        });
+        let wanted = attaching.chain(self.sandboxes.values().cloned()).collect();
+        self.host().end_others(&wanted);
+    }
+
+    pub(super) fn send(&mut self, session_id: &SessionId, request: Request) {
         if let Some(sandbox_id) = self.sandboxes.get(session_id) {
             self.host().send(sandbox_id, request);
         }

@@ -42,9 +42,14 @@ pub(super) enum Fault {
     TimePasses,
     SandboxDies,
     SyncFails,
+    SentAgain,
+    SetBack,
+    OlderPlacement,
 }
 
-pub(super) const FAULTS: [Fault; 12] = [
+/// In the order in which a seed draws them: those behind [`FIRST`] have their own lots, so that a world that once found a mistake
+/// stays the same.
+pub(super) const FAULTS: [Fault; 15] = [
     Fault::Cut,
     Fault::Stall,
     Fault::OneWay,
@@ -57,7 +62,13 @@ pub(super) const FAULTS: [Fault; 12] = [
     Fault::TimePasses,
     Fault::SandboxDies,
     Fault::SyncFails,
+    Fault::SentAgain,
+    Fault::SetBack,
+    Fault::OlderPlacement,
 ];
+
+/// So many of them are in every form of the worlds.
+pub(super) const FIRST: usize = 12;
 
 /// What happened in one world or in many.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

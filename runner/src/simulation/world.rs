@@ -3,11 +3,13 @@
 
 mod black_hole;
 mod faults;
+mod late_greeting;
 mod oracle;
 mod orders;
+mod set_back;
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -16,8 +18,9 @@ use proto::runner::v1 as pb;
 
 use super::credentials;
 use super::host::Host;
-use super::life::Life;
-use super::lots::{FAULTS, Fault, Random, Tally};
+use super::life::{Life, Surroundings};
+use super::lots::{FAULTS, FIRST, Fault, Random, Tally};
+use super::mistakes::Mistake;
 use super::wire::{Peer, Wire};
 use crate::connector::orchestrator::simulated::Over;
 use crate::dev::simulated::{Conversation, Store};
@@ -28,6 +31,8 @@ const SESSIONS: u64 = 3;
 const CALLS: u64 = 14;
 /// Steps after the last fault until everything must have come to its end.
 const PATIENCE: u32 = 60_000;
+/// As the orchestrator of a world gives it.
+const LEASE: Duration = Duration::from_secs(30);
 /// The last so many things that happened are told of a world that fails.
 const TOLD: usize = 80;
 
@@ -55,6 +60,8 @@ pub(super) struct World {
     sessions: Vec<String>,
     calls: Vec<(String, String)>,
     closed: Vec<String>,
+    /// Sessions that the orchestrator knows to be over.
+    over: BTreeSet<String>,
     outcomes: BTreeMap<CallId, Outcome>,
     highest_term: u64,
     tally: Tally,
@@ -64,14 +71,31 @@ pub(super) struct World {
     scripted: bool,
     /// Nothing passes on any wire.
     black_hole: bool,
+    /// An old copy of the state.
+    copy: Option<Machine>,
+    /// It is in the place of the newest one.
+    is_set_back: bool,
+    /// Until when the runner may begin something, at most.
+    lease_until_ns: u64,
+    /// Calls whose cancel was asked for, and whether it was confirmed before they began.
+    cancelled: BTreeMap<CallId, bool>,
+    /// What the runner does wrong.
+    mistake: Option<Mistake>,
 }
 
 impl World {
     pub(super) fn new(seed: u64) -> Self {
+        let mut lots = Random(!seed);
+        let later: Vec<_> = FAULTS[FIRST..].iter().copied().filter(|_| lots.one_in(2)).collect();
+        Self::of_first_form(seed).with(&later)
+    }
+
+    /// One without the faults that came later.
+    pub(super) fn of_first_form(seed: u64) -> Self {
         BOOTTIME.set(1_000_000_000);
         let mut random = Random(seed);
         // Each world has its own mix: faults hide one another.
-        let enabled = FAULTS.into_iter().filter(|_| random.one_in(2)).collect();
+        let enabled = FAULTS[..FIRST].iter().copied().filter(|_| random.one_in(2)).collect();
         Self {
             random,
             enabled,
@@ -86,6 +110,7 @@ impl World {
             sessions: Vec::new(),
             calls: Vec::new(),
             closed: Vec::new(),
+            over: BTreeSet::new(),
             outcomes: BTreeMap::new(),
             highest_term: 0,
             tally: Tally::default(),
@@ -93,7 +118,26 @@ impl World {
             quiet: false,
             scripted: false,
             black_hole: false,
+            copy: None,
+            is_set_back: false,
+            lease_until_ns: 0,
+            cancelled: BTreeMap::new(),
+            mistake: None,
         }
+    }
+
+    /// The same in which these faults happen as well.
+    pub(super) fn with(mut self, faults: &[Fault]) -> Self {
+        let missing: Vec<_> = faults.iter().filter(|fault| !self.enabled.contains(fault)).copied().collect();
+        self.enabled.extend(missing);
+        self
+    }
+
+    /// The same with a runner that makes a mistake.
+    pub(super) fn making(mut self, mistake: Mistake) -> Self {
+        self.mistake = Some(mistake);
+        self.machine.syncs_nothing = mistake == Mistake::NothingIsSynced;
+        self
     }
 
     pub(super) async fn run(mut self) -> Result<Tally, String> {
@@ -221,7 +265,7 @@ impl World {
             life.connector.hang_up();
         }
         if let Some(current) = self.current.take() {
-            let (up, down) = self.wires[current].under_way();
+            let (up, down) = if self.black_hole { (0, 0) } else { self.wires[current].under_way() };
             let (up, down) = (self.random.index(up + 1), self.random.index(down + 1));
             self.wires[current].cut(up, down);
         }
@@ -290,6 +334,9 @@ impl World {
             return Ok(());
         }
         let Some(frame) = self.wires[current].next() else { return Ok(()) };
+        if !self.wires[current].is_stale() {
+            self.lease_until_ns = oracle::lease_of(&frame).unwrap_or(self.lease_until_ns);
+        }
         let result = life.connector.receive(&frame);
         if self.wires[current].is_stale() && !matches!(result, Err(Over::Violation(_))) {
             return Err("I4: a replica of an older term was obeyed".into());

@@ -236,11 +236,12 @@ pub trait Sandboxes: Send + Sync {
     fn create(&self, request: SandboxRequest) -> BoxFuture<'static, Result<Arc<dyn Sandbox>, ToolFailure>>;
 
     /// Takes over a sandbox that an earlier runner made, with the calls that it may hold. Held calls that have not begun are
-    /// dropped there, to be handed over anew. Calls that it holds beyond the expected ones are dropped when they have not
-    /// begun, and ended otherwise. Observers may hear of their calls before this returns. On failure the sandbox is ended.
+    /// dropped there, to be handed over anew. Calls that it holds beyond the expected ones go on until
+    /// [`Sandbox::end_unknown_calls`]. Observers may hear of their calls before this returns. On failure the sandbox is one
+    /// that nobody counts on: it is ended with the others, now or when [`Sandboxes::end_unknown`] is asked for.
     ///
-    /// A held call that the sandbox says has run ends the sandbox, now or later. Its observer is told first that the outcome
-    /// is unknown: a record that was lost looks the same as a lie, so such a call must not be run again.
+    /// A held call that the sandbox says has run makes it fail, or ends the sandbox later. Its observer is told first that the
+    /// outcome is unknown: a record that was lost looks the same as a lie, so such a call must not be run again.
     fn attach(
         &self,
         sandbox_id: SandboxId,
@@ -248,8 +249,14 @@ pub trait Sandboxes: Send + Sync {
         calls: Vec<ExpectedCall>,
     ) -> BoxFuture<'static, Result<Attached, ToolFailure>>;
 
-    /// Ends a sandbox of an earlier runner without speaking to it, or leaves that to the next runner, which wants none that no
-    /// session has.
+    /// Ends the sandboxes of earlier runners that nobody here counts on, and from here on those that will not be at once. What a
+    /// journal does not know may be known to a newer one, so this waits until somebody has confirmed that this runner serves.
+    fn end_unknown(&self) -> BoxFuture<'static, ()> {
+        Box::pin(std::future::ready(()))
+    }
+
+    /// Ends a sandbox of an earlier runner without speaking to it, when unknown ones are ended, or leaves that to the next
+    /// runner, which wants none that no session has.
     fn discard(&self, sandbox_id: SandboxId) -> BoxFuture<'static, ()> {
         let _ = sandbox_id;
         Box::pin(std::future::ready(()))
@@ -281,6 +288,12 @@ pub trait Sandbox: Send + Sync {
 
     /// What protects it.
     fn receipt(&self) -> Receipt;
+
+    /// Ends the calls that it held beyond the expected ones when it was taken over: what has not begun is dropped, what runs is
+    /// killed, what is over is forgotten. Until then they go on, and none is prepared after this was asked for but behind it.
+    fn end_unknown_calls(&self) -> BoxFuture<'static, ()> {
+        Box::pin(std::future::ready(()))
+    }
 
     /// Prepares a call. When this returns `Ok` the call is prepared, and with `Gate::Held` it provably has not begun;
     /// later events go to `observer`. When it returns an error the call provably never ran.

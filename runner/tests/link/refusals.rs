@@ -83,6 +83,21 @@ async fn state_that_does_not_know_what_was_accepted_or_has_started_is_refused_wh
     }
 }
 
+/// F-66: the call has ended, and would begin a second time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn state_in_which_a_call_waits_that_has_ended_is_refused() {
+    let (world, session) = first().await;
+    session.cancel("runs", pb::CancelMode::Kill);
+    within("runs", session.outcome("runs")).await.unwrap();
+    within("next", session.bash("next", "print 5")).await.unwrap();
+
+    let options = Options { recovered: left("next", RecoveredPhase::Accepted, None), ..durable("set back") };
+    let copy = Runner::dial(world.orchestrator.address().port(), world.files.clone(), options);
+
+    refused(&copy.connector, Refusal::StateRolledBack).await;
+    assert_eq!((world.fakes.executions_of("next"), copy.fakes.executions_of("next")), (1, 0));
+}
+
 /// F-44: a copy that is as new as the original cannot be told from the next process of it. It is when the original comes back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_runners_with_one_state_are_a_conflict_and_no_call_runs_twice() {

@@ -48,8 +48,9 @@ impl Refusal {
                 "stop the runner that should not have this identity, and enrol it under a name and with a state directory of its own"
             }
             Self::StateRolledBack => {
-                "stop this runner; put the newest state directory back, or, if that is gone, remove the journal and \
-                 identity/state_id: then it begins anew, and what it held counts as lost"
+                "put the newest state directory back and restart this runner, which leaves alone what runs (stopping it ends that); \
+                 or, if that is gone, stop it and remove the journal and identity/state_id: then it begins anew, and what it held \
+                 counts as lost"
             }
             Self::VersionUnsupported => "upgrade the older of runner and orchestrator",
         }

@@ -1,8 +1,9 @@
 //! A new runner takes over the connection to process 1 of a sandbox that an earlier one made.
 //!
 //! Process 1 announces again what runs and what is over right behind its greeting, so the expected calls are in the table
-//! before anything is sent. What nobody expects is ended: nobody would read its output, and nobody acknowledge it. The
-//! stream is judged as ever; see [`super::snapshot`] for what is compared with what.
+//! before anything is sent. What nobody expects goes on until [`Control::end_strangers`]: nobody would read its output, and
+//! nobody acknowledge it, but a newer state than ours may know it. The stream is judged as ever; see [`super::snapshot`] for
+//! what is compared with what.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -93,16 +94,25 @@ impl Control {
             (Err(ControlError::Ended(end)), _) => return Err(end.into()),
             _ => return Err(control.violated(Violation::WrongAnswer { request: "snapshot" }).into()),
         };
-        control.end_strangers(std::mem::take(&mut settled.strangers)).await?;
         let known = |call_id: CallId| Some((settled.found.remove(call_id.as_str())?, call_id));
         let found = call_ids.into_iter().filter_map(known).map(|(phase, call_id)| (call_id, phase)).collect();
         Ok(Resumed { control, greeting, found, stopped })
     }
 
-    async fn end_strangers(&self, strangers: Vec<(String, Disposal)>) -> Result<(), ControlError> {
-        if !strangers.is_empty() {
-            warn!(calls = strangers.len(), "calls that nobody knows are dropped");
+    /// Ends the calls that nobody knows, once. Whoever asks meanwhile waits for it.
+    ///
+    /// # Errors
+    /// [`ControlError`], when the connection is over.
+    pub async fn end_strangers(&self) -> Result<(), ControlError> {
+        if !self.shared().state().calls.has_strangers() {
+            return Ok(());
         }
+        let _one_after_the_other = self.shared().ending_strangers.lock().await;
+        let strangers = self.shared().state().calls.dispose_of_strangers();
+        if strangers.is_empty() {
+            return Ok(());
+        }
+        warn!(calls = strangers.len(), "calls that nobody knows are dropped");
         for (call_id, disposal) in strangers {
             match disposal {
                 Disposal::Abort => match self.abort(&call_id).await {
@@ -111,11 +121,14 @@ impl Control {
                     }
                     outcome => outcome?,
                 },
-                Disposal::Kill => match self.cancel(&call_id, CancelMode::Kill).await {
-                    // It ended meanwhile, and is acknowledged already.
-                    Ok(()) | Err(ControlError::Refused { .. }) => {}
-                    Err(error) => return Err(error),
-                },
+                Disposal::Kill => {
+                    self.shared().watch_overdue(call_id.clone(), Duration::ZERO);
+                    match self.cancel(&call_id, CancelMode::Kill).await {
+                        // It ended meanwhile, and is acknowledged already.
+                        Ok(()) | Err(ControlError::Refused { .. }) => {}
+                        Err(error) => return Err(error),
+                    }
+                }
                 Disposal::Acknowledge => self.shared().discard(call_id),
             }
         }
@@ -159,9 +172,9 @@ impl Shared {
         Ok(())
     }
 
-    /// A call that nobody knows has ended. Before it is settled what there is, process 1 must not forget it.
-    pub(super) fn discard_when_settled(self: &Arc<Self>, call_id: String) {
-        if !self.state().calls.is_unsettled {
+    /// A call that nobody knows has ended. Process 1 must not forget it before it is to be ended.
+    pub(super) fn discard_if_unwanted(self: &Arc<Self>, call_id: String) {
+        if !self.state().calls.keeps_strangers {
             self.discard(call_id);
         }
     }

@@ -149,7 +149,7 @@ async fn calls_of_an_earlier_runner_are_found_and_go_on_being_heard() {
 }
 
 #[tokio::test]
-async fn calls_that_nobody_knows_are_dropped_ended_and_acknowledged() {
+async fn calls_that_nobody_knows_go_on_until_they_are_to_be_ended_and_then_are_dropped_ended_and_acknowledged() {
     let asked = Arc::new(Mutex::new(Vec::new()));
     let heard = Arc::clone(&asked);
     let calls = [("p", PREPARED), ("r", RUNNING), ("f", OVER), ("g", OVER)];
@@ -168,6 +168,13 @@ async fn calls_that_nobody_knows_are_dropped_ended_and_acknowledged() {
     let resumed = attach(socket, Vec::new()).await.expect("taken over");
 
     assert!(resumed.found.is_empty());
+    let only_looked = |body: &Ask| matches!(body, Ask::Hello(_) | Ask::Snapshot(_));
+    assert!(asked.lock().expect("not poisoned").iter().all(only_looked), "a newer state may know them");
+    assert!(resumed.control.shared().state().calls.has_strangers());
+
+    let both = tokio::join!(resumed.control.end_strangers(), resumed.control.end_strangers());
+
+    assert_eq!(both, (Ok(()), Ok(())));
     let asked = asked.lock().expect("not poisoned").clone();
     let (mut aborted, mut killed, mut acknowledged) = (Vec::new(), Vec::new(), Vec::new());
     for body in asked {
@@ -187,8 +194,12 @@ async fn calls_that_nobody_knows_are_dropped_ended_and_acknowledged() {
 #[tokio::test]
 async fn call_that_nobody_knows_and_that_does_not_end_delays_nobody_and_is_overdue() {
     let socket = holding(Vec::new(), &[("r", RUNNING)], Vec::new());
+    let resumed = attach(socket, Vec::new()).await.expect("taken over");
 
-    assert_eq!(violation(socket, Vec::new()).await, Violation::Overdue);
+    resumed.control.end_strangers().await.expect("it is ended behind our back");
+
+    let end = tokio::time::timeout(Duration::from_secs(20), resumed.control.ended()).await.expect("an end");
+    assert_eq!(end, ControlEnd::Violated(Violation::Overdue));
 }
 
 #[tokio::test]

@@ -76,6 +76,8 @@ pub(super) struct CallTable {
     pub(super) calls: HashMap<String, CallRecord>,
     /// The sandbox is being taken over, and what it holds is not settled yet.
     pub(super) is_unsettled: bool,
+    /// It was taken over, and calls that nobody knows are not to be ended yet.
+    pub(super) keeps_strangers: bool,
 }
 
 /// Why a call cannot be added.

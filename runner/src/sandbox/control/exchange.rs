@@ -43,6 +43,8 @@ pub(super) struct Shared {
     pub(super) end: watch::Sender<Option<ControlEnd>>,
     /// Wakes whoever waits for the end of calls that nobody knows.
     pub(super) stranger_gone: Notify,
+    /// Held while they are ended.
+    pub(super) ending_strangers: tokio::sync::Mutex<()>,
 }
 
 #[derive(Default)]

@@ -182,6 +182,7 @@ impl Control {
             state: Mutex::new(State { calls, ..State::default() }),
             end: watch::channel(None).0,
             stranger_gone: Notify::new(),
+            ending_strangers: tokio::sync::Mutex::default(),
         });
         let reader = tokio::spawn(reader::read_loop(Arc::clone(&shared))).abort_handle();
         let control = Self { connection: Arc::new(Connection { shared, reader }) };

@@ -87,7 +87,7 @@ impl Shared {
                     (state.calls.finished(&call_id, &end)?, state.shell_generation)
                 };
                 let Some(observer) = observer else {
-                    self.discard_when_settled(call_id);
+                    self.discard_if_unwanted(call_id);
                     return Ok(());
                 };
                 if unannounced {

@@ -40,8 +40,6 @@ pub(super) enum Disposal {
 pub(super) struct Settled {
     /// Expected and there.
     pub(super) found: HashMap<String, FoundCall>,
-    /// Not expected. The end of those that are over and not heard yet follows by itself.
-    pub(super) strangers: Vec<(String, Disposal)>,
     /// Must be over in that time, and nobody watches yet that it is.
     pub(super) open: Vec<(String, Duration)>,
 }
@@ -87,7 +85,7 @@ impl CallTable {
     /// # Errors
     /// [`AddError`].
     pub(super) fn expecting(calls: Vec<ExpectedCall>) -> Result<Self, AddError> {
-        let mut table = Self { is_unsettled: true, ..Self::default() };
+        let mut table = Self { is_unsettled: true, keeps_strangers: true, ..Self::default() };
         for call in calls {
             let (phase, recorded) = match call.gate {
                 Gate::Held => (Phase::Held, false),
@@ -128,9 +126,10 @@ impl CallTable {
             let is_stranger = record.origin == Origin::Stranger;
             let limit = match (phase, record.phase) {
                 (FoundCall::Prepared, _) | (_, Phase::Finished) => None,
-                // Its end is as good as told, or is about to be ordered.
+                // Its end is as good as told.
                 (FoundCall::Finished, _) => Some(Duration::ZERO),
-                (FoundCall::Running, _) if is_stranger => Some(Duration::ZERO),
+                // Until that is ordered.
+                (FoundCall::Running, _) if is_stranger => None,
                 // Watched since its announcement.
                 (FoundCall::Running, Phase::Started) => None,
                 (FoundCall::Running, _) => record.time_limit,
@@ -138,16 +137,27 @@ impl CallTable {
             settled.open.extend(limit.map(|limit| (call_id.clone(), limit)));
             if !is_stranger {
                 settled.found.insert(call_id, phase);
-                continue;
             }
-            let disposal = match phase {
-                FoundCall::Prepared => Some(Disposal::Abort),
-                FoundCall::Running => Some(Disposal::Kill),
-                FoundCall::Finished => (record.phase == Phase::Finished).then_some(Disposal::Acknowledge),
-            };
-            settled.strangers.extend(disposal.map(|disposal| (call_id, disposal)));
         }
         Ok(settled)
+    }
+
+    /// What ends the calls that nobody knows; from here each is forgotten with its end. Empty when that was asked before.
+    pub(super) fn dispose_of_strangers(&mut self) -> Vec<(String, Disposal)> {
+        if !std::mem::take(&mut self.keeps_strangers) {
+            return Vec::new();
+        }
+        let strangers = self.calls.iter().filter(|(_, record)| record.origin == Origin::Stranger);
+        let disposal = |(call_id, record): (&String, &CallRecord)| {
+            let disposal = match record.phase {
+                Phase::Held => Disposal::Abort,
+                // One that is over and has not said so refuses that, and says so.
+                Phase::Released | Phase::Started => Disposal::Kill,
+                Phase::Finished => Disposal::Acknowledge,
+            };
+            (call_id.clone(), disposal)
+        };
+        strangers.map(disposal).collect()
     }
 
     /// Whether there are still calls that nobody knows.
@@ -247,7 +257,7 @@ mod tests {
         assert_eq!(settled.found, wanted.map(|(call_id, phase)| (call_id.to_owned(), phase)).into());
         assert_eq!(settled.open, [("r".to_owned(), Duration::from_secs(9)), ("f".to_owned(), Duration::ZERO)]);
         assert_eq!(table.started("gone").err(), Some(Violation::UnknownCall { event: "call_started" }));
-        assert!(settled.strangers.is_empty() && !table.has_strangers());
+        assert!(table.dispose_of_strangers().is_empty() && !table.has_strangers());
     }
 
     #[test]
@@ -256,7 +266,7 @@ mod tests {
         table.started("r").expect("may be a stranger");
         table.finished("f", &ended()).expect("may be a stranger");
 
-        let settled = table
+        table
             .settle(vec![
                 seen("p", FoundCall::Prepared),
                 seen("r", FoundCall::Running),
@@ -265,9 +275,12 @@ mod tests {
             ])
             .expect("all of it can be");
 
-        let disposals: HashMap<_, _> = settled.strangers.into_iter().collect();
-        let wanted = [("p", Disposal::Abort), ("r", Disposal::Kill), ("f", Disposal::Acknowledge)];
+        assert!(table.keeps_strangers, "nobody has said that they are to be ended");
+        let disposals: HashMap<_, _> = table.dispose_of_strangers().into_iter().collect();
+        let wanted =
+            [("p", Disposal::Abort), ("r", Disposal::Kill), ("f", Disposal::Acknowledge), ("unheard", Disposal::Kill)];
         assert_eq!(disposals, wanted.map(|(call_id, disposal)| (call_id.to_owned(), disposal)).into());
+        assert!(table.dispose_of_strangers().is_empty(), "once");
         assert!(table.finished("unheard", &ended()).is_ok(), "its end is still to come");
         assert!(table.started("other").is_err(), "the usual strictness");
     }

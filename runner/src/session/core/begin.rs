@@ -10,6 +10,7 @@ use crate::work::{Gate, PreparedCall, ToolCall};
 impl Core {
     /// Prepares waiting calls of `session_id` as far as limits allow.
     pub(super) fn start_next(&mut self, session_id: &SessionId) {
+        self.confirm(session_id);
         // A broken journal takes no start, and the next runner goes on with what waits.
         if self.config.gated && self.read_only {
             return;
@@ -72,6 +73,7 @@ impl Core {
 
     /// Opens what waited behind a gate while nothing was to begin, then prepares what waits.
     pub(super) fn start_in(&mut self, session_id: &SessionId) {
+        self.confirm(session_id);
         for call_id in self.active_of(session_id) {
             self.go_if_written(&call_id);
         }

@@ -54,6 +54,8 @@ pub struct Core {
     /// How the orchestrator and the operator want it emptied.
     drain_asked: [Option<DrainMode>; 2],
     suspended: bool,
+    /// Somebody has said that this runner serves.
+    confirmed: bool,
     /// A gate was kept shut because the lease had lapsed; until it is renewed.
     lapsed: bool,
     read_only: bool,
@@ -84,6 +86,7 @@ impl Core {
             starved: VecDeque::new(),
             drain_asked: [None; 2],
             suspended: false,
+            confirmed: false,
             lapsed: false,
             read_only: false,
             lease: None,
@@ -254,6 +257,9 @@ impl Core {
             WorkItem::Suspend { session_id: None } => self.suspended = true,
             WorkItem::Resume { session_id: None } => {
                 self.suspended = false;
+                if !std::mem::replace(&mut self.confirmed, true) {
+                    self.actions.push(Action::EndUnknown { session_id: None });
+                }
                 self.start_everywhere();
             }
             WorkItem::Suspend { session_id: Some(session_id) } => self.set_suspended(&session_id, true),

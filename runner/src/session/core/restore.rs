@@ -2,7 +2,8 @@
 //!
 //! A call whose start was not written down has not begun, so it waits in its queue again. One whose start was written down
 //! belongs to its sandbox, which says what became of it, or that it never arrived; where that cannot be asked any more, the
-//! outcome is unknown and the call is never run again. Nothing is started before an orchestrator has confirmed that it may be.
+//! outcome is unknown and the call is never run again. Before an orchestrator has confirmed that this runner serves, nothing is
+//! started, and nothing is ended that the journal does not know: it may be a copy that is older than what it says.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -28,7 +29,7 @@ impl Core {
             session.forgotten = acknowledged.into_iter().collect();
             if let Some((sandbox_id, receipt)) = &sandbox {
                 (session.sandbox_id, session.receipt) = (Some(sandbox_id.clone()), receipt.clone());
-                session.recorded = true;
+                (session.recorded, session.unconfirmed) = (true, true);
             }
             let (epoch, ready) = (session.epoch, sandbox.is_some());
             self.sessions.insert(session_id.clone(), session);
@@ -259,6 +260,21 @@ impl Core {
             self.attaching -= 1;
             self.tell_when_attached();
         }
+    }
+
+    /// Whoever has placed it says that it goes on. An orchestrator looks at the greeting before it does, and refuses a runner
+    /// whose state was set back. A queue cannot see that, so of its sessions the lease is enough.
+    pub(super) fn confirm(&mut self, session_id: &SessionId) {
+        let Some(session) = self.sessions.get(session_id) else { return };
+        let goes_on = if session.own_lease { session.lease.is_some() } else { self.may_begin(session) };
+        if !session.unconfirmed || session.attaching || !goes_on {
+            return;
+        }
+        if let Some(session) = self.sessions.get_mut(session_id) {
+            session.unconfirmed = false;
+        }
+        self.actions.push(Action::EndUnknown { session_id: Some(session_id.clone()) });
+        self.arm_idle(session_id);
     }
 
     fn tell_when_attached(&mut self) {

@@ -20,6 +20,9 @@ pub(super) struct Session {
     pub(super) sandbox_id: Option<SandboxId>,
     /// The sandbox that an earlier runner made for it is being taken over.
     pub(super) attaching: bool,
+    /// An earlier runner opened it, and since then nobody has said that it goes on. The journal may be an old copy, so what its
+    /// sandbox does is nobody's to end: not what the journal does not know, and not for want of calls.
+    pub(super) unconfirmed: bool,
     /// A record of its sandbox is on disk.
     pub(super) recorded: bool,
     /// Records of its sandbox that are on their way to disk.
@@ -127,6 +130,7 @@ impl Session {
             receipt: Receipt::default(),
             sandbox_id: None,
             attaching: false,
+            unconfirmed: false,
             recorded: false,
             ready_writes: 0,
             takeovers: 0,
@@ -162,7 +166,7 @@ impl Session {
 
     /// Nothing is asked of it.
     pub(super) fn is_idle(&self) -> bool {
-        matches!(self.phase, SessionPhase::Ready) && self.open == 0 && !self.attaching
+        matches!(self.phase, SessionPhase::Ready) && self.open == 0 && !self.attaching && !self.unconfirmed
     }
 
     pub(super) fn stage(&self) -> SessionStage {

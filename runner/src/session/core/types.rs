@@ -255,6 +255,12 @@ pub enum Action {
     Tell(Update),
     /// Make a sandbox: `SandboxReady` or `SandboxFailed`.
     CreateSandbox(Box<SessionOpen>),
+    /// Whoever may say so has confirmed that this runner serves: what the sandbox of this session holds and the journal does not
+    /// know is ended, or, without a session, every sandbox that nobody counts on.
+    EndUnknown {
+        /// The session; `None` for what belongs to none.
+        session_id: Option<SessionId>,
+    },
     /// Take over the sandbox of an earlier runner: `SandboxAttached` or `SandboxLost`.
     AttachSandbox {
         /// Its session.

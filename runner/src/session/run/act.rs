@@ -44,6 +44,13 @@ impl Loop {
             Action::AttachSandbox { session_id, sandbox_id, receipt, calls } => {
                 self.attach(session_id, sandbox_id, receipt, calls);
             }
+            Action::EndUnknown { session_id: None } => {
+                self.beside(self.sandboxes.end_unknown(), |()| Done::Nothing);
+            }
+            Action::EndUnknown { session_id: Some(session_id) } => {
+                let Some(sandbox) = self.outputs.session(&session_id) else { return };
+                self.beside(sandbox.end_unknown_calls(), |()| Done::Nothing);
+            }
             Action::CloseSandbox { session_id, grace } => {
                 let Some(sandbox) = self.outputs.session(&session_id) else { return };
                 let (done, closed, sandbox_id) = (self.done.clone(), sandbox.close(grace), sandbox.sandbox_id());

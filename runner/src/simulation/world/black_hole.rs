@@ -4,11 +4,9 @@ use proto::runner::v1::outcome::Kind;
 
 use super::*;
 
-const SESSION: &str = "session-0";
-const RUNS: &str = "call-0";
-const WAITS: &str = "call-1";
-/// As the orchestrator of a world gives it.
-const LEASE: Duration = Duration::from_secs(30);
+pub(super) const SESSION: &str = "session-0";
+pub(super) const RUNS: &str = "call-0";
+pub(super) const WAITS: &str = "call-1";
 /// What a runner gives a sandbox beyond its lease when nobody says.
 const ORPHAN_TIME: Duration = Duration::from_secs(8100);
 /// Time that passes between two looks.
@@ -61,7 +59,7 @@ impl World {
         self.finish().await
     }
 
-    async fn begin_calls(&mut self, command: &str) -> Result<(), String> {
+    pub(super) async fn begin_calls(&mut self, command: &str) -> Result<(), String> {
         self.scripted = true;
         self.enabled.clear();
         self.store.open_session(SESSION);
@@ -121,13 +119,13 @@ impl World {
         self.until("both ends", |world| world.is_final(RUNS) && world.is_final(WAITS)).await
     }
 
-    async fn finish(&mut self) -> Result<(), String> {
+    pub(super) async fn finish(&mut self) -> Result<(), String> {
         (self.scripted, self.quiet) = (false, true);
         self.until("the end", Self::is_done).await?;
         self.last_look()
     }
 
-    async fn until(&mut self, what: &str, reached: impl Fn(&Self) -> bool) -> Result<(), String> {
+    pub(super) async fn until(&mut self, what: &str, reached: impl Fn(&Self) -> bool) -> Result<(), String> {
         for _ in 0..PATIENCE {
             if reached(self) {
                 return Ok(());

@@ -12,7 +12,7 @@ impl World {
             self.note("runner died while it recovered");
             return Ok(());
         };
-        if opened.1.term < self.highest_term {
+        if opened.1.term < self.highest_term && !self.is_set_back {
             return Err(format!(
                 "I4: term {} was obeyed, and the next runner knows of {}",
                 self.highest_term, opened.1.term
@@ -25,7 +25,9 @@ impl World {
             opened.1.sessions.len(),
             opened.1.calls.len()
         ));
-        self.life = Some(Life::begin(opened, Arc::clone(&self.host), instance, credentials(), boottime_ns));
+        let (host, mistake) = (Arc::clone(&self.host), self.mistake);
+        let surroundings = Surroundings { host, instance, credentials: credentials(), clock: boottime_ns, mistake };
+        self.life = Some(Life::begin(opened, surroundings));
         Ok(())
     }
 
@@ -92,6 +94,7 @@ impl World {
                 self.note("power fails");
                 let random = &mut self.random;
                 self.machine = self.machine.after_power_cut(|bound| random.index(bound));
+                self.copy = None;
                 self.host.lock().unwrap().power_cut();
                 true
             }
@@ -124,6 +127,15 @@ impl World {
                 }
                 sandbox_id.is_some()
             }
+            Fault::SentAgain => {
+                let call_id = self.calls.get(self.random.index(self.calls.len())).map(|(_, call_id)| call_id.clone());
+                call_id.is_some_and(|call_id| self.store.call_again(&call_id))
+            }
+            Fault::OlderPlacement => {
+                let session_id = self.sessions.get(self.random.index(self.sessions.len()));
+                session_id.is_some_and(|session_id| self.store.close_older_placement(session_id))
+            }
+            Fault::SetBack => self.set_back().await?,
             Fault::SyncFails => match self.life.as_ref().filter(|_| self.random.one_in(3)) {
                 Some(life) => {
                     life.journal.fail_sync();

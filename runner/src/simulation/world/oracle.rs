@@ -1,11 +1,17 @@
 //! What must hold in a world at every moment and in the end, and what it looks like when something does not.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use prost::Message;
+use proto::runner::v1 as pb;
+use proto::runner::v1::orchestrator_frame::Body;
 use proto::runner::v1::outcome::Kind;
 
+use super::super::host::Host;
 use super::super::lots::Fault;
-use super::World;
+use super::{LEASE, World, boottime_ns};
+use crate::dev::simulated::Store;
 use crate::work::{CallId, Outcome, Update};
 
 impl World {
@@ -19,11 +25,32 @@ impl World {
         // Results are told although they cannot be written down. When then their sandbox is gone as well, all that the next
         // runner knows is that it does not know.
         let in_doubt = self.tally.faults.contains_key(&Fault::SyncFails);
-        let excused = |problem: &&String| in_doubt && problem.contains("ended twice");
+        let was_set_back = self.is_set_back || self.tally.faults.contains_key(&Fault::SetBack);
+        let excused = |problem: &&String| {
+            in_doubt && problem.contains("ended twice") || was_set_back && problem.contains("this state was set back")
+        };
         if let Some(problem) = self.store.complaints().iter().find(|problem| !excused(problem)) {
             return Err(format!("I2, I3: the orchestrator complains: {problem}"));
         }
+        check_cancels(&mut self.cancelled, &self.store, &host)?;
+        // Once it is over, an orchestrator may have the runner close what that holds of it.
+        for session_id in self.sessions.iter().filter(|id| self.store.session_is(id).1) {
+            let is_new = self.over.insert(session_id.clone());
+            if is_new && self.store.was_closed(session_id) && !self.closed.contains(session_id) {
+                return Err(format!("I4: {session_id} was closed, and nobody had asked for it"));
+            }
+        }
         let Some(life) = &mut self.life else { return Ok(()) };
+        if self.is_set_back {
+            life.told.clear();
+            let Some((call_id, _)) = life.gates.first() else { return Ok(()) };
+            return Err(format!("I4: a runner whose state was set back has begun {call_id}"));
+        }
+        for (call_id, at_ns) in life.gates.drain(..) {
+            if at_ns >= self.lease_until_ns {
+                return Err(format!("I4: the gate of {call_id} was opened when the lease was over"));
+            }
+        }
         if life.connector.highest_term() < self.highest_term {
             return Err("I4: the term went back".into());
         }
@@ -115,6 +142,28 @@ impl World {
             "open calls {open:?}, open sessions {sessions:?}, runner (live, delivered, pending, waiting) {life:?}, owed {owed}"
         )
     }
+}
+
+/// Until when a frame may have renewed the lease. It counts from what the runner has sent; from the answer on is the most that
+/// it can be.
+pub(super) fn lease_of(frame: &[u8]) -> Option<u64> {
+    let body = pb::OrchestratorFrame::decode(frame).ok()?.body?;
+    let most = boottime_ns().saturating_add(u64::try_from(LEASE.as_nanos()).unwrap_or(u64::MAX));
+    matches!(body, Body::Welcome(_) | Body::HeartbeatAck(_)).then_some(most)
+}
+
+/// I4: what was cancelled before it began, and that was confirmed, does not begin.
+fn check_cancels(cancelled: &mut BTreeMap<CallId, bool>, store: &Store, host: &Host) -> Result<(), String> {
+    for (call_id, is_spared) in cancelled {
+        let begun = host.ledger.contains_key(call_id);
+        if begun && *is_spared {
+            return Err(format!("I4: {call_id} began after its cancel was confirmed"));
+        }
+        if !begun && !*is_spared && store.is_cancel_noted(call_id.as_str()) {
+            *is_spared = !host.is_about_to_begin(call_id);
+        }
+    }
+    Ok(())
 }
 
 /// I1 and I5: what a caller is told has to agree with what has happened.

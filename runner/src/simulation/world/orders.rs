@@ -34,6 +34,7 @@ impl World {
             let mode = [pb::CancelMode::Interrupt, pb::CancelMode::Terminate, pb::CancelMode::Kill];
             self.store.cancel(&session_id, &call_id, mode[self.random.index(3)]);
             self.note(format!("cancel {call_id}"));
+            self.cancelled.extend(CallId::new(&call_id).ok().map(|call_id| (call_id, false)));
         } else if draw == 19 && self.random.one_in(6) && !self.closed.contains(&session_id) {
             self.close(&session_id);
         }
