@@ -24,6 +24,7 @@ use super::sse::{Frame, Parser};
 use super::wire;
 use crate::connector::Ports;
 use crate::connector::orchestrator::Stop;
+use crate::crash_point::{self, Point};
 use crate::work::{CallId, CallResult, Content, OutputSource, Progress, Stream, ToolResult, WorkItem};
 
 /// Reports of requests that wait for the loop. When it is full, streams are not read on.
@@ -187,7 +188,13 @@ impl Loop {
         match action {
             Action::Work(item) => self.pending.push_back(item),
             Action::Poll => {
-                self.polls.spawn(async move { report(&reports, Event::Polled(api.poll().await)).await });
+                self.polls.spawn(async move {
+                    let result = api.poll().await;
+                    if let Ok(Some(delivery)) = &result {
+                        crash_point::pass(Point::Delivered, &delivery.work_id);
+                    }
+                    report(&reports, Event::Polled(result)).await;
+                });
             }
             Action::Ack(delivery) => {
                 self.items.insert(delivery.work_id.clone(), Under::new(delivery.token));
@@ -207,6 +214,7 @@ impl Loop {
                 }
                 self.request(work_id.clone(), |secret| async move {
                     let result = api.beat(&secret, &work_id, &expected, within).await;
+                    crash_point::pass(Point::Leased, &work_id);
                     Event::Beaten { work_id, sent, result }
                 });
             }
@@ -222,12 +230,16 @@ impl Loop {
                 let outputs = Arc::clone(&self.outputs);
                 self.request(work_id.clone(), |secret| async move {
                     let blocks = blocks(answer, outputs.as_ref()).await;
+                    crash_point::pass(Point::Post, &tool_use_id);
                     let result = api.answer(&secret, &session_id, &tool_use_id, blocks).await;
+                    crash_point::pass(Point::Posted, &tool_use_id);
                     Event::Posted { work_id, tool_use_id, result }
                 });
             }
             Action::Stop { work_id } => self.request(work_id.clone(), |secret| async move {
+                crash_point::pass(Point::GiveBack, &work_id);
                 let result = api.stop(&secret, &work_id).await;
+                crash_point::pass(Point::GivenBack, &work_id);
                 Event::Stopped { work_id, result }
             }),
             Action::Stream { work_id, session_id, link } => {
@@ -253,6 +265,7 @@ impl Loop {
         let api = Arc::clone(&self.api);
         self.request(work_id.clone(), |_| async move {
             let result = api.ack(&work_id).await;
+            crash_point::pass(Point::Claimed, &work_id);
             Event::Acked { work_id, result }
         });
     }
