@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::content::Blocks;
 use super::http::{Client, Failure, Pieces, Request};
 use super::secret::Secret;
-use super::wire::{self, Beat, Delivery, Page};
+use super::wire::{self, Beat, Delivery, Page, Session};
 
 /// What these endpoints are called until they are final.
 const BETA: &str = "managed-agents-2026-04-01";
@@ -119,7 +119,16 @@ impl Api {
     pub(super) async fn is_over(&self, secret: &Secret, session_id: &str) -> Result<bool, Failure> {
         let path = format!("/sessions/{session_id}");
         let body = self.client.send(self.get(secret, path, ASK_WITHIN, MOST_ANSWER_BYTES)).await?;
-        wire::is_over(&body).ok_or(Failure::Malformed)
+        let Session { is_over, skills, memory_stores } = wire::session(&body).ok_or(Failure::Malformed)?;
+        if skills + memory_stores > 0 {
+            tracing::warn!(
+                session_id,
+                skills,
+                memory_stores,
+                "a session is served without what this runner does not build"
+            );
+        }
+        Ok(is_over)
     }
 
     pub(super) async fn stream(&self, secret: &Secret, session_id: &str) -> Result<Pieces, Failure> {

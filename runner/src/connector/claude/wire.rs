@@ -103,10 +103,26 @@ pub(super) fn beat(body: &[u8]) -> Option<Beat> {
     })
 }
 
-/// Whether a session is over for good; `None` when the answer is no session.
-pub(super) fn is_over(body: &[u8]) -> Option<bool> {
+/// What counts of a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Session {
+    /// It is over for good.
+    pub(super) is_over: bool,
+    /// What it has that this runner does not put into a sandbox.
+    pub(super) skills: usize,
+    pub(super) memory_stores: usize,
+}
+
+/// Reads a session; `None` when the answer is none.
+pub(super) fn session(body: &[u8]) -> Option<Session> {
     let session: Value = serde_json::from_slice(body).ok()?;
-    session.is_object().then(|| text(&session, "status") == Some("terminated"))
+    let entries = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let is_store = |resource: &Value| text(resource, "type") == Some("memory_store");
+    session.is_object().then(|| Session {
+        is_over: text(&session, "status") == Some("terminated"),
+        skills: entries(&session["agent"]["skills"]).len(),
+        memory_stores: entries(&session["resources"]).iter().filter(|resource| is_store(resource)).count(),
+    })
 }
 
 /// One page of a session's history.
@@ -319,6 +335,20 @@ mod tests {
         assert_eq!(goes_on(with("active", json!(false))), Some(false));
         assert_eq!(goes_on(json!({"last_heartbeat": "t"})), Some(false));
         assert_eq!(goes_on(json!({"state": "active"})), None);
+    }
+
+    #[test]
+    fn session_is_over_only_when_it_says_so_and_what_it_misses_here_is_counted() {
+        let read = |value: Value| session(&serde_json::to_vec(&value).expect("JSON"));
+        let plain = Session { is_over: false, skills: 0, memory_stores: 0 };
+        for value in [json!({}), json!({"status": "idle"}), json!({"status": 3, "resources": 3, "agent": []})] {
+            assert_eq!(read(value.clone()), Some(plain), "{value}");
+        }
+        assert_eq!(read(json!({"status": "terminated"})), Some(Session { is_over: true, ..plain }));
+        let resources = json!([{"type": "memory_store"}, {"type": "novel"}, 3]);
+        let rich = json!({"status": "running", "agent": {"skills": [{}, {}]}, "resources": resources});
+        assert_eq!(read(rich), Some(Session { skills: 2, memory_stores: 1, ..plain }));
+        assert_eq!(read(json!([])), None);
     }
 
     #[test]
