@@ -7,7 +7,7 @@
 //! POINT[/ID][@COUNT]=end | panic | delay:MILLISECONDS | error
 //! ```
 //!
-//! A rule acts once, when its point is passed the COUNT-th time (1 without) for the call, session or nothing named by ID.
+//! A rule acts once, when its point is passed the COUNT-th time (1 without) for the call, session, tool use, work item or nothing named by ID.
 //! `end` is SIGKILL to ourselves, so nothing is flushed and no destructor runs; `panic` is a panic; `error` is an input/output error where one is
 //! possible. What acted is a line in the log, so that a rule that never did is noticed.
 
@@ -57,6 +57,20 @@ pub(crate) enum Point {
     Restored,
     /// A sandbox of an earlier runner is taken over.
     Attached,
+    /// A work queue has delivered an item, which is not acknowledged.
+    Delivered,
+    /// The item is acknowledged, and no heartbeat is sent.
+    Claimed,
+    /// A heartbeat of the item was answered.
+    Leased,
+    /// The answer to a tool use is about to be posted.
+    Post,
+    /// It is at the server, and nobody here has heard so.
+    Posted,
+    /// The item is about to be given back.
+    GiveBack,
+    /// It is given back, and nobody here has heard so.
+    GivenBack,
 }
 
 /// A step in the life of a call that is written down.
@@ -211,6 +225,13 @@ mod armed {
             Point::Scanned => "scanned".into(),
             Point::Restored => "restored".into(),
             Point::Attached => "attached".into(),
+            Point::Delivered => "delivered".into(),
+            Point::Claimed => "claimed".into(),
+            Point::Leased => "leased".into(),
+            Point::Post => "post".into(),
+            Point::Posted => "posted".into(),
+            Point::GiveBack => "give-back".into(),
+            Point::GivenBack => "given-back".into(),
         }
     }
 }

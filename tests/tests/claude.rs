@@ -3,18 +3,16 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::await_holding_lock, reason = "a test that needs the host alone keeps it to its end")]
 
-use std::fs::{self, Permissions};
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use sandbox_runner_tests::claude::{
     Credential, Endpoint, Environment, Fault, How, Mock, NewSession, PostedResult, Recorded, ToolUse, Verdict,
-    WorkState,
+    WorkState, ours,
 };
-use sandbox_runner_tests::daemon::{Daemon, MARKER, Options, Workspace, within};
+use sandbox_runner_tests::daemon::{Daemon, MARKER, Workspace, within};
 use sandbox_runner_tests::host;
-use sandbox_runner_tests::launcher::RUNNER_UID;
 use sandbox_runner_tests::needs_root;
 use sandbox_runner_tests::runner::scaled;
 use serde_json::{Value, json};
@@ -32,21 +30,7 @@ impl Site {
         let mock = Mock::start().await;
         mock.lock().settings.ttl_seconds = ttl_seconds;
         let environment = mock.lock().create_environment("test").expect("an environment");
-        let daemon = Daemon::install(Options::default()).await;
-        let key = daemon.config().with_file_name("claude.key");
-        fs::write(&key, format!("{}\n", environment.keys[0])).expect("the key");
-        chown(&key, Some(RUNNER_UID), Some(RUNNER_UID)).expect("chown of the key");
-        fs::set_permissions(&key, Permissions::from_mode(0o600)).expect("chmod of the key");
-        let written = fs::read_to_string(daemon.config()).expect("the configuration");
-        let rest = if beside { written.as_str() } else { &written[written.find("[runner]").expect("a section")..] };
-        let queue = format!(
-            "[[claude]]\nenvironment_id = {:?}\nkey_file = {:?}\nbase_url = {:?}\nallow_plain_http = true\n\
-             max_idle_seconds = 1\n\n",
-            environment.id,
-            key,
-            mock.base_url(),
-        );
-        fs::write(daemon.config(), format!("{queue}{rest}")).expect("the configuration");
+        let daemon = ours::install(&mock, &environment, beside).await;
         Self { daemon, mock, environment }
     }
 
@@ -206,7 +190,7 @@ async fn session_uses_all_tools_and_finds_its_workspace_in_the_next_work_item() 
 async fn call_of_a_killed_runner_runs_once_and_is_answered_by_the_next_one() {
     needs_root!();
     let _host = host::shared();
-    let mut site = Site::start(4).await;
+    let mut site = Site::start(300).await;
     let session = site.session();
     let workspace = site.workspace(&session).await;
     let running = site.use_tool(&session, ToolUse::bash("echo begun >> /workspace/count; sleep 3; echo over"));
@@ -220,7 +204,7 @@ async fn call_of_a_killed_runner_runs_once_and_is_answered_by_the_next_one() {
     assert_eq!(site.mock.result_of(&session, &waiting).await.text(), "begun\nsecond");
     assert!(workspace.lives(), "the sandbox is another one");
     let work = site.work(&session);
-    assert!(site.mock.lock().item(&work).generation > 0, "the next runner had no lease of its own");
+    assert_eq!(site.mock.lock().item(&work).generation, 0, "the next runner did not take the lease up");
     site.end();
 }
 

@@ -304,7 +304,7 @@ async fn serve_with(config: &Config, sandboxes: HostSandboxes, ephemeral: bool) 
     check_floor(config, &measured.receipt, sandboxes.host())?;
     let notifier = Notifier::new(&Environment::read(), std::process::id()).map_err(RunError::Notifier)?;
     let descriptors = all_descriptors();
-    let queues = settings::queues(config, &identity.instance_id)?;
+    let queues = settings::queues(config, &identity.instance_id, ephemeral)?;
     let link = settings::link(config, identity, measured.receipt, ephemeral)?;
     if link.is_none() && queues.is_empty() {
         warn!("neither [orchestrator] nor [[claude]] is configured, so no work will come");

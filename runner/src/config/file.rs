@@ -71,6 +71,10 @@ pub struct ClaudeSection {
     pub proxy: Option<String>,
     /// Value of the header `anthropic-version`.
     pub api_version: Option<String>,
+    /// What stands between the base URL and `/environments` or `/sessions`.
+    pub api_path: Option<String>,
+    /// Name of the header that says who asks for work.
+    pub worker_id_header: Option<String>,
     /// Work items at once.
     pub max_sessions: Option<u64>,
     /// Seconds after the end of a turn until the work item is given back; 0: never.
@@ -222,6 +226,8 @@ impl ClaudeSection {
             ca_file: section.take("ca_file", "an absolute path"),
             proxy: section.take("proxy", "a text such as \"http://proxy.example:3128\""),
             api_version: section.take("api_version", "a date such as \"2023-06-01\""),
+            api_path: section.take("api_path", "a path such as \"/v1\""),
+            worker_id_header: section.take("worker_id_header", "the name of a header"),
             max_sessions: section.take("max_sessions", NUMBER),
             max_idle_seconds: section.take("max_idle_seconds", NUMBER),
             keep_seconds: section.take("keep_seconds", NUMBER),

@@ -75,6 +75,10 @@ pub struct Claude {
     pub proxy: Option<String>,
     /// Value of the header `anthropic-version`.
     pub api_version: String,
+    /// What stands between the base URL and `/environments` or `/sessions`.
+    pub api_path: String,
+    /// Name of the header that says who asks for work.
+    pub worker_id_header: String,
     /// Work items at once.
     pub max_sessions: u64,
     /// Seconds after the end of a turn until the work item is given back; 0: never.

@@ -148,6 +148,7 @@ async fn tunnel(proxy: &Proxy, mut stream: TcpStream, target: &Target) -> Result
     let failed = |source| DialError::Connect { host: proxy.host.clone(), port: proxy.port, source };
     let refused = |answer: String| DialError::Proxy { host: proxy.host.clone(), port: proxy.port, answer };
     let Target { host, port, .. } = target;
+    let host = if host.contains(':') { format!("[{host}]") } else { host.clone() };
     let mut request = format!("CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}:{port}\r\n");
     if let Some(value) = &proxy.authorization {
         request.push_str(&format!("Proxy-Authorization: {value}\r\n"));
@@ -165,5 +166,9 @@ async fn tunnel(proxy: &Proxy, mut stream: TcpStream, target: &Target) -> Result
     let text = String::from_utf8_lossy(&answer);
     let status = text.lines().next().unwrap_or_default();
     let code = status.split_whitespace().nth(1).unwrap_or_default();
-    if code.starts_with('2') { Ok(stream) } else { Err(refused(status.chars().take(120).collect())) }
+    if code.starts_with('2') {
+        Ok(stream)
+    } else {
+        Err(refused(status.chars().filter(|c| !c.is_control()).take(120).collect()))
+    }
 }

@@ -113,7 +113,7 @@ impl Loopback<'_> {
             idle: settings::idle(&config),
             // What is shown and compared is of this moment, and nobody places work elsewhere.
             pressure: pressure::watch::Settings::default(),
-            queues: settings::queues(&config, &identity.instance_id)?,
+            queues: settings::queues(&config, &identity.instance_id, !self.durable)?,
             link: settings::link(&config, identity, self.receipt, !self.durable)?,
             admin: None,
             drain_time: Duration::from_secs(5),

@@ -159,15 +159,21 @@ pub fn link(
     }))
 }
 
-/// The configured work queues. `instance_id` tells this process from every other one.
+/// The configured work queues. `instance_id` tells this process from every other one; one that is `ephemeral` leaves nothing to
+/// the next.
 ///
 /// # Errors
 /// `SettingsError` names the field or the file.
-pub fn queues(config: &Config, instance_id: &str) -> Result<Vec<claude::Settings>, SettingsError> {
-    config.claude.iter().map(|claude| queue(config, claude, instance_id)).collect()
+pub fn queues(config: &Config, instance_id: &str, ephemeral: bool) -> Result<Vec<claude::Settings>, SettingsError> {
+    config.claude.iter().map(|claude| queue(config, claude, instance_id, ephemeral)).collect()
 }
 
-fn queue(config: &Config, claude: &Claude, instance_id: &str) -> Result<claude::Settings, SettingsError> {
+fn queue(
+    config: &Config,
+    claude: &Claude,
+    instance_id: &str,
+    ephemeral: bool,
+) -> Result<claude::Settings, SettingsError> {
     let (is_plain, rest) = match claude.base_url.strip_prefix("http://") {
         Some(rest) => (true, rest),
         None => (false, claude.base_url.strip_prefix("https://").unwrap_or_default()),
@@ -182,11 +188,14 @@ fn queue(config: &Config, claude: &Claude, instance_id: &str) -> Result<claude::
     let proxy = checked_proxy("claude.proxy", claude.proxy.as_deref())?;
     let tls = if is_plain { None } else { Some(tls::public_client(claude.ca_file.as_deref())?) };
     let count = |number| usize::try_from(number).unwrap_or(usize::MAX);
+    let prefix = format!("{prefix}{}", claude.api_path);
     Ok(claude::Settings {
-        base: claude::Base { target: Target { host, port, server_name: None, proxy }, tls, prefix: prefix.to_owned() },
+        base: claude::Base { target: Target { host, port, server_name: None, proxy }, tls, prefix },
         environment_id: claude.environment_id.clone(),
         key_file: claude.key_file.clone(),
+        handover: (!ephemeral).then(|| leases_file(&config.state_directory, &claude.environment_id)),
         api_version: claude.api_version.clone(),
+        worker_id_header: claude.worker_id_header.clone(),
         worker_id: format!("{}-{instance_id}", config.runner_id),
         max_items: count(claude.max_sessions),
         max_sessions: count(config.capacity.max_sessions),
@@ -195,6 +204,12 @@ fn queue(config: &Config, claude: &Claude, instance_id: &str) -> Result<claude::
         longest_command: Duration::from_secs(claude.max_command_seconds),
         clock: boottime_ns,
     })
+}
+
+/// Where the leases of an environment's work items are: in a directory of the runner's own, which that of the whole state may
+/// not be.
+fn leases_file(state_directory: &Path, environment_id: &str) -> PathBuf {
+    identity_directory(state_directory).join(format!("work-queue-{environment_id}.json"))
 }
 
 /// Where the identity of a runner is.

@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use super::core::{Action, Config, Core, Input};
-use super::core_tests::{call, cid, close, core, open, prepared, ready, refusal, sandbox_id, sid};
+use super::core_tests::{call, cid, close, core, finish, open, prepared, ready, refusal, run, sandbox_id, sid};
 use crate::journal::{Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
-use crate::work::{Code, FoundCall, Receipt, SessionOpen, ToolCall, Update, WorkItem};
+use crate::work::{Code, FoundCall, ReadInput, Receipt, SessionOpen, ToolCall, ToolInput, Update, WorkItem};
 
 const QUEUED: &str = "claude:env_1:s";
 const CALL: &str = "claude:env_1:c";
@@ -126,4 +126,24 @@ fn drain_is_of_the_whole_runner() {
     let actions = core.handle(Input::Work(WorkItem::Drain { mode, by: crate::work::DrainedBy::Operator }));
     assert!(actions.iter().any(|action| matches!(action, Action::CloseSandbox { .. })), "{actions:?}");
     assert!(actions.iter().any(|action| matches!(action, Action::Tell(Update::Drained { draining: true, .. }))));
+}
+
+#[test]
+fn commands_run_one_at_a_time_whatever_else_may_run_beside_them() {
+    let mut core = core(Config::default());
+    let Input::Work(WorkItem::Open(open)) = open(QUEUED, 1) else { panic!("an opening") };
+    core.handle(Input::Work(WorkItem::Open(SessionOpen { max_concurrent_calls: 4, ..open })));
+    let (session_id, sandbox_id) = (sid(QUEUED), sandbox_id());
+    core.handle(Input::SandboxReady { session_id, sandbox_id, receipt: Receipt::default() });
+    core.handle(Input::ReadyWritten { session_id: sid(QUEUED), durable: true });
+    core.handle(lease(Some(QUEUED), 10));
+    let Input::Work(WorkItem::Call(read)) = call(QUEUED, 1, "claude:env_1:read", 0) else { panic!("a call") };
+    let input = ToolInput::Read(ReadInput { file_path: "f".into(), view_range: None });
+
+    assert_eq!(prepared(&core.handle(call(QUEUED, 1, CALL, 0))), [CALL]);
+    run(&mut core, CALL);
+    let beside = core.handle(Input::Work(WorkItem::Call(ToolCall { input, ..read })));
+    assert_eq!(prepared(&beside), ["claude:env_1:read"]);
+    assert_eq!(prepared(&core.handle(call(QUEUED, 1, "claude:env_1:next", 0))), Vec::<String>::new());
+    assert_eq!(prepared(&finish(&mut core, CALL)), ["claude:env_1:next"]);
 }

@@ -301,7 +301,10 @@ fn call_whose_id_its_sandbox_remembers_has_begun_there_and_its_outcome_is_unknow
 
 #[test]
 fn calls_that_never_arrived_wait_again_in_the_order_in_which_they_were_accepted() {
-    let calls = ["c", "a", "b"].map(|id| held(id, None, RecoveredPhase::Started));
+    let mut calls = ["c", "a", "b"].map(|id| held(id, None, RecoveredPhase::Started));
+    for held in &mut calls {
+        held.call.input = ToolInput::Read(ReadInput { file_path: "f".into(), view_range: None });
+    }
     let mut recovered = left(calls.to_vec());
     recovered.sessions[0].open.max_concurrent_calls = 3;
 

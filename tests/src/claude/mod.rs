@@ -46,6 +46,7 @@ mod fault;
 mod history;
 mod memory;
 pub mod official;
+pub mod ours;
 mod plane;
 mod queue;
 mod request;

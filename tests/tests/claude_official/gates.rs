@@ -6,27 +6,29 @@ use sandbox_runner_tests::claude::{CallState, Endpoint, Fate, ToolUse, Verdict};
 use sandbox_runner_tests::needs_official_sdk;
 use serde_json::json;
 
-use crate::{MAX_IDLE, World};
+use crate::world::{MAX_IDLE, Served, Whose, World};
+
+pub(crate) async fn interrupt(world: &World<'_>) -> Served {
+    let (session, ids) = world.calls(vec![ToolUse::bash("echo 1 > begun; sleep 2; echo done")]);
+    world.file("begun").await;
+    world.mock.interrupt(&session, None);
+    world.mock.turn_over(&session).await;
+    world.mock.stopped(&session).await;
+    world.assert_no_breach();
+    let idle = world.mock.lock().session(&session).events("session.status_idle").last().copied().cloned().unwrap();
+    assert_eq!(idle["stop_reason"]["type"], "end_turn");
+    Served { session, ids, ..Served::default() }
+}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn interrupt_is_not_looked_at_and_the_turn_ends_with_the_call() {
     let python = needs_official_sdk!();
-    let world = World::new(&python).await;
-    let (session, ids) = world.calls(vec![ToolUse::bash("touch begun; sleep 2; echo done")]);
-    world.file("begun").await;
-    world.mock.interrupt(&session, None);
-    assert_eq!(world.text(&session, &ids[0]).await, "done");
-    world.mock.turn_over(&session).await;
-    world.mock.stopped(&session).await;
-    let idle = world.mock.lock().session(&session).events("session.status_idle").last().copied().cloned().unwrap();
-    assert_eq!(idle["stop_reason"]["type"], "end_turn");
-    world.assert_no_breach();
+    let world = World::new(Whose::Official(&python)).await;
+    let served = interrupt(&world).await;
+    assert_eq!(world.text(&served.session, &served.ids[0]).await, "done");
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn gated_call_waits_for_its_verdict_and_a_denied_one_never_runs() {
-    let python = needs_official_sdk!();
-    let world = World::new(&python).await;
+pub(crate) async fn verdicts(world: &World<'_>) -> Served {
     let mark = |name: &str, permission| ToolUse::bash(&format!("echo {name} >> log")).permission(Some(permission));
     let uses = vec![
         mark("allowed", "ask"),
@@ -45,33 +47,48 @@ async fn gated_call_waits_for_its_verdict_and_a_denied_one_never_runs() {
     world.mock.result_of(&session, &ids[0]).await;
     world.mock.confirm(&session, &ids[2], Verdict::Allow);
     world.mock.result_of(&session, &ids[2]).await;
-    let log = std::fs::read_to_string(world.worker.workdir().join("log")).unwrap();
-    assert_eq!(log, "free\nallowed\nnovel\n");
+    let effects = world.read("log");
+    assert_eq!(effects, "free\nallowed\nnovel\n");
     assert_eq!(world.mock.lock().session(&session).waiting(), [ids[5].clone()], "the custom tool is another client's");
     world.assert_no_breach();
+    Served { session, ids, effects, ..Served::default() }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn gated_call_waits_for_its_verdict_and_a_denied_one_never_runs() {
+    let python = needs_official_sdk!();
+    verdicts(&World::new(Whose::Official(&python)).await).await;
+}
+
+pub(crate) async fn thread(world: &World<'_>) -> Served {
+    let (session, ids) = world.calls(vec![ToolUse::bash("echo primary")]);
+    world.mock.result_of(&session, &ids[0]).await;
+    let thread = world.mock.lock().spawn_thread(&session, "reviewer");
+    let uses = vec![
+        ToolUse::bash("echo 1 > begun; sleep 2; echo late >> log").in_thread(&thread),
+        ToolUse::bash("echo never >> log").in_thread(&thread),
+    ];
+    let of_thread = world.mock.lock().call_tools(&session, uses);
+    world.file("begun").await;
+    world.mock.lock().terminate_thread(&session, &thread);
+    let next = world.call(&session, ToolUse::bash("[ -e begun ] && echo next"));
+    assert_eq!(world.text(&session, &next).await, "next");
+    for id in &of_thread {
+        assert_eq!(world.mock.lock().session(&session).call(id).state, CallState::Closed);
+    }
+    let posts = world.mock.requests(Endpoint::SendEvents);
+    assert!(posts.iter().all(|post| post.fate == Fate::Answered(200)) && posts.len() == 2);
+    let effects = world.read("log");
+    assert!(!effects.contains("never"));
+    world.end(&session).await;
+    world.assert_no_breach();
+    Served { session, ids: of_thread, effects, ..Served::default() }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn thread_that_ends_takes_its_calls_with_it() {
     let python = needs_official_sdk!();
-    let world = World::new(&python).await;
-    let (session, ids) = world.calls(vec![ToolUse::bash("echo primary")]);
-    world.mock.result_of(&session, &ids[0]).await;
-    let thread = world.mock.lock().spawn_thread(&session, "reviewer");
-    let uses = vec![
-        ToolUse::bash("touch begun; sleep 2; echo late").in_thread(&thread),
-        ToolUse::bash("touch never").in_thread(&thread),
-    ];
-    let of_thread = world.mock.lock().call_tools(&session, uses);
-    world.file("begun").await;
-    world.mock.lock().terminate_thread(&session, &thread);
-    let next = world.mock.lock().call_tools(&session, vec![ToolUse::bash("ls never 2>&1 || true")]).remove(0);
-    assert!(world.text(&session, &next).await.contains("No such file"));
-    for id in of_thread {
-        assert_eq!(world.mock.lock().session(&session).call(&id).state, CallState::Closed);
-    }
-    let posts = world.mock.requests(Endpoint::SendEvents);
-    assert!(posts.iter().all(|post| post.fate == Fate::Answered(200)) && posts.len() == 2);
-    world.end(&session).await;
-    world.assert_no_breach();
+    let world = World::new(Whose::Official(&python)).await;
+    // What runs goes on to its end, though nobody hears of it.
+    assert_eq!(thread(&world).await.effects, "late\n");
 }

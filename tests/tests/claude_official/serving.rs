@@ -1,19 +1,21 @@
 //! What a worker does with a work item from its delivery to its stop.
 
+use std::path::Path;
+
 use sandbox_runner_tests::claude::{
     Credential, Endpoint, Expect, Fate, NewSession, Secret, Skill, Step, ToolUse, WorkState,
 };
 use sandbox_runner_tests::needs_official_sdk;
 use serde_json::{Value, json};
 
-use crate::{World, plain};
+use crate::world::{Served, Whose, World};
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_tool_is_run_and_answered_and_the_item_is_stopped_after_the_idle_time() {
-    let python = needs_official_sdk!();
-    let world = World::new(&python).await;
-    let workdir = world.worker.workdir();
-    let file = format!("{}/a/b.txt", workdir.display());
+fn plain(text: &str) -> Expect {
+    Expect::Text(text.to_owned())
+}
+
+pub(crate) async fn every_tool(world: &World<'_>) -> Served {
+    let file = format!("{}/a/b.txt", world.root().display());
     let tool = |name: &str, input: Value, expect: Expect| ToolUse::new(name, input).expecting(expect);
     let script = vec![
         Step::Say("I begin.".to_owned()),
@@ -37,7 +39,7 @@ async fn every_tool_is_run_and_answered_and_the_item_is_stopped_after_the_idle_t
         Step::Call(vec![
             ToolUse::bash("cd /tmp && export A=5"),
             ToolUse::bash("pwd; echo $A").expecting(plain("/tmp\n5")),
-            ToolUse::bash("echo out; false").expecting(Expect::Error("out".to_owned())),
+            ToolUse::bash("echo out; false").expecting(Expect::ErrorHas("out".to_owned())),
             tool(
                 "read",
                 json!({"file_path": "/etc/passwd"}),
@@ -48,7 +50,7 @@ async fn every_tool_is_run_and_answered_and_the_item_is_stopped_after_the_idle_t
                 json!({"file_path": "a/b.txt", "old_string": "l", "new_string": "x"}),
                 Expect::Error("edit: old_string appears 2 times in a/b.txt (must be unique)".to_owned()),
             ),
-            ToolUse::bash("echo $ANTHROPIC_API_KEY$MOCK_MAX_IDLE").expecting(plain("1")),
+            ToolUse::bash("echo $ANTHROPIC_API_KEY$MOCK_MAX_IDLE"),
         ]),
         Step::EndTurn("end_turn".to_owned()),
     ];
@@ -57,7 +59,17 @@ async fn every_tool_is_run_and_answered_and_the_item_is_stopped_after_the_idle_t
     world.mock.turn_over(&session).await;
     world.mock.stopped(&session).await;
     world.assert_no_breach();
+    let ids = world.mock.lock().session(&session).calls.iter().map(|call| call.id.clone()).collect();
+    Served { session, ids, ..Served::default() }
+}
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_tool_is_run_and_answered_and_the_item_is_stopped_after_the_idle_time() {
+    let python = needs_official_sdk!();
+    let world = World::new(Whose::Official(&python)).await;
+    let Served { session, ids, .. } = every_tool(&world).await;
+    assert_eq!(world.text(&session, &ids[9]).await, "out", "the exit code is not shown");
+    assert_eq!(world.text(&session, &ids[12]).await, "1", "its own environment is");
     let plane = world.mock.lock();
     assert_eq!(plane.session(&session).events("user.tool_result").len(), 13);
     let item = plane.work[0].clone();
@@ -87,10 +99,7 @@ async fn every_tool_is_run_and_answered_and_the_item_is_stopped_after_the_idle_t
     assert_eq!(*endpoints.last().unwrap(), Endpoint::Stop);
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn secret_without_a_token_makes_the_environment_key_serve() {
-    let python = needs_official_sdk!();
-    let world = World::new(&python).await;
+pub(crate) async fn secrets(world: &World<'_>) -> Served {
     for secret in [Secret::Missing, Secret::NotBase64, Secret::NotJson, Secret::NoToken, Secret::Unpadded] {
         let session = world.session(NewSession { secret, ..NewSession::default() });
         let id = world.mock.lock().call_tools(&session, vec![ToolUse::bash("echo hi")]).remove(0);
@@ -101,12 +110,16 @@ async fn secret_without_a_token_makes_the_environment_key_serve() {
         world.end(&session).await;
     }
     world.assert_no_breach();
+    Served::default()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn item_of_another_kind_and_of_an_ended_session_is_stopped_without_a_call() {
+async fn secret_without_a_token_makes_the_environment_key_serve() {
     let python = needs_official_sdk!();
-    let world = World::new(&python).await;
+    secrets(&World::new(Whose::Official(&python)).await).await;
+}
+
+pub(crate) async fn nothing_to_do(world: &World<'_>) -> Served {
     let check = world.mock.lock().enqueue(&world.environment.id, "healthcheck", "check_1", Secret::Token);
     let (session, ids) = world.calls(vec![ToolUse::bash("echo never")]);
     world.mock.lock().terminate_session(&session);
@@ -115,16 +128,20 @@ async fn item_of_another_kind_and_of_an_ended_session_is_stopped_without_a_call(
     assert_eq!(plane.item(&check).state, WorkState::Stopped);
     assert_eq!(plane.session(&session).call(&ids[0]).result, None);
     assert!(!plane.record.iter().any(|request| request.endpoint == Some(Endpoint::StreamEvents)));
+    Served { session, ids, ..Served::default() }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn next_message_is_another_item_and_the_files_are_still_there() {
+async fn item_of_another_kind_and_of_an_ended_session_is_stopped_without_a_call() {
     let python = needs_official_sdk!();
-    let world = World::new(&python).await;
+    nothing_to_do(&World::new(Whose::Official(&python)).await).await;
+}
+
+pub(crate) async fn next_message(world: &World<'_>) -> Served {
     let script = vec![
         Step::Call(vec![ToolUse::bash("X=1; echo kept > file")]),
         Step::EndTurn("end_turn".to_owned()),
-        Step::Call(vec![ToolUse::bash("cat file; echo ${X-no variable}").expecting(plain("kept\nno variable"))]),
+        Step::Call(vec![ToolUse::bash("cat file; echo ${X-no variable}").expecting(Expect::Has("kept\n".to_owned()))]),
         Step::Terminate,
     ];
     let session = world.session(NewSession { script: Some(script), ..NewSession::default() });
@@ -136,18 +153,24 @@ async fn next_message_is_another_item_and_the_files_are_still_there() {
     world.mock.stopped(&session).await;
     assert_eq!(world.mock.lock().work.len(), 2);
     world.assert_no_breach();
+    let ids = world.mock.lock().session(&session).calls.iter().map(|call| call.id.clone()).collect();
+    Served { session, ids, ..Served::default() }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn skills_and_memories_are_there_before_the_first_call_and_changes_come_back() {
+async fn next_message_is_another_item_and_the_files_are_still_there() {
     let python = needs_official_sdk!();
-    let world = World::new(&python).await;
-    let home = tempfile::tempdir().unwrap();
-    std::fs::create_dir(home.path().join("pdf")).unwrap();
-    std::fs::write(home.path().join("pdf/SKILL.md"), "how to").unwrap();
-    let tar =
-        std::process::Command::new("tar").args(["-C", home.path().to_str().unwrap(), "-c", "pdf"]).output().unwrap();
-    let mount = home.path().join("notes");
+    let world = World::new(Whose::Official(&python)).await;
+    let served = next_message(&world).await;
+    assert_eq!(world.text(&served.session, &served.ids[1]).await, "kept\nno variable");
+}
+
+/// A session whose agent has a skill, and that has a store of memories below `home`; its only call uses both. Returns the store.
+pub(crate) async fn skills_and_memories(world: &World<'_>, home: &Path) -> (Served, String) {
+    std::fs::create_dir(home.join("pdf")).unwrap();
+    std::fs::write(home.join("pdf/SKILL.md"), "how to").unwrap();
+    let tar = std::process::Command::new("tar").args(["-C", home.to_str().unwrap(), "-c", "pdf"]).output().unwrap();
+    let mount = home.join("notes");
     let (store, session) = {
         let mut plane = world.mock.lock();
         let skill =
@@ -170,27 +193,40 @@ async fn skills_and_memories_are_there_before_the_first_call_and_changes_come_ba
     let command = format!(
         "cat skills/pdf/SKILL.md; ls {mount}/notes | wc -l; echo changed > {mount}/notes/03.md; echo new > {mount}/new.md; rm {mount}/notes/04.md"
     );
-    let id = world.mock.lock().call_tools(&session, vec![ToolUse::bash(&command)]).remove(0);
-    assert_eq!(world.text(&session, &id).await, "how to25");
+    let ids = vec![world.call(&session, ToolUse::bash(&command))];
+    world.mock.result_of(&session, &ids[0]).await;
     world.end(&session).await;
-    let mut plane = world.mock.lock();
-    let memories = plane.store(&store).unwrap().memories.clone();
+    (Served { session, ids, home: Some(home.to_owned()), ..Served::default() }, store)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn skills_and_memories_are_there_before_the_first_call_and_changes_come_back() {
+    let python = needs_official_sdk!();
+    let world = World::new(Whose::Official(&python)).await;
+    let home = tempfile::tempdir().unwrap();
+    let (served, store) = skills_and_memories(&world, home.path()).await;
+    assert_eq!(world.text(&served.session, &served.ids[0]).await, "how to25");
+    let memories = world.mock.lock().store(&store).unwrap().memories.clone();
     let content = |path: &str| memories.iter().find(|memory| memory.path == path).map(|memory| memory.content.clone());
     assert_eq!(content("/notes/03.md").as_deref(), Some("changed\n"));
     assert_eq!(content("/new.md").as_deref(), Some("new\n"));
     assert_eq!(content("/notes/04.md"), None);
     assert_eq!(content("/notes/05.md").as_deref(), Some("note 5"));
     // Both are gone with the session.
-    assert!(!world.worker.workdir().join("skills/pdf").exists() && !home.path().join("notes").exists());
+    assert!(!world.root().join("skills/pdf").exists() && !home.path().join("notes").exists());
+}
+
+pub(crate) async fn ended_worker(world: &World<'_>) -> Served {
+    let (session, ids) = world.calls(vec![ToolUse::bash("echo hi")]);
+    world.mock.result_of(&session, &ids[0]).await;
+    world.terminate();
+    world.mock.stopped(&session).await;
+    world.assert_no_breach();
+    Served { session, ids, ..Served::default() }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn worker_that_is_ended_stops_its_item() {
     let python = needs_official_sdk!();
-    let world = World::new(&python).await;
-    let (session, ids) = world.calls(vec![ToolUse::bash("echo hi")]);
-    world.mock.result_of(&session, &ids[0]).await;
-    world.worker.terminate();
-    world.mock.stopped(&session).await;
-    world.assert_no_breach();
+    ended_worker(&World::new(Whose::Official(&python)).await).await;
 }

@@ -5,12 +5,9 @@ use std::time::Duration;
 use sandbox_runner_tests::claude::{Breach, Endpoint, Fault, Frame, How, ToolUse, Wire};
 use sandbox_runner_tests::needs_official_sdk;
 
-use crate::World;
+use crate::world::{Served, Whose, World};
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn lost_answers_repeat_no_command_and_lose_no_result() {
-    let python = needs_official_sdk!();
-    let world = World::new(&python).await;
+pub(crate) async fn lost_answers(world: &World<'_>) -> Served {
     {
         let mut plane = world.mock.lock();
         plane.settings.ttl_seconds = 4;
@@ -29,17 +26,22 @@ async fn lost_answers_repeat_no_command_and_lose_no_result() {
     assert_eq!(world.text(&session, &ids[0]).await, "one");
     assert_eq!(world.text(&session, &ids[1]).await, "one\ntwo");
     world.end(&session).await;
-    let mut plane = world.mock.lock();
+    let plane = world.mock.lock();
     assert!(plane.faults.is_empty(), "{:?}", plane.faults);
-    // The one whose answer was lost is sent again, refused as a second one, and nothing comes of it.
-    assert_eq!(std::mem::take(&mut plane.breaches), [Breach::SecondResult { tool_use_id: ids[0].clone() }]);
     assert_eq!(plane.work.len(), 1);
+    Served { session, ids, ..Served::default() }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn call_is_run_once_however_its_event_comes() {
+async fn lost_answers_repeat_no_command_and_lose_no_result() {
     let python = needs_official_sdk!();
-    let world = World::new(&python).await;
+    let world = World::new(Whose::Official(&python)).await;
+    let served = lost_answers(&world).await;
+    // The one whose answer was lost is sent again, refused as a second one, and nothing comes of it.
+    assert_eq!(world.mock.lock().breaches, [Breach::SecondResult { tool_use_id: served.ids[0].clone() }]);
+}
+
+pub(crate) async fn however_events_come(world: &World<'_>) -> Served {
     world.mock.lock().settings.ping_every = Duration::from_millis(100);
     let mark = |name: &str| ToolUse::bash(&format!("echo {name} >> log; tail -n 1 log"));
     // Before the stream is open: from the history. Everything after it: from the stream.
@@ -75,24 +77,29 @@ async fn call_is_run_once_however_its_event_comes() {
     world.mock.lock().frame(&session, Frame::Raw(error.to_vec()));
     world.mock.lock().frame(&session, Frame::Break);
     world.mock.result_of(&session, &id).await;
+    let effects = world.read("log");
     world.end(&session).await;
-    let log = std::fs::read_to_string(world.worker.workdir().join("log")).unwrap();
     assert_eq!(
-        log.lines().collect::<Vec<_>>(),
+        effects.lines().collect::<Vec<_>>(),
         ["history", "whole", "pieces", "lines", "named", "twice", "cut", "absent", "error"]
     );
     world.assert_no_breach();
+    let ids = world.mock.lock().session(&session).calls.iter().map(|call| call.id.clone()).collect();
+    Served { session, ids, effects, ..Served::default() }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn call_is_run_once_however_its_event_comes() {
+    let python = needs_official_sdk!();
+    however_events_come(&World::new(Whose::Official(&python)).await).await;
 }
 
 /// Between a call and its result there is a page boundary, and a restart of the server besides.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn restart_of_the_server_repeats_nothing_that_was_answered() {
-    let python = needs_official_sdk!();
-    let mut world = World::new(&python).await;
+pub(crate) async fn restart_of_the_server(world: &mut World<'_>) -> Served {
     world.mock.lock().settings.page_limit = 3;
     let (session, ids) = world.calls(vec![
         ToolUse::bash("echo one >> log; cat log"),
-        ToolUse::bash("touch begun; sleep 2; echo two >> log; cat log"),
+        ToolUse::bash("echo 1 > begun; sleep 2; echo two >> log; cat log"),
     ]);
     assert_eq!(world.text(&session, &ids[0]).await, "one");
     world.file("begun").await;
@@ -105,4 +112,11 @@ async fn restart_of_the_server_repeats_nothing_that_was_answered() {
     world.end(&session).await;
     world.assert_no_breach();
     assert!(world.mock.requests(Endpoint::ListEvents).iter().any(|list| list.incoming.parameter("page").is_some()));
+    Served { session, ids, ..Served::default() }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn restart_of_the_server_repeats_nothing_that_was_answered() {
+    let python = needs_official_sdk!();
+    restart_of_the_server(&mut World::new(Whose::Official(&python)).await).await;
 }

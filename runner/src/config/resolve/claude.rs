@@ -10,6 +10,22 @@ use crate::config::resolved::{Claude, Host};
 const PUBLIC_API: &str = "https://api.anthropic.com";
 /// The version that all public examples send.
 const API_VERSION: &str = "2023-06-01";
+/// Where the endpoints are below the base URL.
+const API_PATH: &str = "/v1";
+/// The header that says who asks for work.
+const WORKER_ID_HEADER: &str = "anthropic-worker-id";
+/// Headers that say something else.
+const TAKEN_HEADERS: [&str; 9] = [
+    "accept",
+    "anthropic-beta",
+    "anthropic-version",
+    "authorization",
+    "connection",
+    "content-length",
+    "content-type",
+    "host",
+    "transfer-encoding",
+];
 /// Longest id of an environment: with a session's behind it, it is still an id.
 const LONGEST_ENVIRONMENT_ID: usize = 64;
 /// Times that the operator may choose; a month is as long as a session may be idle elsewhere.
@@ -52,6 +68,19 @@ fn one(
     if api_version.is_empty() || !api_version.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-') {
         check.report(&key("api_version"), format!("{api_version:?} is no version"), "write for example \"2023-06-01\"");
     }
+    let api_path = section.api_path.as_deref().unwrap_or(API_PATH).trim_end_matches('/').to_owned();
+    if !(api_path.is_empty() || api_path.starts_with('/')) || !is_path(&api_path) {
+        check.report(&key("api_path"), format!("{api_path:?} is not a path"), "write for example \"/v1\"");
+    }
+    let worker_id_header = section.worker_id_header.as_deref().unwrap_or(WORKER_ID_HEADER).to_ascii_lowercase();
+    let is_token = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+    if worker_id_header.is_empty()
+        || !worker_id_header.bytes().all(is_token)
+        || TAKEN_HEADERS.contains(&worker_id_header.as_str())
+    {
+        let what = format!("{worker_id_header:?} cannot name the worker");
+        check.report(&key("worker_id_header"), what, "write for example \"worker-id\"");
+    }
     let mut number = |name: &str, given: Option<u64>, default: u64, least: u64, most: u64| {
         let value = given.unwrap_or(default);
         if !(least..=most).contains(&value) {
@@ -70,6 +99,8 @@ fn one(
         ca_file,
         proxy,
         api_version,
+        api_path,
+        worker_id_header,
         max_sessions,
         max_idle_seconds,
         keep_seconds,
@@ -132,17 +163,18 @@ fn base_url(check: &mut Check<'_>, key: &dyn Fn(&str) -> String, section: &Claud
     let scheme = if is_plain { "http://" } else { "https://" };
     let rest = url.strip_prefix(scheme).unwrap_or_default();
     let (authority, prefix) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/_.-~".contains(&byte);
-    let is_good = url_host(&format!("{scheme}{authority}"), scheme).is_some()
-        && prefix.bytes().all(plain)
-        && !prefix.contains("//")
-        && !prefix.split('/').any(|part| part == "." || part == "..");
-    if !is_good {
+    if url_host(&format!("{scheme}{authority}"), scheme).is_none() || !is_path(prefix) {
         let fix = "write for example \"https://api.anthropic.com\" or \"https://host:8443/prefix\"";
         check.report(&key("base_url"), format!("{url:?} is not https://HOST:PORT/PREFIX"), fix);
         return None;
     }
     Some(url)
+}
+
+/// Whether requests can have it before their own path.
+fn is_path(text: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/_.-~".contains(&byte);
+    text.bytes().all(plain) && !text.contains("//") && !text.split('/').any(|part| part == "." || part == "..")
 }
 
 fn is_proxy(text: &str) -> bool {
@@ -216,6 +248,21 @@ mod tests {
         assert_eq!(with("base_url = \"https://h:1/api/v1/cloud/\"\n").expect("good"), "https://h:1/api/v1/cloud");
         assert!(with("base_url = \"http://h\"\n").is_err());
         assert_eq!(with("base_url = \"http://h\"\nallow_plain_http = true\n").expect("good"), "http://h");
+    }
+
+    #[test]
+    fn servers_with_other_paths_and_another_name_for_the_worker_can_be_named() {
+        let text = format!("{GOOD}api_path = \"/api/v1/cloud/\"\nworker_id_header = \"Worker-ID\"\n");
+        let claude = resolved(&text).expect("good").claude.remove(0);
+        assert_eq!((claude.api_path.as_str(), claude.worker_id_header.as_str()), ("/api/v1/cloud", "worker-id"));
+        for bad in ["v1", "/a/../b", "/a?b"] {
+            let found = problems(&format!("{GOOD}api_path = {bad:?}\n"));
+            assert!(found[0].contains("claude[0].api_path: ") && found[0].contains("is not a path"), "{found:?}");
+        }
+        for bad in ["", "a b", "Authorization", "host"] {
+            let found = problems(&format!("{GOOD}worker_id_header = {bad:?}\n"));
+            assert!(found[0].contains("claude[0].worker_id_header: "), "{found:?}");
+        }
     }
 
     #[test]

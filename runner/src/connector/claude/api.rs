@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::content::Blocks;
 use super::http::{Client, Failure, Pieces, Request};
 use super::secret::Secret;
-use super::wire::{self, Beat, Delivery, Page};
+use super::wire::{self, Beat, Delivery, Page, Session};
 
 /// What these endpoints are called until they are final.
 const BETA: &str = "managed-agents-2026-04-01";
@@ -24,6 +24,10 @@ const ASK_WITHIN: Duration = Duration::from_secs(30);
 const LIST_WITHIN: Duration = Duration::from_secs(120);
 const POST_WITHIN: Duration = Duration::from_secs(60);
 const STOP_WITHIN: Duration = Duration::from_secs(10);
+/// Largest answer that is not a page of a history: some hundred bytes, and a secret.
+const MOST_ANSWER_BYTES: usize = 1024 * 1024;
+/// Largest page of a history, with results in it.
+const MOST_PAGE_BYTES: usize = 64 * 1024 * 1024;
 /// Events on a page: with results in them, a page is still a few megabytes.
 const PAGE_EVENTS: u32 = 200;
 
@@ -35,23 +39,28 @@ pub(super) struct Api {
     /// For what concerns no work item; replaced when its file is.
     key: ArcSwap<Secret>,
     headers: HeaderMap,
-    worker_id: HeaderValue,
+    worker: (HeaderName, HeaderValue),
+}
+
+/// How this runner presents itself.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Presented<'p> {
+    /// Value of `anthropic-version`.
+    pub(super) version: &'p str,
+    /// Name of the header that carries the next one.
+    pub(super) worker_id_header: &'p str,
+    pub(super) worker_id: &'p str,
 }
 
 impl Api {
-    /// `None` when version or worker have characters that no header takes.
-    pub(super) fn new(
-        client: Client,
-        environment_id: String,
-        key: Secret,
-        version: &str,
-        worker_id: &str,
-    ) -> Option<Self> {
+    /// `None` when something has characters that no header takes.
+    pub(super) fn new(client: Client, environment_id: String, key: Secret, presented: Presented<'_>) -> Option<Self> {
         let mut headers = HeaderMap::new();
-        headers.insert("anthropic-version", HeaderValue::from_str(version).ok()?);
+        headers.insert("anthropic-version", HeaderValue::from_str(presented.version).ok()?);
         headers.insert("anthropic-beta", HeaderValue::from_static(BETA));
-        let worker_id = HeaderValue::from_str(worker_id).ok()?;
-        Some(Self { client, environment_id, key: ArcSwap::from_pointee(key), headers, worker_id })
+        let name = HeaderName::from_bytes(presented.worker_id_header.as_bytes()).ok()?;
+        let worker = (name, HeaderValue::from_str(presented.worker_id).ok()?);
+        Some(Self { client, environment_id, key: ArcSwap::from_pointee(key), headers, worker })
     }
 
     /// The key of the environment.
@@ -65,11 +74,18 @@ impl Api {
 
     pub(super) async fn poll(&self) -> Result<Option<Delivery>, Failure> {
         let mut headers = self.headers.clone();
-        headers.insert(HeaderName::from_static("anthropic-worker-id"), self.worker_id.clone());
-        let path = format!("/v1/environments/{}/work/poll?block_ms={BLOCK_MS}", self.environment_id);
+        headers.insert(self.worker.0.clone(), self.worker.1.clone());
+        let path = format!("/environments/{}/work/poll?block_ms={BLOCK_MS}", self.environment_id);
         let key = self.key();
-        let request =
-            Request { method: Method::GET, path, secret: &key, headers: &headers, body: None, within: POLL_WITHIN };
+        let request = Request {
+            method: Method::GET,
+            path,
+            secret: &key,
+            headers: &headers,
+            body: None,
+            within: POLL_WITHIN,
+            most: MOST_ANSWER_BYTES,
+        };
         let body = self.client.send(request).await?;
         wire::delivery(&body, &self.environment_id).map_err(|error| {
             tracing::warn!(environment_id = self.environment_id, %error, "an answer of the work queue is passed over");
@@ -79,7 +95,7 @@ impl Api {
 
     pub(super) async fn ack(&self, work_id: &str) -> Result<(), Failure> {
         let key = self.key();
-        self.post(&key, self.work(work_id, "ack"), None, ACK_WITHIN).await.map(drop)
+        self.client.tell(self.post(&key, self.work(work_id, "ack"), None, ACK_WITHIN)).await
     }
 
     pub(super) async fn beat(
@@ -90,35 +106,46 @@ impl Api {
         within: Duration,
     ) -> Result<Beat, Failure> {
         let path = format!("{}?expected_last_heartbeat={}", self.work(work_id, "heartbeat"), encoded(expected));
-        let body = self.post(secret, path, None, within).await?;
+        let body = self.client.send(self.post(secret, path, None, within)).await?;
         wire::beat(&body).ok_or(Failure::Malformed)
     }
 
     pub(super) async fn stop(&self, secret: &Secret, work_id: &str) -> Result<(), Failure> {
-        self.post(secret, self.work(work_id, "stop"), Some(&json!({"force": true})), STOP_WITHIN).await.map(drop)
+        let body = json!({"force": true});
+        self.client.tell(self.post(secret, self.work(work_id, "stop"), Some(&body), STOP_WITHIN)).await
     }
 
     /// Whether a session is over.
     pub(super) async fn is_over(&self, secret: &Secret, session_id: &str) -> Result<bool, Failure> {
-        let body = self.get(secret, format!("/v1/sessions/{session_id}"), ASK_WITHIN).await?;
-        wire::is_over(&body).ok_or(Failure::Malformed)
+        let path = format!("/sessions/{session_id}");
+        let body = self.client.send(self.get(secret, path, ASK_WITHIN, MOST_ANSWER_BYTES)).await?;
+        let Session { is_over, skills, memory_stores } = wire::session(&body).ok_or(Failure::Malformed)?;
+        if skills + memory_stores > 0 {
+            tracing::warn!(
+                session_id,
+                skills,
+                memory_stores,
+                "a session is served without what this runner does not build"
+            );
+        }
+        Ok(is_over)
     }
 
     pub(super) async fn stream(&self, secret: &Secret, session_id: &str) -> Result<Pieces, Failure> {
         let mut headers = self.headers.clone();
         headers.insert(ACCEPT, HeaderValue::from_static("text/event-stream"));
-        let path = format!("/v1/sessions/{session_id}/events/stream");
-        let request = Request { method: Method::GET, path, secret, headers: &headers, body: None, within: ASK_WITHIN };
-        self.client.stream(request).await
+        let path = format!("/sessions/{session_id}/events/stream");
+        let request = self.get(secret, path, ASK_WITHIN, MOST_ANSWER_BYTES);
+        self.client.stream(Request { headers: &headers, ..request }).await
     }
 
     pub(super) async fn list(&self, secret: &Secret, session_id: &str, page: Option<&str>) -> Result<Page, Failure> {
-        let mut path = format!("/v1/sessions/{session_id}/events?limit={PAGE_EVENTS}&order=asc");
+        let mut path = format!("/sessions/{session_id}/events?limit={PAGE_EVENTS}&order=asc");
         if let Some(page) = page {
             path.push_str("&page=");
             path.push_str(&encoded(page));
         }
-        let body = self.get(secret, path, LIST_WITHIN).await?;
+        let body = self.client.send(self.get(secret, path, LIST_WITHIN, MOST_PAGE_BYTES)).await?;
         wire::page(&body).ok_or(Failure::Malformed)
     }
 
@@ -132,34 +159,23 @@ impl Api {
         let Blocks { is_error, content } = blocks;
         let event =
             json!({"type": "user.tool_result", "tool_use_id": tool_use_id, "is_error": is_error, "content": content});
-        let path = format!("/v1/sessions/{session_id}/events");
-        self.post(secret, path, Some(&json!({"events": [event]})), POST_WITHIN).await.map(drop)
+        let path = format!("/sessions/{session_id}/events");
+        let body = json!({"events": [event]});
+        self.client.tell(self.post(secret, path, Some(&body), POST_WITHIN)).await
     }
 
     fn work(&self, work_id: &str, verb: &str) -> String {
-        format!("/v1/environments/{}/work/{work_id}/{verb}", self.environment_id)
+        format!("/environments/{}/work/{work_id}/{verb}", self.environment_id)
     }
 
-    async fn get(
-        &self,
-        secret: &Secret,
-        path: String,
-        within: Duration,
-    ) -> Result<zeroize::Zeroizing<Vec<u8>>, Failure> {
-        let request = Request { method: Method::GET, path, secret, headers: &self.headers, body: None, within };
-        self.client.send(request).await
+    fn get<'r>(&'r self, secret: &'r Secret, path: String, within: Duration, most: usize) -> Request<'r> {
+        Request { method: Method::GET, path, secret, headers: &self.headers, body: None, within, most }
     }
 
-    async fn post(
-        &self,
-        secret: &Secret,
-        path: String,
-        body: Option<&Value>,
-        within: Duration,
-    ) -> Result<zeroize::Zeroizing<Vec<u8>>, Failure> {
+    fn post<'r>(&'r self, secret: &'r Secret, path: String, body: Option<&Value>, within: Duration) -> Request<'r> {
         let body = body.map(|value| value.to_string().into_bytes());
-        let request = Request { method: Method::POST, path, secret, headers: &self.headers, body, within };
-        self.client.send(request).await
+        let most = MOST_ANSWER_BYTES;
+        Request { method: Method::POST, path, secret, headers: &self.headers, body, within, most }
     }
 }
 

@@ -4,18 +4,25 @@
 //! whoever gave it, and nothing else makes it so. The gate fails closed: what is not clearly allowed waits or is denied.
 //! Tools that do not run here are left to their owner.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+mod threads;
+mod turns;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use super::input::TOOLS;
 use super::wire::{Event, Permission, ToolUse};
 use crate::work::CancelMode;
+use threads::Threads;
+use turns::Turns;
 
 /// Tool uses without an answer that are kept in memory; what comes beyond it is read again from the history.
 const MOST_PENDING: usize = 256;
-/// Calls of one session that are handed on at once. They run one after the other; the rest waits here.
-const MOST_RUNNING: usize = 16;
+/// Their inputs.
+const MOST_PENDING_BYTES: usize = 64 * 1024 * 1024;
 /// Live events that wait until the history is read.
 const MOST_BUFFERED: usize = 4096;
+/// The inputs in them.
+const MOST_BUFFERED_BYTES: usize = 64 * 1024 * 1024;
 
 /// What the conversation wants.
 #[derive(Debug, Clone, PartialEq)]
@@ -62,22 +69,26 @@ struct Pending {
 #[derive(Debug, Default)]
 pub(super) struct Conversation {
     pending: BTreeMap<String, Pending>,
-    /// Those that wait for their turn, in the order in which they came.
-    turns: VecDeque<String>,
+    turns: Turns,
     answered: HashSet<String>,
     /// The server refused their answers: they are not tried again in this run.
     given_up: HashSet<String>,
     verdicts: HashMap<String, bool>,
-    ended_threads: HashSet<String>,
+    threads: Threads,
     /// Unanswered tool uses of somebody else.
     foreign: BTreeSet<String>,
     reconciled: bool,
     buffered: Vec<Event>,
+    buffered_bytes: usize,
     /// Something was passed over for want of room; the history has it.
     overflowed: bool,
     /// The turn has ended, and nothing has come since.
     turn_ended: bool,
     idle_since: Option<u64>,
+    /// Events that were known when the stream was last whole; a history of so many has nothing new.
+    known_events: usize,
+    /// Since when it was idle before the stream broke.
+    was_idle_since: Option<u64>,
     ended: bool,
     asks: Vec<Ask>,
 }
@@ -85,8 +96,10 @@ pub(super) struct Conversation {
 impl Conversation {
     /// A stream is open, and the history is about to be read.
     pub(super) fn connected(&mut self) {
-        (self.reconciled, self.overflowed, self.idle_since) = (false, false, None);
-        self.buffered.clear();
+        // A stream that breaks is no sign of life.
+        self.was_idle_since = self.idle_since.take().or(self.was_idle_since);
+        (self.reconciled, self.overflowed) = (false, false);
+        (self.buffered, self.buffered_bytes) = (Vec::new(), 0);
     }
 
     /// An event has come on the stream. False when there is no room for it: then the stream is made again.
@@ -96,7 +109,10 @@ impl Conversation {
             self.settle(now);
             return true;
         }
-        if self.buffered.len() >= MOST_BUFFERED {
+        if let Event::Use(tool_use) = &event {
+            self.buffered_bytes += tool_use.kept_bytes();
+        }
+        if self.buffered.len() >= MOST_BUFFERED || self.buffered_bytes > MOST_BUFFERED_BYTES {
             return false;
         }
         self.buffered.push(event);
@@ -105,14 +121,18 @@ impl Conversation {
 
     /// The whole history is there: what is in it and has no answer is routed, and then what has come meanwhile.
     pub(super) fn reconcile(&mut self, now: u64, history: Vec<Event>) {
+        let was_idle_since = self.was_idle_since.take();
+        let is_old = self.buffered.is_empty() && history.len() == self.known_events;
+        self.known_events = history.len();
         self.learn(&history);
         let mut open: Vec<(ToolUse, bool)> = Vec::new();
+        let mut opened: HashSet<String> = HashSet::new();
         self.turn_ended = false;
         for event in history {
             match event {
                 Event::Use(tool_use) => {
                     self.turn_ended = false;
-                    if !self.answered.contains(&tool_use.id) && !open.iter().any(|(other, _)| other.id == tool_use.id) {
+                    if !self.answered.contains(&tool_use.id) && opened.insert(tool_use.id.clone()) {
                         open.push((tool_use, false));
                     }
                 }
@@ -120,13 +140,15 @@ impl Conversation {
                 Event::Interrupt { thread_id } => {
                     self.turn_ended = false;
                     for (tool_use, interrupted) in &mut open {
-                        *interrupted |= concerns(thread_id.as_deref(), tool_use);
+                        *interrupted |= self.threads.concerns(thread_id.as_deref(), tool_use);
                     }
                 }
                 Event::Idle { ends_turn } => self.turn_ended = ends_turn,
                 Event::Verdict { .. } | Event::ThreadEnded { .. } => {}
                 Event::Ended => self.ended = true,
-                Event::Answered { .. } | Event::Other => self.turn_ended = false,
+                Event::ThreadCreated { .. } | Event::ThreadSeen { .. } | Event::Answered { .. } | Event::Other => {
+                    self.turn_ended = false;
+                }
             }
         }
         for (tool_use, interrupted) in open {
@@ -136,12 +158,14 @@ impl Conversation {
         for event in std::mem::take(&mut self.buffered) {
             self.take(event);
         }
+        self.idle_since = was_idle_since.filter(|_| is_old);
         self.settle(now);
     }
 
     /// What the history says regardless of order.
     fn learn(&mut self, history: &[Event]) {
         for event in history {
+            self.threads.learn(event);
             match event {
                 Event::Answered { tool_use_id } => self.answer(tool_use_id),
                 Event::Verdict { tool_use_id, allow } => self.verdict(tool_use_id, *allow),
@@ -152,11 +176,13 @@ impl Conversation {
     }
 
     fn take(&mut self, event: Event) {
+        self.known_events += 1;
         self.turn_ended = match &event {
             Event::Idle { ends_turn } => *ends_turn,
             Event::Verdict { .. } | Event::ThreadEnded { .. } => self.turn_ended,
             _ => false,
         };
+        self.threads.learn(&event);
         match event {
             Event::Use(tool_use) => self.route(tool_use, false),
             Event::Answered { tool_use_id } => self.answer(&tool_use_id),
@@ -164,7 +190,7 @@ impl Conversation {
             Event::Interrupt { thread_id } => self.interrupt(thread_id.as_deref()),
             Event::ThreadEnded { thread_id } => self.end_thread(&thread_id),
             Event::Ended => self.ended = true,
-            Event::Idle { .. } | Event::Other => {}
+            Event::ThreadCreated { .. } | Event::ThreadSeen { .. } | Event::Idle { .. } | Event::Other => {}
         }
     }
 
@@ -179,7 +205,7 @@ impl Conversation {
             }
             return;
         }
-        if tool_use.thread_id.as_ref().is_some_and(|thread_id| self.ended_threads.contains(thread_id)) {
+        if self.threads.has_ended(&tool_use) {
             return self.close(&id);
         }
         let stage = match (tool_use.permission, self.verdicts.get(&id).copied()) {
@@ -191,12 +217,12 @@ impl Conversation {
             self.foreign.insert(id);
             return;
         }
-        if self.pending.len() >= MOST_PENDING {
+        if self.pending.len() >= MOST_PENDING || self.pending_bytes() + tool_use.kept_bytes() > MOST_PENDING_BYTES {
             self.overflowed = true;
             return;
         }
         if stage == Stage::Waiting {
-            self.turns.push_back(id.clone());
+            self.turns.push(id.clone());
         }
         self.pending.insert(id, Pending { tool_use, stage, interrupted, unwanted: false });
     }
@@ -206,7 +232,7 @@ impl Conversation {
         let Some(pending) = self.pending.get_mut(id).filter(|pending| pending.stage == Stage::Held) else { return };
         if allow {
             pending.stage = Stage::Waiting;
-            self.turns.push_back(id.to_owned());
+            self.turns.push(id.to_owned());
         } else {
             self.close(id);
         }
@@ -229,8 +255,8 @@ impl Conversation {
     }
 
     fn end_thread(&mut self, thread_id: &str) {
-        self.ended_threads.insert(thread_id.to_owned());
-        let of_thread = |pending: &Pending| pending.tool_use.thread_id.as_deref() == Some(thread_id);
+        self.threads.end(thread_id);
+        let of_thread = |pending: &Pending| self.threads.concerns(Some(thread_id), &pending.tool_use);
         let ids: Vec<_> = self.pending.iter().filter(|(_, p)| of_thread(p)).map(|(id, _)| id.clone()).collect();
         for id in ids {
             self.close(&id);
@@ -248,12 +274,12 @@ impl Conversation {
             return;
         }
         self.pending.remove(id);
-        self.turns.retain(|turn| turn != id);
+        self.turns.remove(id);
         self.asks.push(Ask::Settled { tool_use_id: id.to_owned() });
     }
 
     fn interrupt(&mut self, thread_id: Option<&str>) {
-        let concerned = |pending: &Pending| concerns(thread_id, &pending.tool_use);
+        let concerned = |pending: &Pending| self.threads.concerns(thread_id, &pending.tool_use);
         let ids: Vec<_> = self.pending.iter().filter(|(_, p)| concerned(p)).map(|(id, _)| id.clone()).collect();
         for id in ids {
             self.interrupt_one(&id);
@@ -274,7 +300,7 @@ impl Conversation {
             Stage::Waiting => {}
             Stage::Held => {
                 pending.stage = Stage::Waiting;
-                self.turns.push_back(id.to_owned());
+                self.turns.push(id.to_owned());
             }
             Stage::Posting => {}
         }
@@ -282,13 +308,16 @@ impl Conversation {
 
     /// Hands on what has its turn.
     fn hand_on(&mut self) {
-        while self.pending.values().filter(|pending| pending.stage == Stage::Running).count() < MOST_RUNNING {
-            let Some(id) = self.turns.pop_front() else { return };
+        while let Some(id) = self.turns.next(&self.pending, &self.threads) {
             let Some(pending) = self.pending.get_mut(&id) else { continue };
             pending.stage = Stage::Running;
             let (tool_use, interrupted) = (pending.tool_use.clone(), pending.interrupted);
             self.asks.push(Ask::Run { tool_use, interrupted });
         }
+    }
+
+    fn pending_bytes(&self) -> usize {
+        self.pending.values().map(|pending| pending.tool_use.kept_bytes()).sum()
     }
 
     fn settle(&mut self, now: u64) {
@@ -332,7 +361,7 @@ impl Conversation {
 
     /// Tool uses that are not answered and were not handed on: they are not handed on any more.
     pub(super) fn take_waiting(&mut self) -> Vec<String> {
-        let waiting: Vec<_> = self.turns.drain(..).collect();
+        let waiting = self.turns.take_all();
         for id in &waiting {
             if let Some(pending) = self.pending.get_mut(id) {
                 pending.stage = Stage::Running;
@@ -362,13 +391,14 @@ impl Conversation {
         self.ended
     }
 
+    /// What is remembered of its events beyond what is pending.
+    pub(super) fn remembered(&self) -> usize {
+        let answers = self.answered.len() + self.given_up.len() + self.foreign.len();
+        answers + self.verdicts.len() + self.threads.len()
+    }
+
     /// Something was passed over, and there is room for it again.
     pub(super) fn must_read_again(&self) -> bool {
         self.overflowed && self.reconciled && self.pending.len() < MOST_PENDING / 2
     }
-}
-
-/// Whether an interrupt of a thread, or of all of them, concerns a tool use.
-fn concerns(thread_id: Option<&str>, tool_use: &ToolUse) -> bool {
-    thread_id.is_none_or(|thread_id| tool_use.thread_id.as_deref() == Some(thread_id))
 }

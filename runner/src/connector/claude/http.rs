@@ -25,10 +25,10 @@ use super::wire::printable;
 use crate::connector::dial::{DialError, Target, dial, dial_plain};
 use crate::connector::transport::chain;
 
-/// Largest answer: a page of a history with results in it.
-const MOST_ANSWER_BYTES: usize = 64 * 1024 * 1024;
-/// Largest answer that says what was wrong.
+/// Largest answer that says what was wrong, or that nobody reads.
 const MOST_ERROR_BYTES: usize = 64 * 1024;
+/// Time for the rest of an answer whose status says all that counts.
+const SPARE_TIME: Duration = Duration::from_secs(2);
 /// Connections that wait for the next request.
 const MOST_IDLE: usize = 8;
 /// A stream on which nothing comes for so long is made again: what was missed is in the history.
@@ -54,12 +54,17 @@ pub(super) enum Failure {
     Transport(String),
     #[error("no answer within {} s", .0.as_secs())]
     Timeout(Duration),
-    #[error("the server answered {status} ({kind})")]
+    #[error("the server answered {status} ({kind}){}", not_followed(*status))]
     Status { status: u16, kind: String, retry_after: Option<Duration> },
     #[error("the answer is not understood")]
     Malformed,
-    #[error("the answer is larger than {MOST_ANSWER_BYTES} bytes")]
-    TooLarge,
+    #[error("the answer is larger than {0} bytes")]
+    TooLarge(usize),
+}
+
+/// What an operator makes of a redirect: the credential is for the configured server and for no other.
+fn not_followed(status: u16) -> &'static str {
+    if (300..400).contains(&status) { "; redirects are not followed, set base_url to where the API is" } else { "" }
 }
 
 impl Failure {
@@ -93,6 +98,8 @@ pub(super) struct Request<'r> {
     pub(super) body: Option<Vec<u8>>,
     /// For the whole answer; for a stream until it begins.
     pub(super) within: Duration,
+    /// Largest answer in bytes.
+    pub(super) most: usize,
 }
 
 trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
@@ -118,11 +125,26 @@ impl Client {
         let exchange = async {
             let (response, sender) = self.exchange(&request).await?;
             let response = accepted(response).await?;
-            let body = read(response.into_body(), MOST_ANSWER_BYTES).await?;
+            let body = read(response.into_body(), request.most).await?;
             self.keep(sender);
             Ok(body)
         };
         tokio::time::timeout(within, exchange).await.map_err(|_| Failure::Timeout(within))?
+    }
+
+    /// Sends a request whose answer is its status. What else it says is read only to use the connection again.
+    pub(super) async fn tell(&self, request: Request<'_>) -> Result<(), Failure> {
+        let within = request.within;
+        let exchange = async {
+            let (response, sender) = self.exchange(&request).await?;
+            Ok::<_, Failure>((accepted(response).await?, sender))
+        };
+        let (response, sender) =
+            tokio::time::timeout(within, exchange).await.map_err(|_| Failure::Timeout(within))??;
+        if let Ok(Ok(_)) = tokio::time::timeout(SPARE_TIME, read(response.into_body(), request.most)).await {
+            self.keep(sender);
+        }
+        Ok(())
     }
 
     /// Sends a request whose answer goes on.
@@ -241,7 +263,9 @@ async fn accepted(response: Response<Incoming>) -> Result<Response<Incoming>, Fa
         return Ok(response);
     }
     let retry_after = retry_after(response.headers());
-    let body = read(response.into_body(), MOST_ERROR_BYTES).await.unwrap_or_default();
+    // A refusal counts although its reason never ends.
+    let body = tokio::time::timeout(SPARE_TIME, read(response.into_body(), MOST_ERROR_BYTES)).await;
+    let body = body.unwrap_or(Ok(Zeroizing::default())).unwrap_or_default();
     let kind = kind_of(&body);
     Err(Failure::Status { status: status.as_u16(), kind, retry_after })
 }
@@ -264,7 +288,7 @@ async fn read(mut body: Incoming, most: usize) -> Result<Zeroizing<Vec<u8>>, Fai
         let frame = frame.map_err(|error| Failure::Transport(chain(&error)))?;
         let Some(data) = frame.data_ref() else { continue };
         if bytes.len() + data.len() > most {
-            return Err(Failure::TooLarge);
+            return Err(Failure::TooLarge(most));
         }
         bytes.extend_from_slice(data);
     }
@@ -287,7 +311,13 @@ mod tests {
         for transient in [302, 408, 409, 429, 500, 503, 529] {
             assert!(!status(transient).is_fatal(), "{transient}");
         }
-        assert!(!Failure::TooLarge.is_fatal() && !Failure::Transport(String::new()).is_fatal());
+        assert!(!Failure::TooLarge(1).is_fatal() && !Failure::Transport(String::new()).is_fatal());
+    }
+
+    #[test]
+    fn redirect_says_what_to_set() {
+        assert!(status(301).to_string().ends_with("set base_url to where the API is"));
+        assert_eq!(status(503).to_string(), "the server answered 503 ()");
     }
 
     #[test]

@@ -43,6 +43,22 @@ impl Lease {
         }
     }
 
+    /// An earlier runner held it, and has left the text of its last heartbeat. Whether that is still so, the first beat tells.
+    pub(super) fn left(now: u64, last_heartbeat: String, ttl_seconds: u64) -> Self {
+        let ttl = ttl_seconds.saturating_mul(SECOND);
+        Self { expected: last_heartbeat, ttl, until: now.saturating_add(ttl), ..Self::new(now) }
+    }
+
+    /// The text of the last heartbeat that was taken, by whatever runner.
+    pub(super) fn last_heartbeat(&self) -> Option<&str> {
+        (self.expected != NO_HEARTBEAT).then_some(self.expected.as_str())
+    }
+
+    /// There is reason to ask whether it is still ours.
+    pub(super) fn ask_now(&mut self, now: u64) {
+        self.next_at = self.next_at.min(now);
+    }
+
     /// The text to swap and the time for the request, when a beat is due.
     pub(super) fn beat(&mut self, now: u64) -> Option<(String, u64)> {
         if self.in_flight || now < self.next_at {

@@ -9,6 +9,8 @@
 mod api;
 mod content;
 mod conversation;
+mod handover;
+mod history;
 mod http;
 mod input;
 mod lease;
@@ -16,6 +18,10 @@ mod machine;
 mod secret;
 mod sse;
 mod task;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod transport_tests;
 mod wire;
 
 use std::path::PathBuf;
@@ -32,6 +38,7 @@ pub use secret::SecretError;
 use super::Ports;
 use super::backoff::draw;
 use super::orchestrator::Stop;
+use handover::Handover;
 use machine::{Machine, Rules};
 
 /// What one environment needs to know.
@@ -43,8 +50,12 @@ pub struct Settings {
     pub environment_id: String,
     /// File with its key.
     pub key_file: PathBuf,
+    /// File with the leases that the next runner takes up; `None`: they run out.
+    pub handover: Option<PathBuf>,
     /// Value of the header `anthropic-version`.
     pub api_version: String,
+    /// Name of the header that says who asks for work.
+    pub worker_id_header: String,
     /// Who asks for work; unique among all workers of the environment.
     pub worker_id: String,
     /// Work items at once.
@@ -68,7 +79,7 @@ pub enum QueueError {
     #[error(transparent)]
     Key(#[from] SecretError),
     /// A text that has no place in a header.
-    #[error("claude.api_version or the id of this runner cannot stand in a header")]
+    #[error("claude.api_version, claude.worker_id_header or the id of this runner cannot stand in a header")]
     Header,
 }
 
@@ -109,7 +120,12 @@ pub fn start(
     let key = secret::Secret::read(&settings.key_file)?;
     let client = http::Client::new(settings.base);
     let environment_id = settings.environment_id;
-    let api = api::Api::new(client, environment_id.clone(), key, &settings.api_version, &settings.worker_id);
+    let presented = api::Presented {
+        version: &settings.api_version,
+        worker_id_header: &settings.worker_id_header,
+        worker_id: &settings.worker_id,
+    };
+    let api = api::Api::new(client, environment_id.clone(), key, presented);
     let api = Arc::new(api.ok_or(QueueError::Header)?);
     let rules = Rules {
         environment_id,
@@ -120,10 +136,12 @@ pub fn start(
         longest_command: settings.longest_command,
     };
     let reload = Arc::new(Notify::new());
+    let left = settings.handover.as_deref().map(Handover::read).unwrap_or_default();
     let task = task::Task {
         api,
         key_file: settings.key_file,
-        machine: Machine::new(rules, draw),
+        handover: settings.handover,
+        machine: Machine::new(rules, draw, left),
         ports,
         neighbours,
         stop,

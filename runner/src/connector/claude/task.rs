@@ -16,6 +16,7 @@ use tracing::{error, info, warn};
 use super::Neighbours;
 use super::api::Api;
 use super::content::{self, Blocks};
+use super::handover::Writer;
 use super::http::Failure;
 use super::machine::{Action, Answer, Event, Finish, Machine, Room};
 use super::secret::Secret;
@@ -23,6 +24,7 @@ use super::sse::{Frame, Parser};
 use super::wire;
 use crate::connector::Ports;
 use crate::connector::orchestrator::Stop;
+use crate::crash_point::{self, Point};
 use crate::work::{CallId, CallResult, Content, OutputSource, Progress, Stream, ToolResult, WorkItem};
 
 /// Reports of requests that wait for the loop. When it is full, streams are not read on.
@@ -40,6 +42,8 @@ const SLEEP_FLOOR: Duration = Duration::from_millis(5);
 pub(super) struct Task {
     pub(super) api: Arc<Api>,
     pub(super) key_file: PathBuf,
+    /// Where the leases are written down; `None`: nowhere.
+    pub(super) handover: Option<PathBuf>,
     pub(super) machine: Machine,
     pub(super) ports: Ports,
     pub(super) neighbours: Neighbours,
@@ -50,11 +54,18 @@ pub(super) struct Task {
 
 /// What is under way for a work item.
 struct Under {
-    secret: Secret,
+    /// Its own; without one it is the environment's key.
+    token: Option<Secret>,
     /// How far the sessions had come at the last heartbeat.
     progress: Option<u64>,
     requests: JoinSet<()>,
     stream: Option<tokio::task::AbortHandle>,
+}
+
+impl Under {
+    fn new(token: Option<Secret>) -> Self {
+        Self { token, progress: None, requests: JoinSet::new(), stream: None }
+    }
 }
 
 struct Loop {
@@ -68,11 +79,14 @@ struct Loop {
     pending: VecDeque<WorkItem>,
     reports: mpsc::Sender<Event>,
     polls: JoinSet<()>,
+    handover: Writer,
+    /// Changes that were handed to it.
+    told: u64,
 }
 
 impl Task {
     pub(super) async fn run(self) {
-        let Self { api, key_file, machine, ports, neighbours, mut stop, reload, clock } = self;
+        let Self { api, key_file, handover, machine, ports, neighbours, mut stop, reload, clock } = self;
         let Neighbours { sessions: mut others, items } = neighbours;
         let mut own = 0;
         let Ports { work, mut updates, outputs, progress, pressure, .. } = ports;
@@ -87,6 +101,8 @@ impl Task {
             pending: VecDeque::new(),
             reports,
             polls: JoinSet::new(),
+            handover: Writer::start(handover),
+            told: 0,
         };
         let mut updates_open = true;
         loop {
@@ -106,17 +122,17 @@ impl Task {
                     Event::Tick
                 }
                 () = tokio::time::sleep(state.sleep()) => Event::Tick,
-                Ok(()) = stop.changed() => match *stop.borrow() {
-                    Stop::Run => Event::Tick,
-                    // The next runner goes on: nothing is given back, and the leases run out.
-                    Stop::Leave => return,
-                    Stop::WhenDelivered => Event::Finish(Finish::Patient),
-                    Stop::Now => Event::Finish(Finish::AtOnce),
-                },
-                () = reload.notified() => {
-                    state.read_key(&key_file);
-                    Event::Tick
+                Ok(()) = stop.changed() => {
+                    let now = *stop.borrow();
+                    match now {
+                        Stop::Run => Event::Tick,
+                        // The next runner goes on: nothing is given back, and it takes the leases up.
+                        Stop::Leave => return state.handover.end().await,
+                        Stop::WhenDelivered => Event::Finish(Finish::Patient),
+                        Stop::Now => Event::Finish(Finish::AtOnce),
+                    }
                 }
+                () = reload.notified() => state.read_key(&key_file),
                 Ok(()) = others.changed() => Event::Tick,
             };
             let closed = pressure.borrow().session_refusal().is_some();
@@ -128,7 +144,7 @@ impl Task {
             items.fetch_sub(std::mem::replace(&mut own, now), Ordering::Relaxed);
             let nobody_works = work.is_closed();
             if state.machine.is_done() && (state.pending.is_empty() || nobody_works) {
-                return;
+                return state.handover.end().await;
             }
         }
     }
@@ -140,20 +156,25 @@ impl Loop {
         Duration::from_nanos(self.machine.wake().saturating_sub(now)).clamp(SLEEP_FLOOR, SLEEP_CEILING)
     }
 
-    fn read_key(&self, key_file: &std::path::Path) {
+    fn read_key(&self, key_file: &std::path::Path) -> Event {
         match Secret::read(key_file) {
             Ok(key) => {
                 self.api.set_key(key);
                 info!("the key of an environment was read again");
+                return Event::KeyReplaced;
             }
             Err(error) => warn!(error = &error as &dyn std::error::Error, "the key of an environment stays as it was"),
         }
+        Event::Tick
     }
 
     fn take(&mut self, event: Event) {
         let actions = self.machine.handle((self.clock)(), event);
         for action in actions {
             self.carry_out(action);
+        }
+        if std::mem::replace(&mut self.told, self.machine.changes()) != self.told {
+            self.handover.write(self.machine.handover());
         }
         // Requests that have reported are over.
         while self.polls.try_join_next().is_some() {}
@@ -167,14 +188,20 @@ impl Loop {
         match action {
             Action::Work(item) => self.pending.push_back(item),
             Action::Poll => {
-                self.polls.spawn(async move { report(&reports, Event::Polled(api.poll().await)).await });
+                self.polls.spawn(async move {
+                    let result = api.poll().await;
+                    if let Ok(Some(delivery)) = &result {
+                        crash_point::pass(Point::Delivered, &delivery.work_id);
+                    }
+                    report(&reports, Event::Polled(result)).await;
+                });
             }
             Action::Ack(delivery) => {
-                let secret = delivery.token.unwrap_or_else(|| self.api.key());
-                let under = Under { secret, progress: None, requests: JoinSet::new(), stream: None };
-                self.items.insert(delivery.work_id.clone(), under);
+                self.items.insert(delivery.work_id.clone(), Under::new(delivery.token));
                 self.acknowledge(delivery.work_id);
             }
+            // Its token was in the memory of the runner that had it, and nowhere else.
+            Action::TakeUp { work_id } => drop(self.items.insert(work_id, Under::new(None))),
             Action::AckAgain { work_id } => self.acknowledge(work_id),
             Action::Beat { work_id, expected, within } => {
                 let (sent, progress) = ((self.clock)(), self.progress.count());
@@ -187,6 +214,7 @@ impl Loop {
                 }
                 self.request(work_id.clone(), |secret| async move {
                     let result = api.beat(&secret, &work_id, &expected, within).await;
+                    crash_point::pass(Point::Leased, &work_id);
                     Event::Beaten { work_id, sent, result }
                 });
             }
@@ -202,17 +230,21 @@ impl Loop {
                 let outputs = Arc::clone(&self.outputs);
                 self.request(work_id.clone(), |secret| async move {
                     let blocks = blocks(answer, outputs.as_ref()).await;
+                    crash_point::pass(Point::Post, &tool_use_id);
                     let result = api.answer(&secret, &session_id, &tool_use_id, blocks).await;
+                    crash_point::pass(Point::Posted, &tool_use_id);
                     Event::Posted { work_id, tool_use_id, result }
                 });
             }
             Action::Stop { work_id } => self.request(work_id.clone(), |secret| async move {
+                crash_point::pass(Point::GiveBack, &work_id);
                 let result = api.stop(&secret, &work_id).await;
+                crash_point::pass(Point::GivenBack, &work_id);
                 Event::Stopped { work_id, result }
             }),
             Action::Stream { work_id, session_id, link } => {
                 let Some(under) = self.items.get_mut(&work_id) else { return };
-                let secret = under.secret.clone();
+                let secret = under.token.clone().unwrap_or_else(|| api.key());
                 let reading = async move {
                     let failure = read_stream(&api, &secret, &work_id, &session_id, link, &reports).await.err();
                     report(&reports, Event::Disconnected { work_id, link, failure }).await;
@@ -233,6 +265,7 @@ impl Loop {
         let api = Arc::clone(&self.api);
         self.request(work_id.clone(), |_| async move {
             let result = api.ack(&work_id).await;
+            crash_point::pass(Point::Claimed, &work_id);
             Event::Acked { work_id, result }
         });
     }
@@ -243,7 +276,8 @@ impl Loop {
         F: Future<Output = Event> + Send + 'static,
     {
         let Some(under) = self.items.get_mut(&work_id) else { return };
-        let (asking, reports) = (ask(under.secret.clone()), self.reports.clone());
+        let secret = under.token.clone().unwrap_or_else(|| self.api.key());
+        let (asking, reports) = (ask(secret), self.reports.clone());
         under.requests.spawn(async move { report(&reports, asking.await).await });
     }
 }
@@ -342,6 +376,7 @@ async fn read_result(call_id: &CallId, result: &CallResult, outputs: &dyn Output
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::connector::claude::testing;
 
     fn frame(name: &str, data: &str) -> Frame {
         Frame { name: name.to_owned(), data: data.to_owned() }
@@ -356,6 +391,21 @@ mod tests {
         }
         assert_eq!(event_of(&frame("ping", "{}")).expect("no failure"), None);
         assert_eq!(event_of(&frame("message", "not JSON")).expect("no failure"), None);
+    }
+
+    #[tokio::test]
+    async fn event_without_an_end_ends_the_stream_and_says_so() {
+        let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\ndata: ";
+        let server = testing::Server::start(testing::Answer::endless(head, vec![b'x'; 65_536]), None).await;
+        let (reports, mut heard) = mpsc::channel(4);
+        let api = testing::api(server.plain());
+        let read = read_stream(&api, &testing::secret(), "work_1", "sesn_1", 1, &reports).await;
+        assert_eq!(
+            read.expect_err("an end").to_string(),
+            "the connection failed: an event has more than 16777216 bytes"
+        );
+        assert!(matches!(heard.try_recv(), Ok(Event::Connected { .. })));
+        assert!(heard.try_recv().is_err());
     }
 
     #[test]

@@ -7,6 +7,8 @@ use super::secret::Secret;
 
 /// Longest id that is taken.
 const LONGEST_ID: usize = 128;
+/// Largest input of a tool use that is kept. No tool takes as much, however its text is escaped.
+const MOST_INPUT_BYTES: usize = 2 * 1024 * 1024;
 
 /// Whether `text` can be an id: it goes into paths of URLs and into file names.
 pub(super) fn is_id(text: &str) -> bool {
@@ -101,10 +103,26 @@ pub(super) fn beat(body: &[u8]) -> Option<Beat> {
     })
 }
 
-/// Whether a session is over for good; `None` when the answer is no session.
-pub(super) fn is_over(body: &[u8]) -> Option<bool> {
+/// What counts of a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Session {
+    /// It is over for good.
+    pub(super) is_over: bool,
+    /// What it has that this runner does not put into a sandbox.
+    pub(super) skills: usize,
+    pub(super) memory_stores: usize,
+}
+
+/// Reads a session; `None` when the answer is none.
+pub(super) fn session(body: &[u8]) -> Option<Session> {
     let session: Value = serde_json::from_slice(body).ok()?;
-    session.is_object().then(|| text(&session, "status") == Some("terminated"))
+    let entries = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let is_store = |resource: &Value| text(resource, "type") == Some("memory_store");
+    session.is_object().then(|| Session {
+        is_over: text(&session, "status") == Some("terminated"),
+        skills: entries(&session["agent"]["skills"]).len(),
+        memory_stores: entries(&session["resources"]).iter().filter(|resource| is_store(resource)).count(),
+    })
 }
 
 /// One page of a session's history.
@@ -135,6 +153,10 @@ pub(super) enum Event {
     Interrupt { thread_id: Option<String> },
     /// The turn has ended, or waits for something.
     Idle { ends_turn: bool },
+    /// A thread of another agent was begun.
+    ThreadCreated { thread_id: String },
+    /// A thread does something; the first one that is heard of is the session's own.
+    ThreadSeen { thread_id: String },
     /// A thread has ended.
     ThreadEnded { thread_id: String },
     /// The session has ended.
@@ -148,11 +170,31 @@ pub(super) enum Event {
 pub(super) struct ToolUse {
     pub(super) id: String,
     pub(super) name: String,
+    /// Null when it was too large to be kept.
     pub(super) input: Value,
+    /// Bytes of the input as text, kept or not.
+    pub(super) input_bytes: usize,
     pub(super) permission: Permission,
     pub(super) thread_id: Option<String>,
     /// Declared by the agent's owner, who answers it.
     pub(super) is_custom: bool,
+}
+
+impl ToolUse {
+    /// Whether it is for the shell.
+    pub(super) fn is_command(&self) -> bool {
+        self.name == "bash"
+    }
+
+    /// Bytes of its input that are kept.
+    pub(super) fn kept_bytes(&self) -> usize {
+        if self.is_oversized() { 0 } else { self.input_bytes }
+    }
+
+    /// Whether its input was too large to be kept.
+    pub(super) fn is_oversized(&self) -> bool {
+        self.input_bytes > MOST_INPUT_BYTES
+    }
 }
 
 /// Inputs are the customer's data, so they are never part of a rendering.
@@ -181,7 +223,7 @@ pub(super) enum Permission {
 /// Reads one event.
 pub(super) fn event(mut event: Value) -> Event {
     let kind = text(&event, "type").unwrap_or_default().to_owned();
-    let thread_id = text(&event, "session_thread_id").map(str::to_owned);
+    let thread_id = id_in(&event, "session_thread_id");
     match kind.as_str() {
         "agent.tool_use" | "agent.custom_tool_use" => {
             let (Some(id), Some(name)) = (id_in(&event, "id"), text(&event, "name").map(str::to_owned)) else {
@@ -195,8 +237,10 @@ pub(super) fn event(mut event: Value) -> Event {
                 Some(_) => Permission::Asked,
             };
             let input = event.get_mut("input").map(Value::take).unwrap_or_default();
+            let input_bytes = input.to_string().len();
+            let input = if input_bytes > MOST_INPUT_BYTES { Value::Null } else { input };
             let is_custom = kind == "agent.custom_tool_use";
-            Event::Use(ToolUse { id, name, input, permission, thread_id, is_custom })
+            Event::Use(ToolUse { id, name, input, input_bytes, permission, thread_id, is_custom })
         }
         // The second is what the server itself answers: a denial, or what an interrupt has closed.
         "user.tool_result" | "agent.tool_result" => answered(&event, "tool_use_id"),
@@ -205,16 +249,23 @@ pub(super) fn event(mut event: Value) -> Event {
             Some(tool_use_id) => Event::Verdict { tool_use_id, allow: text(&event, "result") == Some("allow") },
             None => Event::Other,
         },
+        // Only one that names no thread concerns all of them.
+        "user.interrupt" if thread_id.is_none() && event.get("session_thread_id").is_some_and(|id| !id.is_null()) => {
+            Event::Other
+        }
         "user.interrupt" => Event::Interrupt { thread_id },
         "session.status_idle" => {
             // A reason that is missing ends nothing.
             let reason = event.get("stop_reason").and_then(|reason| text(reason, "type"));
             Event::Idle { ends_turn: reason.is_some_and(|reason| reason != "requires_action") }
         }
-        "session.thread_status_terminated" => match thread_id {
-            Some(thread_id) => Event::ThreadEnded { thread_id },
-            None => Event::Other,
-        },
+        "session.thread_status_terminated" => {
+            thread_id.map_or(Event::Other, |thread_id| Event::ThreadEnded { thread_id })
+        }
+        "session.thread_status_running" | "session.thread_status_idle" | "session.thread_status_rescheduled" => {
+            thread_id.map_or(Event::Other, |thread_id| Event::ThreadSeen { thread_id })
+        }
+        "session.thread_created" => thread_id.map_or(Event::Other, |thread_id| Event::ThreadCreated { thread_id }),
         "session.status_terminated" | "session.deleted" => Event::Ended,
         _ => Event::Other,
     }
@@ -284,6 +335,20 @@ mod tests {
         assert_eq!(goes_on(with("active", json!(false))), Some(false));
         assert_eq!(goes_on(json!({"last_heartbeat": "t"})), Some(false));
         assert_eq!(goes_on(json!({"state": "active"})), None);
+    }
+
+    #[test]
+    fn session_is_over_only_when_it_says_so_and_what_it_misses_here_is_counted() {
+        let read = |value: Value| session(&serde_json::to_vec(&value).expect("JSON"));
+        let plain = Session { is_over: false, skills: 0, memory_stores: 0 };
+        for value in [json!({}), json!({"status": "idle"}), json!({"status": 3, "resources": 3, "agent": []})] {
+            assert_eq!(read(value.clone()), Some(plain), "{value}");
+        }
+        assert_eq!(read(json!({"status": "terminated"})), Some(Session { is_over: true, ..plain }));
+        let resources = json!([{"type": "memory_store"}, {"type": "novel"}, 3]);
+        let rich = json!({"status": "running", "agent": {"skills": [{}, {}]}, "resources": resources});
+        assert_eq!(read(rich), Some(Session { skills: 2, memory_stores: 1, ..plain }));
+        assert_eq!(read(json!([])), None);
     }
 
     #[test]

@@ -29,6 +29,11 @@ impl Core {
                 }
                 return;
             }
+            // A sandbox has one shell, whatever else may run at once.
+            let is_command = |call_id: &CallId| self.calls.get(call_id).is_some_and(Call::is_command);
+            if session.queue.front().is_some_and(is_command) && session.active.iter().any(is_command) {
+                return;
+            }
             let Some(call) = session.queue.front().and_then(|call_id| self.calls.get_mut(call_id)) else { return };
             // Without a gate, preparing is starting, and nothing may start before it is accepted.
             if !self.config.gated && !call.accepted {

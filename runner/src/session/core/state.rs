@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::work::{
     CallEnd, CallId, CallPhase, CallResult, CancelMode, Code, Outcome, Receipt, SandboxId, SessionEnd, SessionOpen,
-    ToolCall, ToolFailure,
+    ToolCall, ToolFailure, ToolInput,
 };
 
 /// One session.
@@ -241,6 +241,11 @@ pub enum CallStage {
 }
 
 impl Call {
+    /// Whether it is for the shell.
+    pub(super) fn is_command(&self) -> bool {
+        matches!(self.request.input, ToolInput::Bash(_))
+    }
+
     pub(super) fn new(request: ToolCall, order: u64) -> Self {
         Self {
             request,

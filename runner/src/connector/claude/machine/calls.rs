@@ -9,12 +9,16 @@ use tracing::warn;
 
 use super::{Answer, Machine, nanoseconds};
 use crate::connector::claude::conversation::{Ask, Fate};
+use crate::connector::claude::handover::MOST_DROPPED;
 use crate::connector::claude::input;
 use crate::connector::claude::wire::ToolUse;
+use crate::work::limits::INLINE_INPUT_BYTES;
 use crate::work::{CallId, CallResult, CancelMode, OutputMode, RequestDigest, SessionId, ToolCall, Update, WorkItem};
 
-/// Results that nobody has asked for are kept so long: their session may come back, and then they must not run again.
+/// Results that nobody has asked for are kept so long: their session may come back. Later it hears that they are gone.
 pub(super) const KEEP_RESULTS: Duration = Duration::from_secs(24 * 3600);
+/// What is told of a call that has run and whose result is gone.
+pub(super) const NOT_KEPT: &str = "the call has run, and its result is not kept any more; look at what it was to do";
 
 /// A call that the sessions know.
 #[derive(Debug)]
@@ -74,8 +78,17 @@ impl Machine {
             }
             None => {}
         }
+        if self.dropped.contains(&call_id) {
+            return self.answer_text(work_id, &tool_use.id, Answer::text(NOT_KEPT));
+        }
         if interrupted {
             return self.answer_text(work_id, &tool_use.id, Answer::interrupted());
+        }
+        if tool_use.is_oversized() {
+            let (name, bytes, most) = (&tool_use.name, tool_use.input_bytes, INLINE_INPUT_BYTES);
+            let text =
+                format!("{name} input has {bytes} bytes; at most {most} are allowed; split it into several calls");
+            return self.answer_text(work_id, &tool_use.id, Answer::text(text));
         }
         let Some(session_id) = self.items.get(work_id).and_then(|item| item.core.clone()) else { return };
         match input::read(&tool_use.name, &tool_use.input, self.rules.longest_command) {
@@ -123,7 +136,32 @@ impl Machine {
         let Some(session_id) = self.items.get(work_id).and_then(|item| item.core.clone()) else { return };
         let Ok(call_id) = self.call_id(tool_use_id) else { return };
         if self.calls.get(&call_id).is_some_and(|known| known.result.is_none()) {
-            self.work(WorkItem::Cancel { session_id, epoch: super::sessions::EPOCH, call_id, mode });
+            self.cancel_call(&session_id, call_id, mode);
+        }
+    }
+
+    pub(super) fn cancel_call(&mut self, session_id: &SessionId, call_id: CallId, mode: CancelMode) {
+        let session_id = session_id.clone();
+        self.work(WorkItem::Cancel { session_id, epoch: super::sessions::EPOCH, call_id, mode });
+    }
+
+    /// Calls of a session that have no result yet, also those that an earlier runner has begun.
+    pub(super) fn unfinished(&self, session_id: &SessionId) -> Vec<CallId> {
+        let is_one = |known: &Known| known.session_id == *session_id && known.result.is_none();
+        self.calls.iter().filter(|(_, known)| is_one(known)).map(|(id, _)| id.clone()).collect()
+    }
+
+    /// A tool use that has not had its turn, and gets none any more.
+    pub(super) fn end_waiting(&mut self, work_id: &str, tool_use_id: &str) {
+        let Ok(call_id) = self.call_id(tool_use_id) else { return };
+        match self.calls.get(&call_id).map(|known| known.result.clone()) {
+            Some(Some(result)) => self.answer(work_id, tool_use_id, call_id, result),
+            // An earlier runner has begun it, and its end will come.
+            Some(None) => {}
+            None => {
+                let text = "the call did not run: the runner was told to end its work";
+                self.answer_text(work_id, tool_use_id, Answer::text(text));
+            }
         }
     }
 
@@ -149,7 +187,10 @@ impl Machine {
     /// What the sessions say.
     pub(super) fn update(&mut self, update: Update) {
         match update {
-            Update::Restored => self.restored = true,
+            Update::Restored => {
+                self.restored = true;
+                self.take_up();
+            }
             Update::Drained { draining, .. } => self.draining = draining,
             Update::SessionRestored { session_id, ready, .. } => self.session_restored(session_id, ready),
             Update::CallRestored { call_id, session_id, .. } => {
@@ -192,18 +233,10 @@ impl Machine {
     }
 
     /// A call that the sessions did not take and that is not tried again.
-    pub(super) fn give_up_call(&mut self, session_id: &SessionId, call_id: &CallId, answer: Option<String>) {
+    pub(super) fn give_up_call(&mut self, session_id: &SessionId, call_id: &CallId, text: String) {
         self.calls.remove(call_id);
         let Some((work_id, tool_use_id)) = self.waits_for(session_id, call_id) else { return };
-        match answer {
-            Some(text) => self.answer_text(&work_id, &tool_use_id, Answer::text(text)),
-            None => {
-                let now = self.now;
-                if let Some(item) = self.items.get_mut(&work_id) {
-                    item.conversation.posted(now, &tool_use_id);
-                }
-            }
-        }
+        self.answer_text(&work_id, &tool_use_id, Answer::text(text));
         self.carry_out(&work_id);
     }
 
@@ -241,8 +274,13 @@ impl Machine {
             if self.items.values().any(|item| item.core.as_ref() == Some(&session_id)) {
                 continue;
             }
-            warn!(tool_call_id = %call_id, "nobody has asked for a result for a day, it is forgotten");
+            warn!(tool_call_id = %call_id, "nobody has asked for a result for a day, it is not kept any more");
             self.calls.remove(&call_id);
+            if self.dropped.len() >= MOST_DROPPED {
+                self.dropped.pop_front();
+            }
+            self.dropped.push_back(call_id.clone());
+            self.changes += 1;
             self.work(WorkItem::Acknowledge { call_id });
         }
     }

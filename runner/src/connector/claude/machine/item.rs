@@ -10,10 +10,11 @@ use std::time::Duration;
 
 use tracing::{info, warn};
 
-use super::{Action, Answer, Beat, Failure, Finish, Machine, SECOND, nanoseconds};
-use crate::connector::claude::conversation::{Conversation, Fate};
+use super::{Action, Beat, Failure, Finish, Machine, SECOND, nanoseconds};
+use crate::connector::claude::conversation::Conversation;
+use crate::connector::claude::handover::Held;
+use crate::connector::claude::history::History;
 use crate::connector::claude::lease::Lease;
-use crate::connector::claude::wire;
 use crate::work::{CancelMode, SessionId};
 use post::Post;
 use stream::Link;
@@ -61,13 +62,20 @@ pub(super) struct Item {
     /// As this runner names it.
     pub(super) core: Option<SessionId>,
     delivered_at: u64,
+    /// By an earlier runner.
+    was_left: bool,
     stage: Stage,
     lease: Lease,
     pub(super) conversation: Conversation,
     link: Link,
     link_number: u64,
     link_failures: u32,
-    history: Vec<wire::Event>,
+    /// Since when the stream is whole.
+    live_since: u64,
+    history: History,
+    /// The page of it that was asked for, and how many were.
+    page: Option<String>,
+    pages: u32,
     /// When to ask for the session's state; `None` when it is known, or asked.
     fetch_at: Option<u64>,
     posts: BTreeMap<String, Post>,
@@ -79,16 +87,47 @@ impl Item {
             session_id,
             core,
             delivered_at: now,
+            was_left: false,
             stage: Stage::Acking { in_flight: true, again_at: now },
             lease: Lease::new(now),
             conversation: Conversation::default(),
             link: Link::Closed { open_at: now },
             link_number: 0,
             link_failures: 0,
-            history: Vec::new(),
+            live_since: now,
+            history: History::default(),
+            page: None,
+            pages: 0,
             fetch_at: None,
             posts: BTreeMap::new(),
         }
+    }
+
+    /// One that an earlier runner has served.
+    pub(super) fn left(held: Held, core: SessionId, now: u64) -> Self {
+        let Held { session_id, last_heartbeat, ttl_seconds, .. } = held;
+        let lease = Lease::left(now, last_heartbeat, ttl_seconds);
+        Self { stage: Stage::Serving, lease, was_left: true, ..Self::new(session_id, Some(core), now) }
+    }
+
+    /// What the next runner needs to take up its lease.
+    pub(super) fn held(&self, work_id: &str) -> Option<Held> {
+        Some(Held {
+            work_id: work_id.to_owned(),
+            session_id: self.session_id.clone(),
+            last_heartbeat: self.lease.last_heartbeat()?.to_owned(),
+            ttl_seconds: self.lease.ttl() / SECOND,
+        })
+    }
+
+    /// An earlier runner has left it, and whether its lease is still held is not known.
+    fn is_doubtful(&self) -> bool {
+        self.was_left && !self.lease.is_held()
+    }
+
+    /// The queue has delivered it, or its session, once more: somebody must ask whether the lease is still ours.
+    pub(super) fn ask_now(&mut self, now: u64) {
+        self.lease.ask_now(now);
     }
 
     #[cfg(test)]
@@ -121,8 +160,8 @@ impl Item {
                 let over = self.delivered_at.saturating_add(ACK_WITHIN);
                 if in_flight { over } else { again_at.min(over) }
             }
-            Stage::Stopping { in_flight: true, .. } => u64::MAX,
-            Stage::Stopping { again_at, .. } => again_at,
+            Stage::Stopping { in_flight: true, .. } => self.lease.until(),
+            Stage::Stopping { again_at, .. } => again_at.min(self.lease.until()),
             Stage::Serving | Stage::Ending { .. } => {
                 let link = match self.link {
                     Link::Closed { open_at } if self.is_serving() => Some(open_at),
@@ -162,7 +201,9 @@ impl Machine {
     pub(super) fn beaten(&mut self, work_id: &str, sent: u64, result: Result<Beat, Failure>) {
         let (now, draw) = (self.now, (self.draw)());
         let Some(item) = self.items.get_mut(work_id) else { return };
-        if matches!(item.stage, Stage::Stopping { .. } | Stage::Acking { .. }) {
+        // Whoever has lost it does not give it back either.
+        let is_lost = matches!(&result, Err(failure) if failure.status() == Some(412));
+        if matches!(item.stage, Stage::Acking { .. }) || (matches!(item.stage, Stage::Stopping { .. }) && !is_lost) {
             return;
         }
         match result {
@@ -178,11 +219,13 @@ impl Machine {
                 if is_first {
                     item.fetch_at = Some(now);
                     item.link = Link::Closed { open_at: now };
-                    info!(work_id, session_id = item.session_id, "work item claimed");
+                    info!(work_id, session_id = item.session_id, taken_up = item.was_left, "work item claimed");
                 }
+                self.changes += 1;
                 self.lease_renewed(work_id, is_first);
             }
             Err(failure) if failure.status() == Some(412) => self.lose(work_id, "somebody else holds it"),
+            Err(failure) if failure.is_fatal() && item.is_doubtful() => self.lose(work_id, "its server refuses it"),
             Err(failure) if failure.is_fatal() => {
                 warn!(work_id, error = %failure, "a heartbeat was refused");
                 // The lease may still be ours for a while, and giving it back needs no more beats.
@@ -232,6 +275,11 @@ impl Machine {
 
     /// The item is no longer ours: everything stops, and nothing more is posted.
     fn lose(&mut self, work_id: &str, why: &str) {
+        if self.items.get(work_id).is_some_and(Item::is_doubtful) {
+            // It never was ours. What an earlier runner has begun is found by whoever gets the session next.
+            info!(work_id, why, "a work item of an earlier runner has run out, it will be delivered again");
+            return self.release(work_id);
+        }
         warn!(work_id, why, "the lease of a work item is lost, what runs for it is ended");
         self.cancel_all(work_id);
         self.release(work_id);
@@ -239,6 +287,7 @@ impl Machine {
 
     fn release(&mut self, work_id: &str) {
         let Some(item) = self.items.remove(work_id) else { return };
+        self.changes += 1;
         self.actions.push(Action::Forget { work_id: work_id.to_owned() });
         if let Some(core) = item.core {
             self.let_go(&core);
@@ -246,9 +295,9 @@ impl Machine {
     }
 
     fn cancel_all(&mut self, work_id: &str) {
-        let Some(item) = self.items.get(work_id) else { return };
-        for tool_use_id in item.conversation.running() {
-            self.cancel(work_id, &tool_use_id, CancelMode::Kill);
+        let Some(session_id) = self.items.get(work_id).and_then(|item| item.core.clone()) else { return };
+        for call_id in self.unfinished(&session_id) {
+            self.cancel_call(&session_id, call_id, CancelMode::Kill);
         }
     }
 
@@ -258,6 +307,10 @@ impl Machine {
         let Some(item) = self.items.get_mut(work_id) else { return };
         if !matches!(item.stage, Stage::Serving) {
             return;
+        }
+        if item.is_doubtful() {
+            // Whoever has it goes on.
+            return self.release(work_id);
         }
         info!(work_id, session_id = item.session_id, ?reason, "work item ends");
         self.actions.push(Action::Unstream { work_id: work_id.to_owned() });
@@ -278,7 +331,7 @@ impl Machine {
                 item.stage = Stage::Ending { until: now.saturating_add(END_PATIENCE) };
                 let waiting = item.conversation.take_waiting();
                 for tool_use_id in waiting {
-                    self.refuse(work_id, &tool_use_id, "the call did not run: the runner was told to end its work");
+                    self.end_waiting(work_id, &tool_use_id);
                 }
                 self.cancel_all(work_id);
             }
@@ -290,15 +343,6 @@ impl Machine {
         if let Some(item) = self.items.get_mut(work_id) {
             item.posts.clear();
             item.stage = Stage::Stopping { tries: 0, in_flight: false, again_at: now };
-        }
-    }
-
-    /// Answers a call that is not in the hands of the sessions.
-    pub(super) fn refuse(&mut self, work_id: &str, tool_use_id: &str, text: &str) {
-        let now = self.now;
-        let Some(item) = self.items.get_mut(work_id) else { return };
-        if let Fate::Post { .. } = item.conversation.finished(now, tool_use_id) {
-            self.deliver(work_id, tool_use_id.to_owned(), Answer::text(text));
         }
     }
 
@@ -316,6 +360,10 @@ impl Machine {
                     item.stage = Stage::Acking { in_flight: true, again_at };
                     self.actions.push(Action::AckAgain { work_id: work_id.to_owned() });
                 }
+            }
+            // Somebody else may have it by now.
+            Stage::Stopping { .. } if item.lease.is_lost(now) => {
+                self.lose(work_id, "it ran out before it was given back");
             }
             Stage::Stopping { tries, in_flight: false, again_at } if now >= again_at => {
                 item.stage = Stage::Stopping { tries: tries + 1, in_flight: true, again_at };

@@ -13,13 +13,14 @@ mod sessions;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
 use super::content;
+use super::handover::{Handover, Held};
 use super::http::Failure;
 use super::lease::SECOND;
 use super::wire::{Beat, Delivery, Page};
@@ -99,6 +100,8 @@ pub(super) enum Event {
     Posted { work_id: String, tool_use_id: String, result: Result<(), Failure> },
     /// `Action::Stop` is done.
     Stopped { work_id: String, result: Result<(), Failure> },
+    /// Another key is in use.
+    KeyReplaced,
     /// Take no more, and end.
     Finish(Finish),
 }
@@ -109,6 +112,10 @@ pub(super) enum Action {
     Poll,
     /// Take note of a delivery, its credential above all, and acknowledge it.
     Ack(Delivery),
+    /// Take note of an item that an earlier runner has served: its credential is the environment's key.
+    TakeUp {
+        work_id: String,
+    },
     /// Acknowledge it again.
     AckAgain {
         work_id: String,
@@ -169,12 +176,19 @@ pub(super) struct Machine {
     items: BTreeMap<String, Item>,
     sessions: BTreeMap<SessionId, Kept>,
     calls: BTreeMap<CallId, Known>,
+    /// What an earlier runner has left, until that can be taken up.
+    left: Vec<Held>,
+    /// Calls that have run and whose results are gone.
+    dropped: VecDeque<CallId>,
+    /// Counts what the next runner must be told.
+    changes: u64,
     actions: Vec<Action>,
 }
 
 impl Machine {
-    /// `draw` is random in 0..=1.
-    pub(super) fn new(rules: Rules, draw: fn() -> f64) -> Self {
+    /// `draw` is random in 0..=1; `handover` is what an earlier runner has left.
+    pub(super) fn new(rules: Rules, draw: fn() -> f64, handover: Handover) -> Self {
+        let dropped = handover.dropped.iter().filter_map(|id| CallId::new(id).ok()).collect();
         Self {
             rules,
             draw,
@@ -187,6 +201,9 @@ impl Machine {
             items: BTreeMap::new(),
             sessions: BTreeMap::new(),
             calls: BTreeMap::new(),
+            left: handover.leases,
+            dropped,
+            changes: 0,
             actions: Vec::new(),
         }
     }
@@ -212,10 +229,34 @@ impl Machine {
             Event::Listed { work_id, link, result } => self.listed(&work_id, link, result),
             Event::Posted { work_id, tool_use_id, result } => self.posted(&work_id, &tool_use_id, result),
             Event::Stopped { work_id, result } => self.stopped(&work_id, result),
+            Event::KeyReplaced => self.key_replaced(),
             Event::Finish(finish) => self.finish = self.finish.max(Some(finish)),
         }
         self.pass_time();
         std::mem::take(&mut self.actions)
+    }
+
+    /// Changes whenever [`Self::handover`] does.
+    pub(super) fn changes(&self) -> u64 {
+        self.changes
+    }
+
+    /// What the next runner needs to go on.
+    pub(super) fn handover(&self) -> Handover {
+        let leases = self.items.iter().filter_map(|(work_id, item)| item.held(work_id));
+        let dropped = self.dropped.iter().map(CallId::to_string);
+        // What was not taken up yet is left as it was.
+        Handover { leases: leases.chain(self.left.iter().cloned()).collect(), dropped: dropped.collect() }
+    }
+
+    /// Goes on with the work items of an earlier runner whose leases may still be held: the first heartbeat tells.
+    fn take_up(&mut self) {
+        for held in std::mem::take(&mut self.left) {
+            let Ok(core) = self.session_id(&held.session_id) else { continue };
+            let work_id = held.work_id.clone();
+            self.items.insert(work_id.clone(), Item::left(held, core, self.now));
+            self.actions.push(Action::TakeUp { work_id });
+        }
     }
 
     /// Work items that are ours, or about to be.

@@ -51,13 +51,22 @@ impl Machine {
         }
     }
 
+    /// What was refused may be taken now.
+    pub(super) fn key_replaced(&mut self) {
+        self.poll.next_at = self.poll.next_at.min(self.now);
+    }
+
     fn delivered(&mut self, delivery: Delivery) {
         if self.draining || self.finish.is_some() {
             return;
         }
+        let now = self.now;
         let serves = |item: &Item| matches!(&delivery.order, Order::Session(id) if *id == item.session_id);
-        // Without an acknowledgement it is delivered again, when what is here of it may be over.
-        if self.items.contains_key(&delivery.work_id) || self.items.values().any(serves) {
+        // Without an acknowledgement it is delivered again, when what is here of it may be over. Perhaps it is: what has a
+        // lease is delivered to nobody.
+        let served = self.items.iter_mut().find(|(work_id, item)| **work_id == delivery.work_id || serves(item));
+        if let Some((_, item)) = served {
+            item.ask_now(now);
             self.poll.next_at = self.within(1.0, 3.0);
             return;
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use sha2::{Digest, Sha256};
 use tracing::{info, warn};
 
-use super::calls::KEEP_RESULTS;
+use super::calls::{KEEP_RESULTS, NOT_KEPT};
 use super::{Machine, SECOND, nanoseconds};
 use crate::work::{
     CallId, Code, EnvironmentRef, Network, RequestDigest, RequestKind, ResourceLimits, SessionClose, SessionId,
@@ -16,6 +16,8 @@ use crate::work::{
 
 /// Placement of every session: it is opened by one process at a time, so there is no newer one.
 pub(super) const EPOCH: u64 = 1;
+/// Those of different threads run beside each other.
+const CALLS_AT_ONCE: u32 = 16;
 /// How long sandboxes live beyond the lease; as the launcher's policy has it.
 const ORPHAN_TIME: Duration = Duration::from_secs(8100);
 /// A session without a work item is told that this runner lives.
@@ -107,7 +109,7 @@ impl Machine {
             min_tier: String::new(),
             orphan_timeout: None,
             idle_timeout: None,
-            max_concurrent_calls: 1,
+            max_concurrent_calls: CALLS_AT_ONCE,
             tenant: String::new(),
         }));
         self.grant(session_id);
@@ -296,7 +298,7 @@ impl Machine {
         }
         let Some(kept) = self.sessions.remove(session_id) else { return };
         for call_id in kept.order {
-            self.give_up_call(session_id, &call_id, Some(not_run(failure)));
+            self.give_up_call(session_id, &call_id, not_run(failure));
         }
     }
 
@@ -318,7 +320,7 @@ impl Machine {
             }
             Code::CallForgotten => {
                 self.accepted(session_id, &call_id);
-                self.give_up_call(session_id, &call_id, None);
+                self.give_up_call(session_id, &call_id, NOT_KEPT.to_owned());
             }
             code => {
                 let since = *kept.refused_since.get_or_insert(now);
@@ -327,7 +329,7 @@ impl Machine {
                     return;
                 }
                 self.accepted(session_id, &call_id);
-                self.give_up_call(session_id, &call_id, Some(not_run(failure)));
+                self.give_up_call(session_id, &call_id, not_run(failure));
             }
         }
     }

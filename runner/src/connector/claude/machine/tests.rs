@@ -2,9 +2,11 @@
 
 mod calls;
 mod events;
+mod leases;
 mod order;
 mod queue;
 mod sessions;
+mod threads;
 
 use std::collections::VecDeque;
 
@@ -44,7 +46,13 @@ struct World {
 
 impl World {
     fn new() -> Self {
-        let mut world = Self { machine: Machine::new(rules(), half), now: 1_000 * SECOND, asked: VecDeque::new() };
+        Self::after(Handover::default())
+    }
+
+    /// After a runner that has left this.
+    fn after(handover: Handover) -> Self {
+        let machine = Machine::new(rules(), half, handover);
+        let mut world = Self { machine, now: 1_000 * SECOND, asked: VecDeque::new() };
         world.handle(Event::Update(Update::Restored));
         world
     }
@@ -249,6 +257,11 @@ fn lost() -> Failure {
 
 fn bash(id: &str) -> Value {
     json!({"type": "agent.tool_use", "id": id, "name": "bash", "input": {"command": "echo"}, "evaluated_permission": "allow"})
+}
+
+/// A tool use that needs no shell.
+fn reading(id: &str) -> Value {
+    json!({"type": "agent.tool_use", "id": id, "name": "read", "input": {"file_path": "f"}, "evaluated_permission": "allow"})
 }
 
 fn asking(id: &str) -> Value {

@@ -2,7 +2,7 @@
 
 use tracing::warn;
 
-use crate::connector::claude::machine::{Action, Answer, Failure, Machine, doubled};
+use crate::connector::claude::machine::{Action, Answer, Failure, Machine, doubled, nanoseconds};
 
 /// An answer that is to be posted.
 #[derive(Debug)]
@@ -59,7 +59,8 @@ impl Machine {
         }
         post.tries += 1;
         if !failure.is_fatal() && now.saturating_sub(post.since) < window {
-            post.next_at = again_at;
+            let asked = nanoseconds(failure.retry_after().unwrap_or_default());
+            post.next_at = again_at.max(now.saturating_add(asked.min(window / 2)));
             return;
         }
         warn!(work_id, tool_use_id, error = %failure, "a result could not be posted");

@@ -1,14 +1,21 @@
 //! The events of an item's session: the stream is opened first, then the whole history is read, and only then is anything
 //! concluded.
 
+use std::time::Duration;
+
 use tracing::warn;
 
 use super::Reason;
-use crate::connector::claude::machine::{Action, Failure, Machine, Page, doubled};
+use crate::connector::claude::history::{History, MOST_HISTORY};
+use crate::connector::claude::machine::{Action, Failure, Machine, Page, SECOND, doubled, nanoseconds};
 use crate::connector::claude::wire;
 
-/// Events of one session's history.
-const MOST_HISTORY: usize = 200_000;
+/// Pages of one session's history.
+const MOST_PAGES: u32 = 10_000;
+/// A stream that was whole for so long has not failed at once.
+const HEALTHY_AFTER: u64 = 5 * SECOND;
+/// A server that asks for patience gets so much.
+const PATIENCE_CEILING: Duration = Duration::from_secs(60);
 
 /// Where the stream of events is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,7 +33,7 @@ impl Machine {
             return;
         }
         item.link = Link::Listing;
-        item.history.clear();
+        (item.history, item.page, item.pages) = (History::default(), None, 0);
         item.conversation.connected();
         let (work_id, session_id) = (work_id.to_owned(), item.session_id.clone());
         self.actions.push(Action::List { work_id, session_id, link, page: None });
@@ -43,25 +50,32 @@ impl Machine {
         if item.link != Link::Listing || item.link_number != link {
             return;
         }
+        item.pages += 1;
+        let leads_on = |page: &Page| page.next.is_none() || page.next != item.page;
         let page = match result {
-            Ok(page) => page,
+            // A page that leads to itself has no end.
+            Ok(page) if leads_on(&page) && item.pages <= MOST_PAGES => page,
+            Ok(_) => {
+                self.actions.push(Action::Unstream { work_id: work_id.to_owned() });
+                return self.disconnected(work_id, link, Some(&Failure::Malformed));
+            }
             // Nothing is concluded from a part of a history: the stream is made again, and then all of it is read.
             Err(failure) => {
                 self.actions.push(Action::Unstream { work_id: work_id.to_owned() });
                 return self.disconnected(work_id, link, Some(&failure));
             }
         };
-        item.history.extend(page.events);
-        if item.history.len() > MOST_HISTORY {
-            warn!(work_id, events = item.history.len(), "the history of a session is longer than this runner keeps");
+        if item.history.add(page.events).is_err() {
+            warn!(work_id, "the history of a session is longer than this runner keeps");
             return self.end_item(work_id, Reason::Refused);
         }
+        item.page.clone_from(&page.next);
         if let Some(next) = page.next {
             let (work_id, session_id) = (work_id.to_owned(), item.session_id.clone());
             return self.actions.push(Action::List { work_id, session_id, link, page: Some(next) });
         }
-        (item.link, item.link_failures) = (Link::Live, 0);
-        let history = std::mem::take(&mut item.history);
+        (item.link, item.live_since) = (Link::Live, now);
+        let history = item.history.take();
         item.conversation.reconcile(now, history);
         self.carry_out(work_id);
     }
@@ -76,6 +90,13 @@ impl Machine {
             warn!(work_id, "more events came than are kept while a history is read, will read it again");
             return self.reconnect(work_id);
         }
+        if item.link == Link::Live {
+            item.link_failures = 0;
+        }
+        if item.conversation.remembered() > 2 * MOST_HISTORY {
+            warn!(work_id, "a session has more events than this runner keeps");
+            return self.end_item(work_id, Reason::Refused);
+        }
         self.carry_out(work_id);
     }
 
@@ -85,6 +106,7 @@ impl Machine {
         link: u64,
         failure: Option<&Failure>,
     ) {
+        let now = self.now;
         let Some(item) = self.items.get_mut(work_id) else { return };
         if item.link_number != link || matches!(item.link, Link::Closed { .. }) {
             return;
@@ -94,9 +116,13 @@ impl Machine {
             item.link = Link::Closed { open_at: u64::MAX };
             return self.end_item(work_id, Reason::Refused);
         }
+        if item.link == Link::Live && now.saturating_sub(item.live_since) >= HEALTHY_AFTER {
+            item.link_failures = 0;
+        }
         let most = doubled(item.link_failures, 0.5, 10.0);
         item.link_failures += 1;
-        let open_at = self.within(most / 2.0, most);
+        let asked = failure.and_then(Failure::retry_after).unwrap_or_default().min(PATIENCE_CEILING);
+        let open_at = self.within(most / 2.0, most).max(now.saturating_add(nanoseconds(asked)));
         if let Some(item) = self.items.get_mut(work_id) {
             item.link = Link::Closed { open_at };
         }

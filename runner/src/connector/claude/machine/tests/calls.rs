@@ -67,11 +67,12 @@ fn calls_of_an_earlier_runner_are_found_by_their_ids() {
         "somebody has answered it"
     );
     assert_eq!(world.asked(|action| matches!(action, Action::Work(WorkItem::Open(_)))), 0);
-    assert_eq!((world.call_asked(), world.calls_asked()), ("claude:env_1:t3".to_owned(), 0));
+    assert_eq!(world.calls_asked(), 0, "the one before it still runs");
     assert_eq!(world.post_asked(), ("t1".to_owned(), "\"stored\" false".to_owned()));
     world.finished("claude:env_1:t5", "ended");
     assert_eq!(world.acknowledged(), ["claude:env_1:t5"]);
     world.finished("claude:env_1:t2", "went on");
+    assert_eq!(world.call_asked(), "claude:env_1:t3");
     assert_eq!(world.post_asked(), ("t2".to_owned(), "\"went on\" false".to_owned()));
 }
 
@@ -105,4 +106,52 @@ fn result_that_is_too_large_for_the_server_is_answered_as_such() {
     world.asked.clear();
     world.posted("t1", Err(status(413)));
     assert!(world.post_asked().1.starts_with("the result was refused by the control plane as too large"));
+}
+
+/// A result that was not asked for in a day is gone, and its call must not run a second time because of that.
+#[test]
+fn call_whose_result_is_not_kept_any_more_is_answered_as_such_and_does_not_run_again() {
+    let mut world = World::new();
+    world.handle(Event::Update(finished("claude:env_1:t1", "nobody asks")));
+    let before = world.machine.changes();
+    world.pass(25 * 3600);
+    assert_eq!(world.acknowledged(), ["claude:env_1:t1"]);
+    assert_ne!(world.machine.changes(), before, "the next runner must know it");
+    for mut world in [World::after(world.machine.handover()), world] {
+        world.serve(vec![bash("t1")]);
+        assert_eq!(world.calls_asked(), 0);
+        assert_eq!(
+            world.post_asked(),
+            ("t1".to_owned(), crate::connector::claude::machine::calls::NOT_KEPT.to_owned())
+        );
+    }
+}
+
+#[test]
+fn call_that_the_sessions_know_as_acknowledged_is_answered_and_not_passed_over() {
+    let mut world = World::served(vec![bash("t1")]);
+    world.handle(refused(RequestKind::Call, Some("claude:env_1:t1"), Code::CallForgotten));
+    assert!(world.post_asked().1.starts_with("the call has run"));
+}
+
+#[test]
+fn input_that_no_tool_takes_is_answered_with_its_size_and_the_limit() {
+    let input = json!({"command": "x".repeat(3 * 1024 * 1024)});
+    let mut world = World::served(vec![json!({"type": "agent.tool_use", "id": "t1", "name": "bash", "input": input})]);
+    let text = world.post_asked().1;
+    assert!(text.starts_with("bash input has 3145742 bytes; at most 262144 are allowed"), "{text}");
+    assert_eq!(world.calls_asked(), 0);
+}
+
+#[test]
+fn post_waits_as_long_as_the_server_asks_for() {
+    let mut world = World::served(vec![bash("t1")]);
+    world.finished("claude:env_1:t1", "x");
+    world.asked.clear();
+    let failure = Failure::Status { status: 429, kind: String::new(), retry_after: Some(Duration::from_secs(20)) };
+    world.posted("t1", Err(failure));
+    world.pass_beating(19);
+    assert_eq!(world.posts_asked(), 0);
+    world.pass_beating(2);
+    assert_eq!(world.posts_asked(), 1);
 }

@@ -1,4 +1,4 @@
-//! Histories and streams, permission, threads, interrupts.
+//! Histories and streams, permission, tools of others.
 
 use super::*;
 
@@ -27,8 +27,9 @@ fn call_of_history_and_stream_runs_once_and_answered_ones_do_not_run() {
     assert_eq!(page, "p2");
     let second = Page { events: [result_of("t1")].map(wire::event).into(), next: None };
     world.handle(Event::Listed { work_id: WORK.into(), link, result: Ok(second) });
-    let ids = [world.call_asked(), world.call_asked()];
-    assert_eq!((ids, world.calls_asked()), (["claude:env_1:t2".to_owned(), "claude:env_1:t3".to_owned()], 0));
+    assert_eq!((world.call_asked(), world.calls_asked()), ("claude:env_1:t2".to_owned(), 0));
+    world.finished("claude:env_1:t2", "x");
+    assert_eq!((world.call_asked(), world.calls_asked()), ("claude:env_1:t3".to_owned(), 0));
 }
 
 #[test]
@@ -90,6 +91,8 @@ fn gate_fails_closed() {
     ]);
     assert_eq!(world.call_asked(), "claude:env_1:t1");
     assert_eq!((world.calls_asked(), world.posts_asked()), (0, 0), "denied ones are answered by the server itself");
+    world.finished("claude:env_1:t1", "x");
+    assert_eq!(world.post_asked().0, "t1");
     world.live(verdict("t3", "allow"));
     assert_eq!(world.call_asked(), "claude:env_1:t3");
     world.live(asking("t5"));
@@ -113,39 +116,74 @@ fn tools_of_others_are_left_to_them_and_keep_the_item() {
 }
 
 #[test]
-fn interrupt_ends_what_runs_and_what_waits_in_its_thread_and_nothing_else() {
-    let mut world = World::served(vec![
-        in_thread(bash("a1"), "th_a"),
-        in_thread(bash("b1"), "th_b"),
-        in_thread(asking("a2"), "th_a"),
-    ]);
-    world.asked.clear();
-    world.live(in_thread(interrupt(), "th_a"));
-    assert_eq!(world.cancels_asked(), [("claude:env_1:a1".to_owned(), CancelMode::Interrupt)]);
-    assert_eq!(world.post_asked(), ("a2".to_owned(), "interrupted by user".to_owned()));
-    world.finished("claude:env_1:a1", "part");
-    assert_eq!(world.post_asked(), ("a1".to_owned(), "\"part\" true".to_owned()));
-    world.live(interrupt());
-    assert_eq!(world.cancels_asked(), [("claude:env_1:b1".to_owned(), CancelMode::Interrupt)]);
-}
-
-#[test]
 fn interrupt_in_the_history_concerns_what_came_before_it_only() {
     let mut world = World::served(vec![bash("t1"), interrupt(), bash("t2")]);
     assert_eq!(world.call_asked(), "claude:env_1:t2");
     assert_eq!((world.post_asked().1.as_str(), world.calls_asked()), ("interrupted by user", 0));
 }
 
+/// Whoever closes each stream at once would otherwise be asked for whole histories as fast as it answers.
 #[test]
-fn end_of_a_thread_drops_its_calls_without_an_answer() {
-    let ended = |thread: &str| in_thread(json!({"type": "session.thread_status_terminated"}), thread);
-    let mut world = World::served(vec![in_thread(bash("t1"), "th"), in_thread(asking("t2"), "th")]);
+fn stream_that_ends_as_soon_as_the_history_is_read_is_made_again_later_each_time() {
+    let mut world = World::served(vec![]);
+    let mut waits = Vec::new();
+    for _ in 0..6 {
+        let link = world.machine.items[WORK].link_number();
+        world.handle(Event::Disconnected { work_id: WORK.into(), link, failure: None });
+        let before = world.now;
+        while world.machine.items[WORK].link_number() == link {
+            world.now += SECOND / 8;
+            world.handle(Event::Tick);
+        }
+        waits.push((world.now - before) * 8 / SECOND);
+        world.connect(vec![]);
+    }
+    assert_eq!(waits, [3, 6, 12, 24, 48, 60]);
+    world.live(json!({"type": "user.message"}));
+    let link = world.machine.items[WORK].link_number();
+    world.handle(Event::Disconnected { work_id: WORK.into(), link, failure: None });
     world.asked.clear();
-    world.live(ended("th"));
-    world.live(verdict("t2", "allow"));
-    world.live(in_thread(bash("t3"), "th"));
-    assert_eq!(world.cancels_asked(), [("claude:env_1:t1".to_owned(), CancelMode::Interrupt)]);
-    world.finished("claude:env_1:t1", "ended");
-    assert_eq!((world.posts_asked(), world.calls_asked()), (0, 0));
-    assert_eq!(world.acknowledged(), ["claude:env_1:t1"], "nobody will ask for it");
+    world.pass(1);
+    assert_eq!(world.asked(|action| matches!(action, Action::Stream { .. })), 1, "it has brought something");
+}
+
+#[test]
+fn page_that_leads_to_itself_is_no_history() {
+    let mut world = World::served(vec![]);
+    let link = world.machine.items[WORK].link_number();
+    world.handle(Event::Disconnected { work_id: WORK.into(), link, failure: None });
+    world.pass(2);
+    let link = world.machine.items[WORK].link_number();
+    world.handle(Event::Connected { work_id: WORK.into(), link });
+    world.asked.clear();
+    for _ in 0..2 {
+        let page = Page { events: vec![], next: Some("same".into()) };
+        world.handle(Event::Listed { work_id: WORK.into(), link, result: Ok(page) });
+    }
+    assert_eq!(world.asked(|action| matches!(action, Action::List { .. })), 1, "only the first time");
+    assert_eq!(world.asked(|action| matches!(action, Action::Unstream { .. })), 1);
+}
+
+#[test]
+fn stream_that_breaks_while_nothing_happens_does_not_set_the_idle_clock_back() {
+    let mut world = World::served(vec![end_of_turn()]);
+    for _ in 0..3 {
+        world.pass_beating(18);
+        let link = world.machine.items[WORK].link_number();
+        world.handle(Event::Disconnected { work_id: WORK.into(), link, failure: None });
+        world.pass_beating(1);
+        world.connect(vec![end_of_turn()]);
+    }
+    assert_eq!(world.stops_asked(), 0);
+    world.pass_beating(5);
+    assert_eq!(world.stops_asked(), 1, "60 s after the end of the turn");
+
+    let mut world = World::served(vec![end_of_turn()]);
+    world.pass_beating(50);
+    let link = world.machine.items[WORK].link_number();
+    world.handle(Event::Disconnected { work_id: WORK.into(), link, failure: None });
+    world.pass_beating(1);
+    world.connect(vec![end_of_turn(), json!({"type": "user.message"}), end_of_turn()]);
+    world.pass_beating(50);
+    assert_eq!(world.stops_asked(), 0, "something has happened meanwhile");
 }

@@ -52,7 +52,7 @@ fn anything(step: u8, which: u8, link: u64) -> Event {
 proptest::proptest! {
     #[test]
     fn nothing_is_asked_for_an_item_that_is_not_ours(steps in proptest::collection::vec((0_u8..28, 0_u8..255, 0_u64..20), 1..200)) {
-        let mut machine = Machine::new(rules(), half);
+        let mut machine = Machine::new(rules(), half, Handover::default());
         let mut now = 1_000 * SECOND;
         let mut is_ours = false;
         let mut is_leased = false;

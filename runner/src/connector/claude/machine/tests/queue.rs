@@ -4,7 +4,7 @@ use super::*;
 
 #[test]
 fn nothing_is_polled_before_what_an_earlier_runner_left_is_known() {
-    let mut machine = Machine::new(rules(), half);
+    let mut machine = Machine::new(rules(), half, Handover::default());
     assert!(machine.handle(SECOND, Event::Tick).is_empty());
     assert!(matches!(machine.handle(SECOND, Event::Update(Update::Restored))[..], [Action::Poll]));
 }
@@ -101,6 +101,10 @@ fn delivery_of_what_is_served_already_is_not_acknowledged() {
         let delivery = Delivery { work_id: work_id.into(), order: Order::Session(SESSION.into()), token: None };
         world.handle(Event::Polled(Ok(Some(delivery))));
         assert_eq!(world.asked(|action| matches!(action, Action::Ack(_))), 0, "{work_id}");
+        // What has a lease is delivered to nobody, so it may be lost.
+        assert!(world.beat_asked().starts_with("hb-"), "{work_id}");
+        let beat = world.good_beat();
+        world.beaten(Ok(beat));
         world.pass(3);
     }
 }
@@ -109,7 +113,7 @@ fn delivery_of_what_is_served_already_is_not_acknowledged() {
 #[test]
 fn lost_lease_ends_everything_and_posts_nothing() {
     for is_assumed in [false, true] {
-        let mut world = World::served(vec![bash("t1"), bash("t2")]);
+        let mut world = World::served(vec![bash("t1"), in_thread(reading("t2"), "th")]);
         world.call_asked();
         world.finished("claude:env_1:t2", "done");
         world.asked.clear();
@@ -211,4 +215,44 @@ fn end_of_the_runner_gives_every_item_back() {
     assert_eq!(world.stops_asked(), 1);
     world.handle(Event::Stopped { work_id: WORK.into(), result: Ok(()) });
     assert!(world.machine.is_done());
+}
+
+/// Somebody else may have the item by then, and would lose it to a late stop.
+#[test]
+fn item_whose_lease_runs_out_or_is_lost_while_it_is_given_back_is_left_alone() {
+    let ending = || {
+        let mut world = World::served(vec![]);
+        world.pass(40);
+        world.beaten(Ok(Beat { goes_on: false, last_heartbeat: "x".into(), ttl_seconds: Some(4) }));
+        assert_eq!(world.stops_asked(), 1);
+        world.asked.clear();
+        world
+    };
+    let mut world = ending();
+    world.handle(Event::Stopped { work_id: WORK.into(), result: Err(status(500)) });
+    world.pass(3);
+    assert_eq!(world.stops_asked(), 1, "it is tried again while the lease is held");
+    world.handle(Event::Stopped { work_id: WORK.into(), result: Err(status(500)) });
+    world.pass(60);
+    assert_eq!((world.stops_asked(), world.forgotten()), (1, 1));
+
+    let mut world = ending();
+    world.pass(5);
+    assert_eq!((world.stops_asked(), world.forgotten()), (0, 1), "a stop that gets no answer is dropped");
+
+    let mut world = ending();
+    world.beaten(Err(status(412)));
+    world.pass(60);
+    assert_eq!((world.stops_asked(), world.forgotten()), (0, 1));
+}
+
+#[test]
+fn key_that_was_replaced_is_tried_at_once() {
+    let mut world = World::new();
+    world.handle(Event::Polled(Err(status(401))));
+    world.asked.clear();
+    world.pass(10);
+    assert_eq!(world.asked(|action| matches!(action, Action::Poll)), 0);
+    world.handle(Event::KeyReplaced);
+    assert_eq!(world.asked(|action| matches!(action, Action::Poll)), 1);
 }

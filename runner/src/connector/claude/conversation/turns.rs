@@ -1,0 +1,57 @@
+//! Whose turn it is: tool uses of one thread run one after the other and those of different threads beside each other,
+//! except that commands run one at a time. All threads of a session share its shell, as they do with the official worker: a
+//! directory that one of them changes to is where the next command begins.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use super::threads::Threads;
+use super::{Pending, Stage};
+
+/// Tool uses of one session that are handed on at once.
+const MOST_RUNNING: usize = 16;
+
+/// Those that wait for their turn, in the order in which they came.
+#[derive(Debug, Default)]
+pub(super) struct Turns(VecDeque<String>);
+
+impl Turns {
+    pub(super) fn push(&mut self, id: String) {
+        self.0.push_back(id);
+    }
+
+    pub(super) fn remove(&mut self, id: &str) {
+        self.0.retain(|turn| turn != id);
+    }
+
+    /// All that wait.
+    pub(super) fn take_all(&mut self) -> Vec<String> {
+        self.0.drain(..).collect()
+    }
+
+    /// The next one that may be handed on.
+    pub(super) fn next(&mut self, pending: &BTreeMap<String, Pending>, threads: &Threads) -> Option<String> {
+        let place = self.place(pending, threads)?;
+        self.0.remove(place)
+    }
+
+    fn place(&self, pending: &BTreeMap<String, Pending>, threads: &Threads) -> Option<usize> {
+        // What was interrupted does not begin, so it waits for nobody.
+        let interrupted = |id: &String| pending.get(id).is_none_or(|pending| pending.interrupted);
+        if let Some(place) = self.0.iter().position(interrupted) {
+            return Some(place);
+        }
+        let running: Vec<_> = pending.values().filter(|pending| pending.stage == Stage::Running).collect();
+        if running.len() >= MOST_RUNNING {
+            return None;
+        }
+        let shell_is_taken = running.iter().any(|pending| pending.tool_use.is_command());
+        let mut busy: BTreeSet<Option<&str>> = running.iter().map(|pending| threads.of(&pending.tool_use)).collect();
+        self.0.iter().position(|id| {
+            let Some(Pending { tool_use, .. }) = pending.get(id) else { return true };
+            let is_free = !busy.contains(&threads.of(tool_use));
+            // What comes behind it in its thread waits for it.
+            busy.insert(threads.of(tool_use));
+            is_free && !(shell_is_taken && tool_use.is_command())
+        })
+    }
+}

@@ -1,0 +1,76 @@
+//! Several environments of one daemon, and their keys.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{PermissionsExt, chown};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use sandbox_runner_tests::claude::{Endpoint, Fate, Mock, NewSession, Secret, ToolUse, ours};
+use sandbox_runner_tests::launcher::RUNNER_UID;
+use sandbox_runner_tests::{host, needs_root};
+
+use super::{Site, wait_until};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn environments_are_served_beside_each_other_and_a_refused_key_stops_its_own_only() {
+    needs_root!();
+    let _host = host::shared();
+    let mock = Mock::start().await;
+    let environment = mock.lock().create_environment("first").expect("an environment");
+    let second = mock.lock().create_environment("second").expect("an environment");
+    let mut daemon = ours::install(&mock, &environment, false).await;
+    let key = daemon.config().with_file_name("second.key");
+    fs::write(&key, "sk-ant-oat01-wrong\n").expect("the key");
+    chown(&key, Some(RUNNER_UID), Some(RUNNER_UID)).expect("chown of the key");
+    fs::set_permissions(&key, Permissions::from_mode(0o600)).expect("chmod of the key");
+    let written = fs::read_to_string(daemon.config()).expect("the configuration");
+    let more = written[..written.find("[runner]").expect("a section")]
+        .replace(&environment.id, &second.id)
+        .replace("claude.key", "second.key");
+    fs::write(daemon.config(), format!("{more}{written}")).expect("the configuration");
+    daemon.start_launcher().await;
+    daemon.tend_runner();
+    let site = Site { daemon, mock, environment };
+
+    wait_until("the second is refused", || site.daemon.log().contains("the work queue refuses this runner")).await;
+    let first = site.session();
+    assert_eq!(site.text(&first, ToolUse::bash("echo first")).await, "first");
+
+    // It would be asked for work again in a minute or two.
+    fs::write(&key, format!("{}\n", second.keys[0])).expect("the key");
+    hang_up(&site);
+    let other = site.mock.lock().create_session(&second.id, NewSession::default()).expect("a session");
+    assert_eq!(site.text(&other, ToolUse::bash("echo second")).await, "second");
+    assert_eq!(site.text(&first, ToolUse::bash("echo still")).await, "still");
+    site.end();
+}
+
+/// An item without a token of its own is served with the key, and with the one that is in use.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn item_without_a_token_goes_on_with_a_key_that_was_replaced() {
+    needs_root!();
+    let _host = host::shared();
+    let site = Site::start().await;
+    for secret in [Secret::Missing, Secret::NotBase64] {
+        let new = NewSession { secret, ..NewSession::default() };
+        let session = site.mock.lock().create_session(&site.environment.id, new).expect("a session");
+        assert_eq!(site.text(&session, ToolUse::bash("echo before")).await, "before");
+
+        let key = site.mock.lock().rotate_environment_key(&site.environment.id);
+        fs::write(ours::key_file(&site.daemon), format!("{key}\n")).expect("the key");
+        let read = || site.daemon.log().matches("the key of an environment was read again").count();
+        let before = read();
+        hang_up(&site);
+        wait_until("the key is read", || read() > before).await;
+
+        assert_eq!(site.text(&session, ToolUse::bash("echo after")).await, "after");
+    }
+    let refused = site.mock.requests(Endpoint::SendEvents);
+    assert!(!refused.iter().any(|request| matches!(request.fate, Fate::Answered(401))), "with the old key");
+    site.end();
+}
+
+fn hang_up(site: &Site) {
+    let pid = site.daemon.runner_pid().expect("a runner");
+    kill(Pid::from_raw(pid.cast_signed()), Signal::SIGHUP).expect("the runner");
+}
