@@ -7,12 +7,16 @@
 //! stay in this process.
 
 mod api;
+mod board;
+mod check;
+mod claim;
 mod content;
 mod conversation;
 mod http;
 mod input;
 mod lease;
 mod machine;
+mod remedy;
 mod secret;
 mod sse;
 mod task;
@@ -26,6 +30,9 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
+pub use board::{Board, ItemView, Reason};
+pub use check::{Checked, Question, check};
+pub use claim::{Claim, ClaimError, Handed};
 pub use http::Base;
 pub use secret::SecretError;
 
@@ -41,8 +48,10 @@ pub struct Settings {
     pub base: Base,
     /// The environment whose queue is served.
     pub environment_id: String,
-    /// File with its key.
-    pub key_file: PathBuf,
+    /// Where work items come from.
+    pub source: Source,
+    /// Who is told how the queue stands.
+    pub board: Board,
     /// Value of the header `anthropic-version`.
     pub api_version: String,
     /// Who asks for work; unique among all workers of the environment.
@@ -61,6 +70,18 @@ pub struct Settings {
     pub clock: fn() -> u64,
 }
 
+/// Where work items come from.
+#[derive(Debug, Clone)]
+pub enum Source {
+    /// From the queue of the environment.
+    Queue {
+        /// File with the key of the environment.
+        key_file: PathBuf,
+    },
+    /// One was claimed by somebody else; the connector ends with it.
+    Claim(Claim),
+}
+
 /// Why a queue cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {
@@ -77,6 +98,10 @@ pub enum QueueError {
 pub struct Handle {
     /// Read the key again.
     pub reload: Arc<Notify>,
+    /// Told when the one item that was to be served is over.
+    pub over: Option<Arc<Notify>>,
+    /// How the queue stands.
+    pub board: Board,
     /// Ends after a stop.
     pub task: JoinHandle<()>,
 }
@@ -106,29 +131,47 @@ pub fn start(
     neighbours: Neighbours,
     stop: watch::Receiver<Stop>,
 ) -> Result<Handle, QueueError> {
-    let key = secret::Secret::read(&settings.key_file)?;
+    let is_single = matches!(settings.source, Source::Claim(_));
+    let (key, key_file, claimed) = match settings.source {
+        Source::Queue { key_file } => (secret::Secret::read(&key_file)?, Some(key_file), None),
+        Source::Claim(claim) => (claim.key, None, Some(claim.delivery)),
+    };
     let client = http::Client::new(settings.base);
     let environment_id = settings.environment_id;
     let api = api::Api::new(client, environment_id.clone(), key, &settings.api_version, &settings.worker_id);
     let api = Arc::new(api.ok_or(QueueError::Header)?);
     let rules = Rules {
         environment_id,
-        max_items: settings.max_items,
+        // Whoever serves one item asks for no other.
+        max_items: if is_single { 0 } else { settings.max_items },
         max_sessions: settings.max_sessions,
         max_idle: settings.max_idle,
         keep: settings.keep,
         longest_command: settings.longest_command,
     };
     let reload = Arc::new(Notify::new());
+    let mut machine = Machine::new(rules, draw);
+    if let Some(delivery) = claimed {
+        machine.serve_only(delivery);
+    }
     let task = task::Task {
         api,
-        key_file: settings.key_file,
-        machine: Machine::new(rules, draw),
+        key_file,
+        board: settings.board.clone(),
+        machine,
         ports,
         neighbours,
         stop,
         reload: Arc::clone(&reload),
         clock: settings.clock,
     };
-    Ok(Handle { reload, task: tokio::spawn(task.run()) })
+    let over = is_single.then(Arc::<Notify>::default);
+    let told = over.clone();
+    let task = tokio::spawn(async move {
+        task.run().await;
+        if let Some(over) = told {
+            over.notify_one();
+        }
+    });
+    Ok(Handle { reload, over, board: settings.board, task })
 }

@@ -15,12 +15,13 @@ use tracing::{error, info, warn};
 
 use super::Neighbours;
 use super::api::Api;
+use super::board::Board;
 use super::content::{self, Blocks};
 use super::http::Failure;
 use super::machine::{Action, Answer, Event, Finish, Machine, Room};
 use super::secret::Secret;
 use super::sse::{Frame, Parser};
-use super::wire;
+use super::wire::{self, Delivery};
 use crate::connector::Ports;
 use crate::connector::orchestrator::Stop;
 use crate::work::{CallId, CallResult, Content, OutputSource, Progress, Stream, ToolResult, WorkItem};
@@ -39,7 +40,9 @@ const SLEEP_FLOOR: Duration = Duration::from_millis(5);
 /// What an environment's loop is made of.
 pub(super) struct Task {
     pub(super) api: Arc<Api>,
-    pub(super) key_file: PathBuf,
+    /// Where the key can be read again.
+    pub(super) key_file: Option<PathBuf>,
+    pub(super) board: Board,
     pub(super) machine: Machine,
     pub(super) ports: Ports,
     pub(super) neighbours: Neighbours,
@@ -59,6 +62,7 @@ struct Under {
 
 struct Loop {
     api: Arc<Api>,
+    board: Board,
     machine: Machine,
     outputs: Arc<dyn OutputSource>,
     progress: Progress,
@@ -72,13 +76,14 @@ struct Loop {
 
 impl Task {
     pub(super) async fn run(self) {
-        let Self { api, key_file, machine, ports, neighbours, mut stop, reload, clock } = self;
+        let Self { api, key_file, board, machine, ports, neighbours, mut stop, reload, clock } = self;
         let Neighbours { sessions: mut others, items } = neighbours;
         let mut own = 0;
         let Ports { work, mut updates, outputs, progress, pressure, .. } = ports;
         let (reports, mut done) = mpsc::channel(QUEUED_REPORTS);
         let mut state = Loop {
             api,
+            board,
             machine,
             outputs,
             progress,
@@ -114,8 +119,7 @@ impl Task {
                     Stop::Now => Event::Finish(Finish::AtOnce),
                 },
                 () = reload.notified() => {
-                    state.read_key(&key_file);
-                    Event::Tick
+                    key_file.as_deref().map_or(Event::Tick, |key_file| state.read_key(key_file))
                 }
                 Ok(()) = others.changed() => Event::Tick,
             };
@@ -140,13 +144,17 @@ impl Loop {
         Duration::from_nanos(self.machine.wake().saturating_sub(now)).clamp(SLEEP_FLOOR, SLEEP_CEILING)
     }
 
-    fn read_key(&self, key_file: &std::path::Path) {
+    fn read_key(&self, key_file: &std::path::Path) -> Event {
         match Secret::read(key_file) {
             Ok(key) => {
                 self.api.set_key(key);
                 info!("the key of an environment was read again");
+                Event::NewKey
             }
-            Err(error) => warn!(error = &error as &dyn std::error::Error, "the key of an environment stays as it was"),
+            Err(error) => {
+                warn!(error = &error as &dyn std::error::Error, "the key of an environment stays as it was");
+                Event::Tick
+            }
         }
     }
 
@@ -155,6 +163,7 @@ impl Loop {
         for action in actions {
             self.carry_out(action);
         }
+        self.board.show(self.machine.views(), self.machine.owed());
         // Requests that have reported are over.
         while self.polls.try_join_next().is_some() {}
         for under in self.items.values_mut() {
@@ -166,15 +175,15 @@ impl Loop {
         let (api, reports) = (Arc::clone(&self.api), self.reports.clone());
         match action {
             Action::Work(item) => self.pending.push_back(item),
+            Action::Count(happening) => self.board.count(happening),
             Action::Poll => {
                 self.polls.spawn(async move { report(&reports, Event::Polled(api.poll().await)).await });
             }
             Action::Ack(delivery) => {
-                let secret = delivery.token.unwrap_or_else(|| self.api.key());
-                let under = Under { secret, progress: None, requests: JoinSet::new(), stream: None };
-                self.items.insert(delivery.work_id.clone(), under);
-                self.acknowledge(delivery.work_id);
+                let work_id = self.hold(delivery);
+                self.acknowledge(work_id);
             }
+            Action::Take(delivery) => drop(self.hold(delivery)),
             Action::AckAgain { work_id } => self.acknowledge(work_id),
             Action::Beat { work_id, expected, within } => {
                 let (sent, progress) = ((self.clock)(), self.progress.count());
@@ -227,6 +236,14 @@ impl Loop {
             // Dropping what is under way ends it: of a lost lease nothing more is posted.
             Action::Forget { work_id } => drop(self.items.remove(&work_id)),
         }
+    }
+
+    /// Takes note of a delivery, and returns its id.
+    fn hold(&mut self, delivery: Delivery) -> String {
+        let secret = delivery.token.unwrap_or_else(|| self.api.key());
+        let under = Under { secret, progress: None, requests: JoinSet::new(), stream: None };
+        self.items.insert(delivery.work_id.clone(), under);
+        delivery.work_id
     }
 
     fn acknowledge(&mut self, work_id: String) {

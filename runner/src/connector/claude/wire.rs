@@ -6,7 +6,7 @@ use zeroize::Zeroizing;
 use super::secret::Secret;
 
 /// Longest id that is taken.
-const LONGEST_ID: usize = 128;
+pub(super) const LONGEST_ID: usize = 128;
 
 /// Whether `text` can be an id: it goes into paths of URLs and into file names.
 pub(super) fn is_id(text: &str) -> bool {

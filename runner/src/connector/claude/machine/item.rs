@@ -4,6 +4,7 @@
 
 mod post;
 mod stream;
+mod view;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -11,8 +12,10 @@ use std::time::Duration;
 use tracing::{info, warn};
 
 use super::{Action, Answer, Beat, Failure, Finish, Machine, SECOND, nanoseconds};
+use crate::connector::claude::board::{Happening, Reason};
 use crate::connector::claude::conversation::{Conversation, Fate};
 use crate::connector::claude::lease::Lease;
+use crate::connector::claude::remedy;
 use crate::connector::claude::wire;
 use crate::work::{CancelMode, SessionId};
 use post::Post;
@@ -39,21 +42,6 @@ enum Stage {
     Stopping { tries: u32, in_flight: bool, again_at: u64 },
 }
 
-/// Why an item ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Reason {
-    /// The turn is over, and nothing has come for long enough.
-    Idle,
-    /// The session is over for good.
-    SessionOver,
-    /// The server takes it back.
-    Stopping,
-    /// The server refuses this runner.
-    Refused,
-    /// This runner ends.
-    Shutdown,
-}
-
 #[derive(Debug)]
 pub(super) struct Item {
     /// As the server names it; empty for an item that asks for nothing.
@@ -71,9 +59,22 @@ pub(super) struct Item {
     /// When to ask for the session's state; `None` when it is known, or asked.
     fetch_at: Option<u64>,
     posts: BTreeMap<String, Post>,
+    /// Why it ends.
+    reason: Option<Reason>,
+    /// Somebody else is said to have acknowledged it, and that is still to be believed.
+    is_handed_on: bool,
 }
 
 impl Item {
+    /// One that somebody else has acknowledged.
+    pub(super) fn claimed(session_id: String, core: Option<SessionId>, now: u64) -> Self {
+        let stage = match core {
+            Some(_) => Stage::Serving,
+            None => Stage::Stopping { tries: 0, in_flight: false, again_at: now },
+        };
+        Self { stage, is_handed_on: true, ..Self::new(session_id, core, now) }
+    }
+
     pub(super) fn new(session_id: String, core: Option<SessionId>, now: u64) -> Self {
         Self {
             session_id,
@@ -88,6 +89,8 @@ impl Item {
             history: Vec::new(),
             fetch_at: None,
             posts: BTreeMap::new(),
+            reason: None,
+            is_handed_on: false,
         }
     }
 
@@ -147,14 +150,19 @@ impl Machine {
             Err(failure) if failure.status() != Some(409) => {
                 warn!(work_id, error = %failure, "a work item could not be acknowledged");
                 if failure.is_fatal() {
-                    return self.stop(work_id);
+                    item.reason = Some(Reason::NotClaimed);
+                    self.stop(work_id);
+                } else {
+                    item.stage = Stage::Acking { in_flight: false, again_at: now.saturating_add(ACK_AGAIN_AFTER) };
                 }
-                item.stage = Stage::Acking { in_flight: false, again_at: now.saturating_add(ACK_AGAIN_AFTER) };
+                self.count(Happening::NotAcknowledged);
             }
             _ if item.core.is_none() => self.stop(work_id),
             _ => {
                 item.stage = Stage::Serving;
                 item.lease = Lease::new(now);
+                let after = Duration::from_nanos(now.saturating_sub(item.delivered_at));
+                self.count(Happening::Acknowledged { after });
             }
         }
     }
@@ -168,7 +176,9 @@ impl Machine {
         match result {
             Ok(beat) => {
                 let is_first = !item.lease.is_held();
+                let margin = Duration::from_nanos(item.lease.until().saturating_sub(now));
                 item.lease.beaten(sent, &beat, draw);
+                item.is_handed_on = false;
                 if !beat.goes_on {
                     if is_first {
                         warn!(work_id, "a work item was taken back before it was served");
@@ -181,10 +191,19 @@ impl Machine {
                     info!(work_id, session_id = item.session_id, "work item claimed");
                 }
                 self.lease_renewed(work_id, is_first);
+                if !is_first {
+                    self.count(Happening::Renewed { margin });
+                }
             }
             Err(failure) if failure.status() == Some(412) => self.lose(work_id, "somebody else holds it"),
+            // It was handed on without having been acknowledged.
+            Err(failure) if failure.status() == Some(409) && item.is_handed_on => {
+                (item.is_handed_on, item.delivered_at) = (false, now);
+                item.stage = Stage::Acking { in_flight: false, again_at: now };
+            }
             Err(failure) if failure.is_fatal() => {
-                warn!(work_id, error = %failure, "a heartbeat was refused");
+                let remedy = remedy::of_item(&failure);
+                warn!(work_id, error = %failure, remedy, "a heartbeat was refused");
                 // The lease may still be ours for a while, and giving it back needs no more beats.
                 item.lease.unanswered(now);
                 self.end_item(work_id, Reason::Refused);
@@ -233,6 +252,9 @@ impl Machine {
     /// The item is no longer ours: everything stops, and nothing more is posted.
     fn lose(&mut self, work_id: &str, why: &str) {
         warn!(work_id, why, "the lease of a work item is lost, what runs for it is ended");
+        if let Some(item) = self.items.get_mut(work_id) {
+            item.reason = Some(Reason::LeaseLost);
+        }
         self.cancel_all(work_id);
         self.release(work_id);
     }
@@ -240,6 +262,7 @@ impl Machine {
     fn release(&mut self, work_id: &str) {
         let Some(item) = self.items.remove(work_id) else { return };
         self.actions.push(Action::Forget { work_id: work_id.to_owned() });
+        self.count(Happening::Ended(item.reason.unwrap_or(Reason::Nothing)));
         if let Some(core) = item.core {
             self.let_go(&core);
         }
@@ -262,7 +285,7 @@ impl Machine {
         info!(work_id, session_id = item.session_id, ?reason, "work item ends");
         self.actions.push(Action::Unstream { work_id: work_id.to_owned() });
         item.link = Link::Closed { open_at: u64::MAX };
-        item.fetch_at = None;
+        (item.fetch_at, item.reason) = (None, Some(reason));
         match reason {
             Reason::Idle => self.stop(work_id),
             Reason::SessionOver => {
@@ -274,7 +297,13 @@ impl Machine {
                 }
                 self.stop(work_id);
             }
-            Reason::Stopping | Reason::Refused | Reason::Shutdown => {
+            // The last three are of items that are not served.
+            Reason::Stopping
+            | Reason::Refused
+            | Reason::Shutdown
+            | Reason::LeaseLost
+            | Reason::NotClaimed
+            | Reason::Nothing => {
                 item.stage = Stage::Ending { until: now.saturating_add(END_PATIENCE) };
                 let waiting = item.conversation.take_waiting();
                 for tool_use_id in waiting {
@@ -310,6 +339,7 @@ impl Machine {
             Stage::Acking { in_flight, again_at } => {
                 if now >= item.delivered_at.saturating_add(ACK_WITHIN) {
                     warn!(work_id, "a work item was not acknowledged in time, it is left for another delivery");
+                    item.reason = Some(Reason::NotClaimed);
                     return self.release(work_id);
                 }
                 if !in_flight && now >= again_at {

@@ -6,6 +6,7 @@
 //! begin, and what has begun once is found again by its id.
 
 mod calls;
+mod claimed;
 mod item;
 mod poll;
 mod sessions;
@@ -19,6 +20,7 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
+use super::board::Happening;
 use super::content;
 use super::http::Failure;
 use super::lease::SECOND;
@@ -77,6 +79,8 @@ pub(super) enum Answer {
 pub(super) enum Event {
     /// Time has passed.
     Tick,
+    /// The key of the environment may be another one now.
+    NewKey,
     /// The sessions say something.
     Update(Update),
     /// `Action::Poll` is done.
@@ -109,6 +113,8 @@ pub(super) enum Action {
     Poll,
     /// Take note of a delivery, its credential above all, and acknowledge it.
     Ack(Delivery),
+    /// Take note of a delivery that somebody else has acknowledged.
+    Take(Delivery),
     /// Acknowledge it again.
     AckAgain {
         work_id: String,
@@ -152,6 +158,8 @@ pub(super) enum Action {
     },
     /// For the sessions of this runner.
     Work(WorkItem),
+    /// Count it.
+    Count(Happening),
 }
 
 /// One environment.
@@ -166,6 +174,10 @@ pub(super) struct Machine {
     restored: bool,
     draining: bool,
     finish: Option<Finish>,
+    /// The one item that is served, until it is taken.
+    claimed: Option<Delivery>,
+    /// Nothing but that item is served.
+    is_single: bool,
     items: BTreeMap<String, Item>,
     sessions: BTreeMap<SessionId, Kept>,
     calls: BTreeMap<CallId, Known>,
@@ -184,6 +196,8 @@ impl Machine {
             restored: false,
             draining: false,
             finish: None,
+            claimed: None,
+            is_single: false,
             items: BTreeMap::new(),
             sessions: BTreeMap::new(),
             calls: BTreeMap::new(),
@@ -201,6 +215,8 @@ impl Machine {
         self.now = self.now.max(now);
         match event {
             Event::Tick => {}
+            // Whoever has repaired it does not want to wait for a minute.
+            Event::NewKey => self.poll.next_at = self.now,
             Event::Update(update) => self.update(update),
             Event::Polled(result) => self.polled(result),
             Event::Acked { work_id, result } => self.acked(&work_id, result),
@@ -225,7 +241,8 @@ impl Machine {
 
     /// Nothing is left to do, and nothing will come.
     pub(super) fn is_done(&self) -> bool {
-        self.finish.is_some() && self.items.is_empty()
+        let ends = self.finish.is_some() || (self.is_single && self.claimed.is_none());
+        ends && self.items.is_empty()
     }
 
     /// When to look again, if nothing happens before.
@@ -237,6 +254,7 @@ impl Machine {
     }
 
     fn pass_time(&mut self) {
+        self.take_claimed();
         let works: Vec<_> = self.items.keys().cloned().collect();
         for work_id in works {
             self.tend_item(&work_id);
@@ -247,6 +265,10 @@ impl Machine {
             self.poll.in_flight = true;
             self.actions.push(Action::Poll);
         }
+    }
+
+    fn count(&mut self, happening: Happening) {
+        self.actions.push(Action::Count(happening));
     }
 
     fn work(&mut self, item: WorkItem) {

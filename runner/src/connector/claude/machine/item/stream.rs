@@ -3,7 +3,7 @@
 
 use tracing::warn;
 
-use super::Reason;
+use crate::connector::claude::board::{Happening, Reason};
 use crate::connector::claude::machine::{Action, Failure, Machine, Page, doubled};
 use crate::connector::claude::wire;
 
@@ -74,6 +74,7 @@ impl Machine {
         }
         if !item.conversation.live(now, event) {
             warn!(work_id, "more events came than are kept while a history is read, will read it again");
+            self.count(Happening::Overflowed);
             return self.reconnect(work_id);
         }
         self.carry_out(work_id);
