@@ -197,7 +197,8 @@ async fn work_items_and_figures_of_the_queue_are_shown() {
     assert!(item["lease_left_seconds"].as_f64().is_some_and(|left| left > 100.0 && left <= 300.0), "{item}");
     for target in [["--work", work.as_str()], ["--session", core.as_str()]] {
         let shown = site.json(&["inspect", target[0], target[1]]);
-        assert_eq!((&shown["work_items"][0], &shown["session_id"]), (&item_now(&shown), &json!(core)), "{target:?}");
+        let seen = (&shown["work_items"][0]["work_id"], &shown["session_id"]);
+        assert_eq!(seen, (&json!(work), &json!(core)), "{target:?}");
     }
     let unknown = site.view(&["inspect", "--work", "work_none"]);
     assert!(
@@ -236,16 +237,13 @@ async fn work_items_and_figures_of_the_queue_are_shown() {
     site.end();
 }
 
-/// The lease goes on while it is looked at.
-fn item_now(shown: &Value) -> Value {
-    shown["work_items"][0].clone()
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn doctor_says_what_waits_and_what_keeps_a_queue_from_being_served() {
     needs_root!();
     let _host = host::shared();
     let mut site = Site::install().await;
+    // Its socket says whom the runner runs as.
+    site.daemon.start_launcher().await;
     site.session();
     site.mock.lock().enqueue(&site.environment.id, "healthcheck", "check_1", Secret::Missing);
     let found = |doctor: &Finished| {
@@ -258,7 +256,10 @@ async fn doctor_says_what_waits_and_what_keeps_a_queue_from_being_served() {
     assert_eq!(good.code(), 0, "{queue} {}", good.errors());
     assert_eq!((&queue["depth"], &queue["pending"], &queue["problems"]), (&json!(2), &json!(0), &json!([])));
     assert!(queue["oldest_queued_at"].is_string() && queue["answered_seconds"].is_number(), "{queue}");
-    assert!(queue["key"].as_str().is_some_and(|key| key.contains("mode 600, owner 20")), "{queue}");
+    assert!(
+        queue["key"].as_str().is_some_and(|key| key.contains(&format!("mode 600, owner {RUNNER_UID}:"))),
+        "{queue}"
+    );
     let text = site.doctor(false, &[]).text();
     assert!(text.contains("waiting    2 queued, 0 delivered and not acknowledged, the oldest since 2026-"), "{text}");
 
@@ -288,5 +289,6 @@ async fn doctor_says_what_waits_and_what_keeps_a_queue_from_being_served() {
     with_problem(&site, &given(""), "ANTHROPIC_ENVIRONMENT_KEY is not set");
     site.mock.halt().await;
     with_problem(&site, &[], "look at name resolution");
-    assert_eq!(site.mock.requests(Endpoint::Poll).len(), 0, "it has claimed something");
+    assert_eq!(site.polls(), 0, "it has claimed something");
+    site.end();
 }

@@ -30,6 +30,7 @@ struct Poller {
     mock: Mock,
     environment: Environment,
     caller: Caller,
+    ttl_seconds: u64,
     home: TempDir,
 }
 
@@ -40,12 +41,12 @@ struct Script {
 }
 
 impl Poller {
+    /// `ttl_seconds` is how long a heartbeat prolongs a lease.
     async fn new(caller: Caller, ttl_seconds: u64) -> Self {
         let mock = Mock::start().await;
-        mock.lock().settings.ttl_seconds = ttl_seconds;
         let environment = mock.lock().create_environment("test").expect("an environment");
         let home = rootfs::shared_directory("worker");
-        let poller = Self { mock, environment, caller, home };
+        let poller = Self { mock, environment, caller, ttl_seconds, home };
         let config = format!(
             "[runner]\nid = \"worker\"\nmin_tier = \"none\"\n[pressure]\ndisk_low_bytes = 0\ndisk_critical_bytes = 0\n\
              memory_stall_percent = 0\nio_stall_percent = 0\n[limits]\n{}",
@@ -82,6 +83,11 @@ impl Poller {
     /// The next work item, as the poll brings it.
     async fn claim(&self) -> Value {
         let item = self.poll().await;
+        // From the acknowledgement to the first heartbeat a worker must start, however slow this machine is.
+        for work in self.mock.lock().work.iter_mut().filter(|work| json!(work.id) == item["id"]) {
+            work.ttl_seconds = 300;
+        }
+        self.mock.lock().settings.ttl_seconds = self.ttl_seconds;
         let path = format!("/v1/environments/{}/work/{}/ack", self.environment.id, text(&item["id"]));
         let acked = self.client().post(&path, &Value::Null).await.expect("an answer");
         assert_eq!(acked.status, 200, "{:?}", acked.body);
@@ -401,7 +407,7 @@ async fn sigterm_answers_what_runs_gives_the_item_back_and_leaves_nothing() {
 async fn call_of_a_killed_worker_does_not_run_again_with_the_next_one() {
     needs_root!();
     let _host = host::shared();
-    let poller = Poller::new(Caller::Root, 3).await;
+    let poller = Poller::new(Caller::Root, 4).await;
     let session = poller.session(Secret::Token);
     let item = poller.claim().await;
     let mut script = poller.hand_on(&item);
