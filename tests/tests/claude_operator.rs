@@ -275,6 +275,9 @@ async fn doctor_says_what_waits_and_what_keeps_a_queue_from_being_served() {
     site.mock.lock().settings.date = Some("Fri, 27 Nov 2020 06:19:51 GMT".to_owned());
     with_problem(&site, &[], "s ahead of that of the server");
     site.mock.lock().settings.date = None;
+    site.mock.lock().environments[0].archived_at = Some("2026-01-01T00:00:00Z".to_owned());
+    with_problem(&site, &[], "404 (not_found_error); the server does not know this environment");
+    site.mock.lock().environments[0].archived_at = None;
     chown(site.key_file(), Some(0), Some(0)).expect("chown of the key");
     with_problem(&site, &[], "cannot read the key file: chown it");
     chown(site.key_file(), Some(RUNNER_UID), None).expect("chown of the key");

@@ -232,6 +232,23 @@ async fn credential_that_has_expired_ends_the_worker_with_what_to_do() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn isolation_below_the_floor_serves_nothing_and_leaves_nothing() {
+    needs_root!();
+    let _host = host::shared();
+    if let Some(obstacle) = Caller::Nobody.obstacle() {
+        sandbox_runner_tests::skip!("{obstacle}");
+    }
+    let poller = Poller::new(Caller::Nobody, 300).await;
+    poller.session(Secret::Token);
+    let item = poller.claim().await;
+    let log = poller.start(Some(&item), &["--min-tier", "full"], |_| None).ends_with(77);
+    assert!(log.contains("this host reaches tier rootless"), "{log}");
+    assert_eq!(poller.mock.requests(Endpoint::Heartbeat).len(), 0);
+    assert_eq!(poller.journals(), Vec::<PathBuf>::new());
+    poller.end();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bad_input_is_refused_by_its_field_before_anything_is_asked() {
     needs_root!();
     let _host = host::shared();

@@ -23,7 +23,7 @@ use super::{code, complain, say};
 use crate::config::problem::Problem;
 use crate::config::resolve::handed_on;
 use crate::config::units::{UnitError, parse_duration};
-use crate::connector::claude::{Board, Claim, ClaimError, Reason, Settings};
+use crate::connector::claude::{Claim, ClaimError, Reason, Settings};
 use crate::daemon::settings::{self, SettingsError};
 use crate::sandbox::receipt::Tier;
 use crate::sandbox::start::StartedLauncher;
@@ -241,8 +241,15 @@ fn try_run(arguments: &ItemArguments) -> Result<Option<Reason>, WorkerError> {
     let mut one = settings::claim(&config, &claude, claim)?;
     one.max_idle = arguments.max_idle.0;
     let board = one.board.clone();
-    serve(&config, started, arguments.ephemeral, one)?;
-    Ok(finish(place, &board))
+    let served = serve(&config, started, arguments.ephemeral, one);
+    // Without a journal of this process nothing is known of an earlier one.
+    if place.is_spent(board.owed().filter(|_| !arguments.ephemeral)) {
+        place.remove();
+    } else {
+        info!("the journal is kept for the next work item of this session");
+    }
+    served?;
+    Ok(board.ended())
 }
 
 fn serve(
@@ -263,17 +270,6 @@ fn serve(
         process.end();
     }
     result.map(drop)
-}
-
-/// A journal that owes the server a result is kept for the next worker of the session.
-fn finish(place: Place, board: &Board) -> Option<Reason> {
-    let (reason, owed) = (board.ended(), board.owed());
-    if owed == 0 {
-        place.remove();
-    } else {
-        info!(calls = owed, "the journal is kept for the next work item of this session");
-    }
-    reason
 }
 
 /// Flags of the official worker that mean nothing here, each with what is there in its place.

@@ -31,6 +31,8 @@ pub(super) enum PlaceError {
 #[derive(Debug)]
 pub(super) struct Place {
     directory: PathBuf,
+    /// Nobody has left anything in it.
+    is_new: bool,
     /// Holds the lock.
     _handle: File,
 }
@@ -47,12 +49,13 @@ impl Place {
         let path = directory.join(format!("{PREFIX}{name}"));
         let failed = |source| PlaceError::Directory { path: path.clone(), source };
         for _ in 0..TRIES {
-            match DirBuilder::new().mode(0o700).create(&path) {
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
-                _ => {}
-            }
+            let is_new = match DirBuilder::new().mode(0o700).create(&path) {
+                Ok(()) => true,
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
+                Err(error) => return Err(failed(error)),
+            };
             match locked(&path) {
-                Ok(Some(handle)) => return Ok(Self { directory: path, _handle: handle }),
+                Ok(Some(handle)) => return Ok(Self { directory: path, is_new, _handle: handle }),
                 Ok(None) => return Err(PlaceError::Taken { path }),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(failed(error)),
@@ -63,6 +66,12 @@ impl Place {
 
     pub(super) fn directory(&self) -> &Path {
         &self.directory
+    }
+
+    /// Whether nobody needs the journal any more: the server has every result, or there never was one. `owed` are calls whose
+    /// results the server does not have, where that is known.
+    pub(super) fn is_spent(&self, owed: Option<usize>) -> bool {
+        owed.map_or(self.is_new, |owed| owed == 0)
     }
 
     /// Removes it with everything in it.
@@ -99,7 +108,7 @@ fn sweep(directory: &Path, now: SystemTime) {
         }
         if let Ok(Some(handle)) = locked(&path) {
             info!(path = %path.display(), "the journal of a session that nobody asked for in a day is removed");
-            Place { directory: path, _handle: handle }.remove();
+            Place { directory: path, is_new: false, _handle: handle }.remove();
         }
     }
 }
@@ -129,6 +138,8 @@ mod tests {
         let found = Place::take(home.path(), "env_1", Some("sesn_1")).expect("it is free again");
         assert_eq!(found.directory(), path);
         assert!(path.join("journal").exists(), "what the last one left is there");
+        assert!(!found.is_spent(None), "what it owes is not known, and it is not ours to forget");
+        assert!(found.is_spent(Some(0)) && !found.is_spent(Some(1)) && other.is_spent(None));
         found.remove();
         assert!(!path.exists());
     }

@@ -99,7 +99,7 @@ struct State {
     problem: String,
     least_margin: Option<Duration>,
     ended: Option<Reason>,
-    owed: usize,
+    owed: Option<usize>,
 }
 
 impl Board {
@@ -133,9 +133,9 @@ impl Board {
         self.lock().ended
     }
 
-    /// Calls whose results the server does not have.
+    /// Calls whose results the server does not have; `None` while it is not known what an earlier runner has left.
     #[must_use]
-    pub fn owed(&self) -> usize {
+    pub fn owed(&self) -> Option<usize> {
         self.lock().owed
     }
 
@@ -165,7 +165,7 @@ impl Board {
         numbers
     }
 
-    pub(super) fn show(&self, items: Vec<ItemView>, owed: usize) {
+    pub(super) fn show(&self, items: Vec<ItemView>, owed: Option<usize>) {
         let mut state = self.lock();
         (state.items, state.owed) = (items, owed);
     }
@@ -235,7 +235,7 @@ mod tests {
             stage: "serving",
             lease_until: 9_000_000_000,
         };
-        board.show(vec![item], 1);
+        board.show(vec![item], Some(1));
 
         let numbers: std::collections::BTreeMap<_, _> = board.numbers(2_000_000_000).into_iter().collect();
         for (name, value) in [
@@ -249,7 +249,7 @@ mod tests {
         ] {
             assert_eq!(numbers.get(name), Some(&value), "{name} in {numbers:#?}");
         }
-        assert_eq!((board.problem().as_str(), board.owed()), ("no", 1));
+        assert_eq!((board.problem().as_str(), board.owed()), ("no", Some(1)));
     }
 
     #[test]

@@ -10,9 +10,9 @@ impl Machine {
         self.items.iter().map(|(work_id, item)| item.view(work_id)).collect()
     }
 
-    /// Calls whose results the server does not have.
-    pub(in crate::connector::claude) fn owed(&self) -> usize {
-        self.calls.len()
+    /// Calls whose results the server does not have; `None` while it is not known what an earlier runner has left.
+    pub(in crate::connector::claude) fn owed(&self) -> Option<usize> {
+        self.restored.then_some(self.calls.len())
     }
 }
 
