@@ -196,7 +196,10 @@ impl Daemon {
             .map(|AdminSocket { path, own_uid }| {
                 let (sessions, pressure) = (handle.clone(), pressure.pressure.clone());
                 let own = path.clone();
-                let parts = admin::Parts { path, own_uid, sessions, link: status, receipt, pressure, counted };
+                let queues = queues.iter().map(|queue| queue.board.clone()).collect();
+                let link = status;
+                let clock = settings::boottime_ns;
+                let parts = admin::Parts { path, own_uid, sessions, link, queues, clock, receipt, pressure, counted };
                 Ok::<_, admin::SocketError>((admin::serve(parts)?, own))
             })
             .transpose()?;
@@ -263,6 +266,7 @@ impl Daemon {
                     self.end(Duration::ZERO).await;
                     return Err(Unasked::JournalBroken(reason));
                 },
+                () = over(&self.queues) => break,
                 _ = feed.tick(), if every.is_some() => {
                     if watchdog.has_moved() {
                         notifier.alive();
@@ -356,6 +360,14 @@ impl Daemon {
                 _ => return,
             }
         }
+    }
+}
+
+/// Waits until the one work item that was to be served is over. Queues are never over.
+async fn over(queues: &[claude::Handle]) {
+    match queues.iter().find_map(|queue| queue.over.as_ref()) {
+        Some(over) => over.notified().await,
+        None => std::future::pending().await,
     }
 }
 

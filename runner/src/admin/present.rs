@@ -1,7 +1,10 @@
 //! Sessions and calls as messages of the administration protocol.
 
+use std::time::Duration;
+
 use proto::admin::v1 as pb;
 
+use crate::connector::claude::{Board, ItemView};
 use crate::session::core::{CallStage, SessionStage};
 use crate::session::{ViewCall, ViewSession};
 use crate::work::{Outcome, Receipt};
@@ -30,6 +33,35 @@ pub(super) fn session(session: &ViewSession, sandbox_id: Option<String>) -> pb::
             pids: limits.pids,
         }),
         calls: session.calls.iter().map(call).collect(),
+    }
+}
+
+/// The work items of all queues; `now` is of the clock of leases.
+pub(super) fn work_items(queues: &[Board], now: u64) -> Vec<pb::WorkItem> {
+    let of_queue = |queue: &Board| {
+        let environment_id = queue.environment_id().to_owned();
+        let item = move |item: ItemView| pb::WorkItem {
+            work_id: item.work_id,
+            environment_id: environment_id.clone(),
+            server_session_id: item.session_id,
+            session_id: item.core,
+            state: item.stage.to_owned(),
+            lease_left_ms: Duration::from_nanos(item.lease_until.saturating_sub(now))
+                .as_millis()
+                .try_into()
+                .unwrap_or(u64::MAX),
+        };
+        queue.items().into_iter().map(item)
+    };
+    queues.iter().flat_map(of_queue).collect()
+}
+
+/// How a queue stands.
+pub(super) fn queue(queue: &Board) -> pb::Queue {
+    pb::Queue {
+        environment_id: queue.environment_id().to_owned(),
+        work_items: u32::try_from(queue.items().len()).unwrap_or(u32::MAX),
+        problem: queue.problem(),
     }
 }
 

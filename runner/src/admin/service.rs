@@ -12,6 +12,7 @@ use tonic::{Request, Response, Status};
 
 use super::present;
 use super::socket::{SocketError, accept, bind};
+use crate::connector::claude::Board;
 use crate::connector::orchestrator::LinkStatus;
 use crate::journal::Journal;
 use crate::session::core::CallStage;
@@ -35,6 +36,10 @@ pub struct Parts {
     pub sessions: SessionHandle,
     /// The link, when there is one.
     pub link: Option<watch::Receiver<LinkStatus>>,
+    /// How the work queues stand.
+    pub queues: Vec<Board>,
+    /// The clock of their leases, in nanoseconds.
+    pub clock: fn() -> u64,
     /// What protects a new sandbox.
     pub receipt: Receipt,
     /// How the host stands.
@@ -91,6 +96,10 @@ impl Admin {
         self.0.sessions.outputs.sandbox_id(&session.request.session_id).map(|id| id.to_string())
     }
 
+    fn work_items(&self) -> Vec<pb::WorkItem> {
+        present::work_items(&self.0.queues, (self.0.clock)())
+    }
+
     async fn put(&self, item: WorkItem) -> Result<(), Status> {
         self.0.sessions.work.send(item).await.map_err(|_| Status::unavailable("the runner is ending"))
     }
@@ -104,24 +113,33 @@ impl AdminService for Admin {
     ) -> Result<Response<pb::ListSessionsResponse>, Status> {
         let view = self.view().await?;
         let sessions = view.sessions.iter().map(|one| present::session(one, self.sandbox_id(one))).collect();
-        Ok(Response::new(pb::ListSessionsResponse { sessions }))
+        Ok(Response::new(pb::ListSessionsResponse { sessions, work_items: self.work_items() }))
     }
 
     async fn inspect(&self, request: Request<pb::InspectRequest>) -> Result<Response<pb::InspectResponse>, Status> {
         use pb::inspect_request::Target;
         let view = self.view().await?;
+        let mut work_items = self.work_items();
         let session = match request.into_inner().target {
-            Some(Target::SessionId(id)) => find_session(&view, &id)?.clone(),
+            Some(Target::SessionId(id)) => Some(find_session(&view, &id)?.clone()),
             Some(Target::CallId(id)) => {
                 let (session, call) = find_call(&view, &id)?;
                 let session = session.ok_or_else(|| not_found("session of call", &id))?;
-                ViewSession { calls: vec![call.clone()], ..session.clone() }
+                Some(ViewSession { calls: vec![call.clone()], ..session.clone() })
             }
-            None => return Err(Status::invalid_argument("target: is missing; name a session or a call")),
+            Some(Target::WorkId(id)) => {
+                work_items.retain(|item| item.work_id == id);
+                let item = work_items.first().ok_or_else(|| not_found("work item", &id))?;
+                find_session(&view, &item.session_id).ok().cloned()
+            }
+            None => return Err(Status::invalid_argument("target: is missing; name a session, a call or a work item")),
         };
-        let receipt = Some(present::receipt(&session.receipt));
-        let session = Some(present::session(&session, self.sandbox_id(&session)));
-        Ok(Response::new(pb::InspectResponse { session, receipt }))
+        if let Some(session) = &session {
+            work_items.retain(|item| item.session_id == session.request.session_id.as_str());
+        }
+        let receipt = session.as_ref().map(|session| present::receipt(&session.receipt));
+        let session = session.map(|session| present::session(&session, self.sandbox_id(&session)));
+        Ok(Response::new(pb::InspectResponse { session, receipt, work_items }))
     }
 
     async fn kill(&self, request: Request<pb::KillRequest>) -> Result<Response<pb::KillResponse>, Status> {
@@ -187,6 +205,8 @@ impl AdminService for Admin {
         counters.extend(self.0.counted.journal.counters());
         counters.extend(self.0.counted.sandboxes.counters().await);
         let counters = counters.into_iter().map(number);
+        let queues = &self.0.queues;
+        let of_queues = queues.iter().flat_map(|queue| queue.numbers((self.0.clock)())).map(number);
         let gauges = pressure.gauges.iter().map(|gauge| number((gauge.name.clone(), gauge.value)));
         // The only one that a collector can draw a line through before it is an alarm.
         let ends = u64::try_from(status.certificate.not_after).ok().filter(|ends| *ends > 0);
@@ -203,9 +223,10 @@ impl AdminService for Admin {
             draining: view.draining,
             receipt: Some(present::receipt(&self.0.receipt)),
             short_of: pressure.shortages.iter().map(|shortage| shortage.measured.clone()).collect(),
-            numbers: gauges.chain(certificate).chain(counters).collect(),
+            numbers: gauges.chain(certificate).chain(counters).chain(of_queues).collect(),
             certificate_not_after: status.certificate.not_after,
             certificate_alarms: alarms,
+            queues: queues.iter().map(present::queue).collect(),
         }))
     }
 }

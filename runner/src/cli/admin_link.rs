@@ -32,8 +32,6 @@ pub(super) enum AdminError {
     Connect { path: PathBuf, source: tonic::transport::Error },
     #[error("{}", .0.message())]
     Refused(Box<tonic::Status>),
-    #[error("the daemon's answer has no {0}")]
-    Incomplete(&'static str),
     #[error("cannot write the output")]
     Output(#[from] std::io::Error),
     #[error("cannot start the async runtime")]

@@ -7,6 +7,9 @@ use proto::admin::v1 as wire;
 use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
 
+mod status;
+mod work;
+
 use super::admin_link::{AdminArguments, AdminClient, AdminError, with_daemon};
 use super::{outcome, print};
 use crate::config::units::display_size;
@@ -26,7 +29,7 @@ pub(super) struct StatusArguments {
 #[derive(Debug, Args)]
 pub(super) struct InspectArguments {
     #[command(flatten)]
-    target: Target,
+    target: Seen,
     #[command(flatten)]
     daemon: AdminArguments,
 }
@@ -69,6 +72,21 @@ struct Target {
     call: Option<String>,
 }
 
+/// A session, a call or a work item.
+#[derive(Debug, Clone, Args)]
+#[group(required = true, multiple = false)]
+struct Seen {
+    /// A session
+    #[arg(long, value_name = "ID")]
+    session: Option<String>,
+    /// A call
+    #[arg(long, value_name = "ID")]
+    call: Option<String>,
+    /// A work item of a queue
+    #[arg(long, value_name = "ID")]
+    work: Option<String>,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum StreamChoice {
     /// Standard output, and standard error where both share a pipe
@@ -87,9 +105,9 @@ pub(super) fn status(arguments: &StatusArguments) -> ExitCode {
     with_daemon(&arguments.daemon, |mut daemon| async move {
         let status = daemon.status(wire::StatusRequest {}).await?.into_inner();
         if json {
-            print(&status_json(&status).to_string());
+            print(&status::json(&status).to_string());
         } else {
-            print(status_text(&status).trim_end());
+            print(status::text(&status).trim_end());
         }
         Ok(())
     })
@@ -99,11 +117,23 @@ pub(super) fn status(arguments: &StatusArguments) -> ExitCode {
 pub(super) fn ps(arguments: &PsArguments) -> ExitCode {
     let json = arguments.daemon.json;
     with_daemon(&arguments.daemon, |mut daemon| async move {
-        let sessions = daemon.list_sessions(wire::ListSessionsRequest {}).await?.into_inner().sessions;
+        let list = daemon.list_sessions(wire::ListSessionsRequest {}).await?.into_inner();
         if json {
-            print(&Value::Array(sessions.iter().map(session_json).collect()).to_string());
+            let session = |session: &wire::Session| {
+                let mut value = session_json(session);
+                let own = list.work_items.iter().filter(|item| item.session_id == session.session_id);
+                value["work_items"] = own.map(work::json).collect();
+                value
+            };
+            // A session is opened with its first call; until then its work item stands alone.
+            let is_alone = |item: &&wire::WorkItem| !list.sessions.iter().any(|one| one.session_id == item.session_id);
+            let alone = list.work_items.iter().filter(is_alone).map(|item| json!({ "work_items": [work::json(item)] }));
+            print(&Value::Array(list.sessions.iter().map(session).chain(alone).collect()).to_string());
         } else {
-            print(table(&sessions).trim_end());
+            print(table(&list.sessions).trim_end());
+            if !list.work_items.is_empty() {
+                print(&format!("\n{}", work::table(&list.work_items).trim_end()));
+            }
         }
         Ok(())
     })
@@ -113,19 +143,26 @@ pub(super) fn ps(arguments: &PsArguments) -> ExitCode {
 pub(super) fn inspect(arguments: &InspectArguments) -> ExitCode {
     let (target, json) = (arguments.target.clone(), arguments.daemon.json);
     with_daemon(&arguments.daemon, |mut daemon| async move {
-        let target = match (target.session, target.call) {
-            (Some(session), _) => wire::inspect_request::Target::SessionId(session),
-            (None, call) => wire::inspect_request::Target::CallId(call.unwrap_or_default()),
+        let target = match (target.session, target.call, target.work) {
+            (Some(session), _, _) => wire::inspect_request::Target::SessionId(session),
+            (_, Some(call), _) => wire::inspect_request::Target::CallId(call),
+            (_, _, work) => wire::inspect_request::Target::WorkId(work.unwrap_or_default()),
         };
         let answer = daemon.inspect(wire::InspectRequest { target: Some(target) }).await?.into_inner();
-        let session = answer.session.ok_or(AdminError::Incomplete("session"))?;
         let receipt = answer.receipt.unwrap_or_default();
+        let items = &answer.work_items;
         if json {
-            let mut value = session_json(&session);
-            value["receipt"] = receipt_json(&receipt);
+            let mut value = json!({});
+            if let Some(session) = &answer.session {
+                value = session_json(session);
+                value["receipt"] = receipt_json(&receipt);
+            }
+            value["work_items"] = items.iter().map(work::json).collect();
             print(&value.to_string());
         } else {
-            print(full(&session, &receipt).trim_end());
+            let session = answer.session.as_ref().map(|session| full(session, &receipt)).unwrap_or_default();
+            let items: String = items.iter().map(work::lines).collect();
+            print(format!("{items}{session}").trim_end());
         }
         Ok(())
     })
@@ -229,65 +266,6 @@ fn full(session: &wire::Session, receipt: &wire::Receipt) -> String {
     text
 }
 
-fn status_text(status: &wire::StatusResponse) -> String {
-    let tier = status.receipt.as_ref().map(|receipt| receipt.tier.as_str()).filter(|tier| !tier.is_empty());
-    let mut text = format!(
-        "version      {}\nprocess      {}\nlink         {}\n",
-        outcome::printable(&status.version),
-        status.pid,
-        outcome::printable(&status.link)
-    );
-    if !status.link_problem.is_empty() {
-        text += &format!("problem      {}\n", outcome::printable(&status.link_problem));
-    }
-    if status.certificate_not_after != 0 {
-        text += &format!("certificate  good until {}\n", utc(status.certificate_not_after));
-    }
-    for alarm in &status.certificate_alarms {
-        text += &format!("ALARM        {}\n", outcome::printable(alarm));
-    }
-    text += &format!(
-        "sessions     {}\ncalls        {} running, {} waiting\n",
-        status.sessions, status.running_calls, status.queued_calls
-    );
-    if status.draining {
-        text += "draining     takes no new work\n";
-    }
-    text += &format!("tier         {}\n", tier.unwrap_or("not measured"));
-    for shortage in &status.short_of {
-        text += &format!("short        {}\n", outcome::printable(shortage));
-    }
-    for number in &status.numbers {
-        text += &format!("{} {}\n", number.name, number.value);
-    }
-    text
-}
-
-/// A moment in seconds since 1970 as RFC 3339 has it, or the number where that has no name for it.
-fn utc(seconds: i64) -> String {
-    let stamp = prost_types::Timestamp { seconds, nanos: 0 };
-    if (0..=253_402_300_799).contains(&seconds) { stamp.to_string() } else { seconds.to_string() }
-}
-
-fn status_json(status: &wire::StatusResponse) -> Value {
-    let numbers = status.numbers.iter().map(|number| (number.name.clone(), json!(number.value)));
-    json!({
-        "version": status.version,
-        "pid": status.pid,
-        "link": status.link,
-        "link_problem": status.link_problem,
-        "certificate_not_after": status.certificate_not_after,
-        "certificate_alarms": status.certificate_alarms,
-        "sessions": status.sessions,
-        "running_calls": status.running_calls,
-        "queued_calls": status.queued_calls,
-        "draining": status.draining,
-        "short_of": status.short_of,
-        "numbers": numbers.collect::<serde_json::Map<_, _>>(),
-        "receipt": status.receipt.as_ref().map(receipt_json),
-    })
-}
-
 fn session_json(session: &wire::Session) -> Value {
     let limits = session.limits.unwrap_or_default();
     json!({
@@ -347,38 +325,6 @@ mod tests {
 
         assert!(text.contains("2 KiB") && text.contains("running") && text.contains("idle"), "{text}");
         assert!(!text.contains('\u{1b}'));
-    }
-
-    #[test]
-    fn status_shows_what_the_host_is_short_of_and_every_number() {
-        let number = wire::Number { name: "descriptors_open".into(), value: 7 };
-        let status = wire::StatusResponse {
-            link: "connected".into(),
-            short_of: vec!["1 MiB of the state disk are free, 2 MiB are kept free".into()],
-            numbers: vec![number],
-            ..Default::default()
-        };
-
-        let text = status_text(&status);
-        assert!(
-            text.contains("short        1 MiB of the state disk") && text.contains("descriptors_open 7\n"),
-            "{text}"
-        );
-        assert_eq!(status_json(&status)["numbers"]["descriptors_open"], 7);
-    }
-
-    #[test]
-    fn status_shows_the_end_of_the_certificate_and_every_alarm_of_it() {
-        let status = wire::StatusResponse {
-            link: "connected".into(),
-            certificate_not_after: 1_000_000_000,
-            certificate_alarms: vec!["it ends soon".into(), "new files are refused".into()],
-            ..Default::default()
-        };
-        let text = status_text(&status);
-        assert!(text.contains("certificate  good until 2001-09-09T01:46:40Z\n"), "{text}");
-        assert!(text.contains("ALARM        it ends soon\nALARM        new files are refused\n"), "{text}");
-        assert!(!status_text(&wire::StatusResponse::default()).contains("certificate"), "{text}");
     }
 
     #[test]

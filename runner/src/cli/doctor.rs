@@ -7,6 +7,9 @@ use std::process::ExitCode;
 use clap::Args;
 use serde_json::{Value, json};
 
+mod queues;
+
+use super::config::DEFAULT_PATH;
 use super::embedded::{self, Wishes};
 use super::{code, complain, describe, floor, outcome, print, say};
 use crate::sandbox::host::{Setting, settings};
@@ -30,6 +33,9 @@ pub(super) struct DoctorArguments {
     /// Print JSON
     #[arg(long)]
     json: bool,
+    /// Configuration file, whose work queues are looked at
+    #[arg(long, value_name = "FILE", env = "RUNNER_CONFIG", default_value = DEFAULT_PATH)]
+    config: PathBuf,
     /// Directory for everything this command keeps [default: /var/lib/sandbox-runner for root, else below the home]
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
@@ -55,19 +61,27 @@ enum DoctorError {
 pub(super) fn run(arguments: &DoctorArguments) -> ExitCode {
     // Before anything else, because starting the launcher gives up root.
     let settings = if arguments.fix { fix(arguments.yes) } else { settings() };
-    match examine(arguments) {
+    // Files of the operator as well; the servers are asked when root is given up.
+    let looked = queues::look(&arguments.config);
+    let examined = examine(arguments);
+    let queues = queues::ask(looked);
+    let host = match examined {
         Ok((host, Ok(measurement))) => {
             let text = if arguments.json {
-                report_json(&host, &measurement, &settings).to_string()
+                let mut value = report_json(&host, &measurement, &settings);
+                value["queues"] = queues::json(&queues);
+                value.to_string()
             } else {
-                report_text(&host, &measurement, &settings)
+                format!("{}{}", report_text(&host, &measurement, &settings), queues::text(&queues))
             };
             print(text.trim_end());
             verdict(arguments.min_tier, &host, &measurement.receipt)
         }
-        Ok((host, Err(error))) => failed(arguments, &error, &settings, Some(&host)),
-        Err(error) => failed(arguments, &error, &settings, None),
-    }
+        Ok((host, Err(error))) => Some(failed(arguments, &error, &settings, Some(&host), &queues)),
+        Err(error) => Some(failed(arguments, &error, &settings, None, &queues)),
+    };
+    let of_queues = if queues.iter().all(queues::Found::is_good) { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    host.unwrap_or(of_queues)
 }
 
 type Examined = (HostReport, Result<Measurement, DoctorError>);
@@ -96,16 +110,17 @@ async fn measure_with(
     }
 }
 
-fn verdict(wanted: Tier, host: &HostReport, receipt: &Receipt) -> ExitCode {
+/// What a host that is below the floor exits with.
+fn verdict(wanted: Tier, host: &HostReport, receipt: &Receipt) -> Option<ExitCode> {
     let reached = receipt.tier.parse().unwrap_or(Tier::None);
     if reached >= wanted {
-        return ExitCode::SUCCESS;
+        return None;
     }
     let accept = format!("use --min-tier {reached}");
     for line in floor::lines(receipt, host, wanted, reached, ("--min-tier", &accept)) {
         say(&format!("sandbox-runner: {line}"));
     }
-    ExitCode::from(code::BELOW_FLOOR)
+    Some(ExitCode::from(code::BELOW_FLOOR))
 }
 
 fn failed(
@@ -113,11 +128,15 @@ fn failed(
     error: &DoctorError,
     settings: &[Setting],
     host: Option<&HostReport>,
+    found: &[queues::Found],
 ) -> ExitCode {
     complain(error);
     if arguments.json {
-        print(&json!({ "tier": "none", "error": describe(error), "host": host, "settings": settings }).to_string());
+        let mut value = json!({ "tier": "none", "error": describe(error), "host": host, "settings": settings });
+        value["queues"] = queues::json(found);
+        print(&value.to_string());
     } else {
+        print(queues::text(found).trim());
         for missing in host.iter().flat_map(|host| &host.missing) {
             say(&format!(
                 "missing: {} ({}, {}); {}",

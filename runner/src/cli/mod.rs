@@ -14,6 +14,7 @@ mod journal;
 mod launcher;
 mod outcome;
 mod run;
+mod worker;
 
 use std::error::Error;
 use std::ffi::OsString;
@@ -51,6 +52,9 @@ enum Command {
     Run(run::RunArguments),
     /// Get this runner its certificate, with a one-time token
     Enroll(enroll::EnrollArguments),
+    /// Serve one work item of a Claude environment that was claimed already, in place of `ant beta:worker run`
+    #[command(visible_alias = "beta:worker")]
+    Worker(worker::WorkerArguments),
     /// Show a whole installation at work: orchestrator, runner and two sandboxes, gone afterwards
     Demo(demo::DemoArguments),
     /// Run one command in a new sandbox
@@ -91,9 +95,13 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     if let Command::Run(arguments) = &parsed.command {
         return run::run(arguments, parsed.log_level);
     }
+    if let Command::Worker(arguments) = &parsed.command {
+        return worker::run(arguments, parsed.log_level);
+    }
     telemetry::start(LogFormat::Text, parsed.log_level.unwrap_or(LogLevel::Warn));
     match parsed.command {
         Command::Run(arguments) => run::run(&arguments, parsed.log_level),
+        Command::Worker(arguments) => worker::run(&arguments, parsed.log_level),
         Command::Launcher(arguments) => launcher::run(&arguments),
         Command::Enroll(arguments) => enroll::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments),

@@ -17,6 +17,7 @@ use super::config::{self, DEFAULT_PATH};
 use super::embedded::{self, Wishes};
 use super::{code, complain, floor, say};
 use crate::config::resolved::Config;
+use crate::connector::claude;
 use crate::connector::orchestrator;
 use crate::daemon::settings::{self, SettingsError};
 use crate::daemon::{AdminSocket, Daemon, DaemonError, End, Parts, Unasked};
@@ -60,7 +61,7 @@ pub(super) struct RunArguments {
 
 /// Why there is no daemon.
 #[derive(Debug, thiserror::Error)]
-enum RunError {
+pub(super) enum RunError {
     #[error("--state-dir {} cannot be made absolute", path.display())]
     StateDirectory { path: PathBuf, source: std::io::Error },
     #[error(transparent)]
@@ -121,20 +122,26 @@ pub(super) fn run(arguments: &RunArguments, log_level: Option<LogLevel>) -> Exit
     telemetry::start(config.log_format, log_level.unwrap_or(config.log_level));
     match try_run(arguments, &mut config) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(RunError::BelowFloor) => ExitCode::from(code::BELOW_FLOOR),
-        Err(error) => {
-            complain(&error);
-            let settings = match &error {
-                RunError::Settings(_)
-                | RunError::Daemon(DaemonError::Certificates(_) | DaemonError::Queue { .. })
-                | RunError::Forgetful { .. } => true,
-                // What is written there does not change by trying again.
-                RunError::Journal(OpenError::Scan(_)) => true,
-                _ => false,
-            };
-            if settings { ExitCode::from(code::CONFIGURATION) } else { ExitCode::FAILURE }
-        }
+        Err(error) => failed(&error),
     }
+}
+
+/// Says why, and gives the code that tells a supervisor whether to try again.
+pub(super) fn failed(error: &RunError) -> ExitCode {
+    if matches!(error, RunError::BelowFloor) {
+        // Each missing layer has been named.
+        return ExitCode::from(code::BELOW_FLOOR);
+    }
+    complain(error);
+    let settings = match error {
+        RunError::Settings(_)
+        | RunError::Daemon(DaemonError::Certificates(_) | DaemonError::Queue { .. })
+        | RunError::Forgetful { .. } => true,
+        // What is written there does not change by trying again.
+        RunError::Journal(OpenError::Scan(_)) => true,
+        _ => false,
+    };
+    if settings { ExitCode::from(code::CONFIGURATION) } else { ExitCode::FAILURE }
 }
 
 fn try_run(arguments: &RunArguments, config: &mut Config) -> Result<(), RunError> {
@@ -191,11 +198,11 @@ fn give_up_root_for(socket: &Path) -> Result<(), RunError> {
 async fn serve(config: &Config, source: Source, ephemeral: bool) -> (Result<End, RunError>, Option<LauncherProcess>) {
     match source {
         Source::Own(started) => match embedded::sandboxes(*started) {
-            Ok((sandboxes, process)) => (serve_with(config, sandboxes, ephemeral).await, Some(process)),
+            Ok((sandboxes, process)) => (serve_with(config, sandboxes, ephemeral, None).await, Some(process)),
             Err(error) => (Err(error.into()), None),
         },
         Source::Service(path) => match connect(config, &path, !ephemeral).await {
-            Ok(sandboxes) => (serve_with(config, sandboxes, ephemeral).await, None),
+            Ok(sandboxes) => (serve_with(config, sandboxes, ephemeral, None).await, None),
             Err(error) => (Err(error.into()), None),
         },
     }
@@ -277,7 +284,13 @@ async fn measure_unless_ended(
     }
 }
 
-async fn serve_with(config: &Config, sandboxes: HostSandboxes, ephemeral: bool) -> Result<End, RunError> {
+/// Serves what is configured until a signal comes; with `one`, that work item until it is over, and nothing else.
+pub(super) async fn serve_with(
+    config: &Config,
+    sandboxes: HostSandboxes,
+    ephemeral: bool,
+    one: Option<claude::Settings>,
+) -> Result<End, RunError> {
     let config = &leave_a_slot(config, &sandboxes);
     // From here a signal ends in order, also while the host is being measured.
     let mut signals = Signals::listen().map_err(RunError::Signals)?;
@@ -302,9 +315,15 @@ async fn serve_with(config: &Config, sandboxes: HostSandboxes, ephemeral: bool) 
     };
     info!(tier = measured.receipt.tier, attacks = measured.attempts.len(), "isolation measured");
     check_floor(config, &measured.receipt, sandboxes.host())?;
-    let notifier = Notifier::new(&Environment::read(), std::process::id()).map_err(RunError::Notifier)?;
+    // The service manager of whoever serves one item for another process is not ours.
+    let environment = if one.is_some() { Environment::default() } else { Environment::read() };
+    let notifier = Notifier::new(&environment, std::process::id()).map_err(RunError::Notifier)?;
     let descriptors = all_descriptors();
-    let queues = settings::queues(config, &identity.instance_id, ephemeral)?;
+    let mut queues = settings::queues(config, &identity.instance_id, ephemeral)?;
+    let admin = AdminSocket { path: config.run_directory.join("admin.sock"), own_uid: nix::unistd::geteuid().as_raw() };
+    // Whoever hands an item on waits for 30 seconds between asking for the end and forcing it.
+    let (admin, drain_time) = if one.is_some() { (None, Duration::ZERO) } else { (Some(admin), DRAIN_TIME) };
+    queues.extend(one);
     let link = settings::link(config, identity, measured.receipt, ephemeral)?;
     if link.is_none() && queues.is_empty() {
         warn!("neither [orchestrator] nor [[claude]] is configured, so no work will come");
@@ -319,11 +338,8 @@ async fn serve_with(config: &Config, sandboxes: HostSandboxes, ephemeral: bool) 
         pressure: settings::pressure(config),
         link,
         queues,
-        admin: Some(AdminSocket {
-            path: config.run_directory.join("admin.sock"),
-            own_uid: nix::unistd::geteuid().as_raw(),
-        }),
-        drain_time: DRAIN_TIME,
+        admin,
+        drain_time,
     })?;
     Ok(daemon.run(signals, &notifier).await?)
 }

@@ -11,6 +11,8 @@ use super::resolved::{Capacity, CertificateFiles, Config, Host, Idle, Orchestrat
 use crate::sandbox::receipt::Tier;
 use crate::work::RunnerId;
 
+pub use claude::handed_on;
+
 /// As long as the longest time that a session may ask for.
 const LONGEST_IDLE_SECONDS: u64 = 30 * 24 * 3600;
 const SYSTEM_STATE: &str = "/var/lib/sandbox-runner";

@@ -174,6 +174,30 @@ fn queue(
     instance_id: &str,
     ephemeral: bool,
 ) -> Result<claude::Settings, SettingsError> {
+    let count = |number| usize::try_from(number).unwrap_or(usize::MAX);
+    Ok(claude::Settings {
+        base: base(claude)?,
+        environment_id: claude.environment_id.clone(),
+        source: claude::Source::Queue { key_file: claude.key_file.clone() },
+        handover: (!ephemeral).then(|| leases_file(&config.state_directory, &claude.environment_id)),
+        board: claude::Board::new(&claude.environment_id),
+        api_version: claude.api_version.clone(),
+        worker_id_header: claude.worker_id_header.clone(),
+        worker_id: format!("{}-{instance_id}", config.runner_id),
+        max_items: count(claude.max_sessions),
+        max_sessions: count(config.capacity.max_sessions),
+        max_idle: (claude.max_idle_seconds > 0).then(|| Duration::from_secs(claude.max_idle_seconds)),
+        keep: Duration::from_secs(claude.keep_seconds),
+        longest_command: Duration::from_secs(claude.max_command_seconds),
+        clock: boottime_ns,
+    })
+}
+
+/// Where the server of a queue is, and the way there.
+///
+/// # Errors
+/// `SettingsError` names the field or the file.
+pub fn base(claude: &Claude) -> Result<claude::Base, SettingsError> {
     let (is_plain, rest) = match claude.base_url.strip_prefix("http://") {
         Some(rest) => (true, rest),
         None => (false, claude.base_url.strip_prefix("https://").unwrap_or_default()),
@@ -187,23 +211,18 @@ fn queue(
     let (host, port) = host_and_port(authority, if is_plain { 80 } else { 443 }).ok_or_else(wrong)?;
     let proxy = checked_proxy("claude.proxy", claude.proxy.as_deref())?;
     let tls = if is_plain { None } else { Some(tls::public_client(claude.ca_file.as_deref())?) };
-    let count = |number| usize::try_from(number).unwrap_or(usize::MAX);
     let prefix = format!("{prefix}{}", claude.api_path);
-    Ok(claude::Settings {
-        base: claude::Base { target: Target { host, port, server_name: None, proxy }, tls, prefix },
-        environment_id: claude.environment_id.clone(),
-        key_file: claude.key_file.clone(),
-        handover: (!ephemeral).then(|| leases_file(&config.state_directory, &claude.environment_id)),
-        api_version: claude.api_version.clone(),
-        worker_id_header: claude.worker_id_header.clone(),
-        worker_id: format!("{}-{instance_id}", config.runner_id),
-        max_items: count(claude.max_sessions),
-        max_sessions: count(config.capacity.max_sessions),
-        max_idle: (claude.max_idle_seconds > 0).then(|| Duration::from_secs(claude.max_idle_seconds)),
-        keep: Duration::from_secs(claude.keep_seconds),
-        longest_command: Duration::from_secs(claude.max_command_seconds),
-        clock: boottime_ns,
-    })
+    Ok(claude::Base { target: Target { host, port, server_name: None, proxy }, tls, prefix })
+}
+
+/// One work item that was claimed by somebody else, in place of a queue. Nobody takes up its lease after it.
+///
+/// # Errors
+/// `SettingsError` names the field or the file.
+pub fn claim(config: &Config, claude: &Claude, claim: claude::Claim) -> Result<claude::Settings, SettingsError> {
+    // It asks for no work, so nobody sees its name.
+    let queue = queue(config, claude, "claim", true)?;
+    Ok(claude::Settings { source: claude::Source::Claim(claim), ..queue })
 }
 
 /// Where the leases of an environment's work items are: in a directory of the runner's own, which that of the whole state may

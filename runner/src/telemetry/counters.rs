@@ -12,9 +12,14 @@ pub struct Counters(Arc<Mutex<BTreeMap<String, u64>>>);
 impl Counters {
     /// Counts one more.
     pub fn add(&self, name: &str, labels: &[(&str, &str)]) {
+        self.add_many(name, labels, 1);
+    }
+
+    /// Counts so many more.
+    pub fn add_many(&self, name: &str, labels: &[(&str, &str)], count: u64) {
         let labels: Vec<_> = labels.iter().map(|(label, value)| format!("{label}=\"{value}\"")).collect();
         let name = if labels.is_empty() { name.to_owned() } else { format!("{name}{{{}}}", labels.join(",")) };
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(name).or_default() += 1;
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(name).or_default() += count;
     }
 
     /// All of them, by name.

@@ -35,7 +35,8 @@ fn parts(world: &World, path: std::path::PathBuf) -> Parts {
     let (sessions, link) = (world.sessions.clone(), Some(world.connector.status.clone()));
     let sandboxes = Arc::new(FakeSandboxes(Arc::clone(&world.fakes)));
     let counted = Counted { journal: Arc::new(Counting), sandboxes };
-    Parts { path, own_uid, sessions, link, receipt: Default::default(), pressure: calm(), counted }
+    let (queues, clock) = (Vec::new(), || 0);
+    Parts { path, own_uid, sessions, link, queues, clock, receipt: Default::default(), pressure: calm(), counted }
 }
 
 /// A journal that says that it has refused something.

@@ -37,6 +37,10 @@ pub struct Settings {
     pub interrupt: Interrupt,
     /// Largest body of a posted event, in bytes.
     pub max_event_bytes: usize,
+    /// Environment that deliveries name in place of their own, as where a proxy mixes two up.
+    pub delivered_as: Option<String>,
+    /// Header `date` of every answer; absent: the time.
+    pub date: Option<String>,
 }
 
 impl Default for Settings {
@@ -49,6 +53,8 @@ impl Default for Settings {
             second_result: SecondResult::Refused,
             interrupt: Interrupt::WaitsForCalls,
             max_event_bytes: 32 << 20,
+            delivered_as: None,
+            date: None,
         }
     }
 }

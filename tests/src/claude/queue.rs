@@ -105,6 +105,9 @@ impl ControlPlane {
         let secret = self.secret_of(&id);
         let mut item = self.item(&id).json();
         item["secret"] = secret;
+        if let Some(other) = &self.settings.delivered_as {
+            item["environment_id"] = json!(other);
+        }
         Ok(item)
     }
 

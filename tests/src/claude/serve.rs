@@ -267,8 +267,13 @@ fn respond(
             (refusal.status, Some("application/json"), Outgoing::whole(body, cut))
         }
     };
-    shared.lock().record[number].fate = if cut.is_some() { Fate::ResponseLost } else { Fate::Answered(status) };
+    let mut plane = shared.lock();
+    plane.record[number].fate = if cut.is_some() { Fate::ResponseLost } else { Fate::Answered(status) };
     let mut response = Response::builder().status(status).header("request-id", format!("req_{number}"));
+    if let Some(date) = &plane.settings.date {
+        response = response.header("date", date);
+    }
+    drop(plane);
     if let Some(content_type) = content_type {
         response = response.header("content-type", content_type);
     }

@@ -26,6 +26,10 @@ const TAKEN_HEADERS: [&str; 9] = [
     "host",
     "transfer-encoding",
 ];
+/// What the official worker does.
+const IDLE_SECONDS: u64 = 60;
+const KEEP_SECONDS: u64 = 1800;
+const COMMAND_SECONDS: u64 = 3600;
 /// Longest id of an environment: with a session's behind it, it is still an id.
 const LONGEST_ENVIRONMENT_ID: usize = 64;
 /// Times that the operator may choose; a month is as long as a session may be idle elsewhere.
@@ -44,6 +48,38 @@ pub(super) fn resolve(check: &mut Check<'_>, sections: &[ClaudeSection], host: &
         resolved.push(claude);
     }
     resolved
+}
+
+/// What is in force for an environment whose key comes from elsewhere: its section, where there is one, with this address in
+/// place of that of the section.
+///
+/// # Errors
+/// What is wrong with the address, and the fix.
+pub fn handed_on(
+    sections: &[Claude],
+    environment_id: &str,
+    base_url: Option<&str>,
+    allow_plain_http: bool,
+) -> Result<Claude, (String, String)> {
+    let section = sections.iter().find(|section| section.environment_id == environment_id).cloned();
+    let mut claude = section.unwrap_or_else(|| Claude {
+        environment_id: environment_id.to_owned(),
+        key_file: PathBuf::new(),
+        base_url: PUBLIC_API.to_owned(),
+        ca_file: None,
+        proxy: None,
+        api_path: API_PATH.to_owned(),
+        api_version: API_VERSION.to_owned(),
+        worker_id_header: WORKER_ID_HEADER.to_owned(),
+        max_sessions: 1,
+        max_idle_seconds: IDLE_SECONDS,
+        keep_seconds: KEEP_SECONDS,
+        max_command_seconds: COMMAND_SECONDS,
+    });
+    if let Some(url) = base_url.filter(|url| !url.is_empty()) {
+        claude.base_url = checked_url(url, allow_plain_http)?;
+    }
+    Ok(claude)
 }
 
 fn one(
@@ -89,9 +125,10 @@ fn one(
         value
     };
     let max_sessions = number("max_sessions", section.max_sessions, most.max(1), 1, most.max(1));
-    let max_idle_seconds = number("max_idle_seconds", section.max_idle_seconds, 60, 0, LONGEST_SECONDS);
-    let keep_seconds = number("keep_seconds", section.keep_seconds, 1800, 1, LONGEST_SECONDS);
-    let max_command_seconds = number("max_command_seconds", section.max_command_seconds, 3600, 1, LONGEST_SECONDS);
+    let max_idle_seconds = number("max_idle_seconds", section.max_idle_seconds, IDLE_SECONDS, 0, LONGEST_SECONDS);
+    let keep_seconds = number("keep_seconds", section.keep_seconds, KEEP_SECONDS, 1, LONGEST_SECONDS);
+    let max_command_seconds =
+        number("max_command_seconds", section.max_command_seconds, COMMAND_SECONDS, 1, LONGEST_SECONDS);
     Some(Claude {
         environment_id: environment_id?,
         key_file: key_file?,
@@ -152,23 +189,32 @@ fn key_file(
 }
 
 fn base_url(check: &mut Check<'_>, key: &dyn Fn(&str) -> String, section: &ClaudeSection) -> Option<String> {
-    let url = section.base_url.clone().unwrap_or_else(|| PUBLIC_API.to_owned());
+    let url = section.base_url.as_deref().unwrap_or(PUBLIC_API);
+    match checked_url(url, section.allow_plain_http == Some(true)) {
+        Ok(url) => Some(url),
+        Err((what, fix)) => {
+            check.report(&key("base_url"), what, fix);
+            None
+        }
+    }
+}
+
+/// The address without slashes at its end, or what is wrong with it and the fix.
+fn checked_url(url: &str, allow_plain_http: bool) -> Result<String, (String, String)> {
     let url = url.trim_end_matches('/').to_owned();
     let is_plain = url.starts_with("http://");
-    if is_plain && section.allow_plain_http != Some(true) {
+    if is_plain && !allow_plain_http {
         let fix = "write an https:// address, or allow_plain_http = true where the way there is private";
-        check.report(&key("base_url"), "would send the key and every result unencrypted", fix);
-        return None;
+        return Err(("would send the key and every result unencrypted".to_owned(), fix.to_owned()));
     }
     let scheme = if is_plain { "http://" } else { "https://" };
     let rest = url.strip_prefix(scheme).unwrap_or_default();
     let (authority, prefix) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
     if url_host(&format!("{scheme}{authority}"), scheme).is_none() || !is_path(prefix) {
         let fix = "write for example \"https://api.anthropic.com\" or \"https://host:8443/prefix\"";
-        check.report(&key("base_url"), format!("{url:?} is not https://HOST:PORT/PREFIX"), fix);
-        return None;
+        return Err((format!("{url:?} is not https://HOST:PORT/PREFIX"), fix.to_owned()));
     }
-    Some(url)
+    Ok(url)
 }
 
 /// Whether requests can have it before their own path.

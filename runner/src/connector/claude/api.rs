@@ -87,10 +87,16 @@ impl Api {
             most: MOST_ANSWER_BYTES,
         };
         let body = self.client.send(request).await?;
-        wire::delivery(&body, &self.environment_id).map_err(|error| {
-            tracing::warn!(environment_id = self.environment_id, %error, "an answer of the work queue is passed over");
-            Failure::Malformed
+        wire::delivery(&body, &self.environment_id).map_err(|error| match error {
+            wire::BadDelivery::Foreign => Failure::Foreign,
+            wire::BadDelivery::Malformed => Failure::Malformed,
         })
+    }
+
+    /// What the queue says of itself, and the time that the server believes it to be, where it says that.
+    pub(super) async fn stats(&self) -> (Option<String>, Result<zeroize::Zeroizing<Vec<u8>>, Failure>) {
+        let (key, path) = (self.key(), format!("/environments/{}/work/stats", self.environment_id));
+        self.client.send_dated(self.get(&key, path, ASK_WITHIN, MOST_ANSWER_BYTES)).await
     }
 
     pub(super) async fn ack(&self, work_id: &str) -> Result<(), Failure> {

@@ -11,7 +11,7 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper::header::{
-    ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderMap, HeaderValue, RETRY_AFTER, USER_AGENT,
+    ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, DATE, HOST, HeaderMap, HeaderValue, RETRY_AFTER, USER_AGENT,
 };
 use hyper::{Method, Response};
 use hyper_util::rt::TokioIo;
@@ -58,6 +58,8 @@ pub(super) enum Failure {
     Status { status: u16, kind: String, retry_after: Option<Duration> },
     #[error("the answer is not understood")]
     Malformed,
+    #[error("a work item of another environment was delivered")]
+    Foreign,
     #[error("the answer is larger than {0} bytes")]
     TooLarge(usize),
 }
@@ -145,6 +147,22 @@ impl Client {
             self.keep(sender);
         }
         Ok(())
+    }
+
+    /// Sends a request and reads the whole answer, with its date, also where that is a refusal.
+    pub(super) async fn send_dated(
+        &self,
+        request: Request<'_>,
+    ) -> (Option<String>, Result<Zeroizing<Vec<u8>>, Failure>) {
+        let (within, mut date) = (request.within, None);
+        let exchange = async {
+            let (response, _) = self.exchange(&request).await?;
+            date = response.headers().get(DATE).and_then(|date| date.to_str().ok()).map(str::to_owned);
+            read(accepted(response).await?.into_body(), request.most).await
+        };
+        let result = tokio::time::timeout(within, exchange).await;
+        let result = result.map_err(|_| Failure::Timeout(within)).and_then(|result| result);
+        (date, result)
     }
 
     /// Sends a request whose answer goes on.

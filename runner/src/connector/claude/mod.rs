@@ -7,6 +7,9 @@
 //! stay in this process.
 
 mod api;
+mod board;
+mod check;
+mod claim;
 mod content;
 mod conversation;
 mod handover;
@@ -15,6 +18,7 @@ mod http;
 mod input;
 mod lease;
 mod machine;
+mod remedy;
 mod secret;
 mod sse;
 mod task;
@@ -32,6 +36,9 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
+pub use board::{Board, ItemView, Reason};
+pub use check::{Checked, Question, check};
+pub use claim::{Claim, ClaimError, Handed};
 pub use http::Base;
 pub use secret::SecretError;
 
@@ -48,10 +55,12 @@ pub struct Settings {
     pub base: Base,
     /// The environment whose queue is served.
     pub environment_id: String,
-    /// File with its key.
-    pub key_file: PathBuf,
     /// File with the leases that the next runner takes up; `None`: they run out.
     pub handover: Option<PathBuf>,
+    /// Where work items come from.
+    pub source: Source,
+    /// Who is told how the queue stands.
+    pub board: Board,
     /// Value of the header `anthropic-version`.
     pub api_version: String,
     /// Name of the header that says who asks for work.
@@ -72,6 +81,18 @@ pub struct Settings {
     pub clock: fn() -> u64,
 }
 
+/// Where work items come from.
+#[derive(Debug, Clone)]
+pub enum Source {
+    /// From the queue of the environment.
+    Queue {
+        /// File with the key of the environment.
+        key_file: PathBuf,
+    },
+    /// One was claimed by somebody else; the connector ends with it.
+    Claim(Claim),
+}
+
 /// Why a queue cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {
@@ -88,6 +109,10 @@ pub enum QueueError {
 pub struct Handle {
     /// Read the key again.
     pub reload: Arc<Notify>,
+    /// Told when the one item that was to be served is over.
+    pub over: Option<Arc<Notify>>,
+    /// How the queue stands.
+    pub board: Board,
     /// Ends after a stop.
     pub task: JoinHandle<()>,
 }
@@ -117,7 +142,11 @@ pub fn start(
     neighbours: Neighbours,
     stop: watch::Receiver<Stop>,
 ) -> Result<Handle, QueueError> {
-    let key = secret::Secret::read(&settings.key_file)?;
+    let is_single = matches!(settings.source, Source::Claim(_));
+    let (key, key_file, claimed) = match settings.source {
+        Source::Queue { key_file } => (secret::Secret::read(&key_file)?, Some(key_file), None),
+        Source::Claim(claim) => (claim.key, None, Some(claim.delivery)),
+    };
     let client = http::Client::new(settings.base);
     let environment_id = settings.environment_id;
     let presented = api::Presented {
@@ -129,7 +158,8 @@ pub fn start(
     let api = Arc::new(api.ok_or(QueueError::Header)?);
     let rules = Rules {
         environment_id,
-        max_items: settings.max_items,
+        // Whoever serves one item asks for no other.
+        max_items: if is_single { 0 } else { settings.max_items },
         max_sessions: settings.max_sessions,
         max_idle: settings.max_idle,
         keep: settings.keep,
@@ -137,16 +167,29 @@ pub fn start(
     };
     let reload = Arc::new(Notify::new());
     let left = settings.handover.as_deref().map(Handover::read).unwrap_or_default();
+    let mut machine = Machine::new(rules, draw, left);
+    if let Some(delivery) = claimed {
+        machine.serve_only(delivery);
+    }
     let task = task::Task {
         api,
-        key_file: settings.key_file,
+        key_file,
         handover: settings.handover,
-        machine: Machine::new(rules, draw, left),
+        board: settings.board.clone(),
+        machine,
         ports,
         neighbours,
         stop,
         reload: Arc::clone(&reload),
         clock: settings.clock,
     };
-    Ok(Handle { reload, task: tokio::spawn(task.run()) })
+    let over = is_single.then(Arc::<Notify>::default);
+    let told = over.clone();
+    let task = tokio::spawn(async move {
+        task.run().await;
+        if let Some(over) = told {
+            over.notify_one();
+        }
+    });
+    Ok(Handle { reload, over, board: settings.board, task })
 }

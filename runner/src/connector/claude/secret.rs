@@ -76,6 +76,14 @@ impl Secret {
     /// # Errors
     /// `SecretError` names the file, and never what it holds.
     pub(super) fn read(path: &Path) -> Result<Self, SecretError> {
+        Self::new(&Self::text(path)?).ok_or_else(|| SecretError::Content { path: path.to_owned() })
+    }
+
+    /// What such a file holds, without the white space around it.
+    ///
+    /// # Errors
+    /// As above.
+    pub(super) fn text(path: &Path) -> Result<Zeroizing<String>, SecretError> {
         let failed = |source| SecretError::Read { path: path.to_owned(), source };
         let file = fs::File::open(path).map_err(failed)?;
         let mode = file.metadata().map_err(failed)?.permissions().mode() & 0o777;
@@ -84,7 +92,7 @@ impl Secret {
         }
         let mut text = Zeroizing::new(String::new());
         file.take(MOST_BYTES).read_to_string(&mut text).map_err(failed)?;
-        Self::new(&text).ok_or_else(|| SecretError::Content { path: path.to_owned() })
+        Ok(Zeroizing::new(text.trim().to_owned()))
     }
 
     /// The sessions token in the `secret` of a work item: base64 of an object. `None` for anything else.

@@ -15,13 +15,14 @@ use tracing::{error, info, warn};
 
 use super::Neighbours;
 use super::api::Api;
+use super::board::Board;
 use super::content::{self, Blocks};
 use super::handover::Writer;
 use super::http::Failure;
 use super::machine::{Action, Answer, Event, Finish, Machine, Room};
 use super::secret::Secret;
 use super::sse::{Frame, Parser};
-use super::wire;
+use super::wire::{self, Delivery};
 use crate::connector::Ports;
 use crate::connector::orchestrator::Stop;
 use crate::crash_point::{self, Point};
@@ -41,9 +42,11 @@ const SLEEP_FLOOR: Duration = Duration::from_millis(5);
 /// What an environment's loop is made of.
 pub(super) struct Task {
     pub(super) api: Arc<Api>,
-    pub(super) key_file: PathBuf,
+    /// Where the key can be read again.
+    pub(super) key_file: Option<PathBuf>,
     /// Where the leases are written down; `None`: nowhere.
     pub(super) handover: Option<PathBuf>,
+    pub(super) board: Board,
     pub(super) machine: Machine,
     pub(super) ports: Ports,
     pub(super) neighbours: Neighbours,
@@ -70,6 +73,7 @@ impl Under {
 
 struct Loop {
     api: Arc<Api>,
+    board: Board,
     machine: Machine,
     outputs: Arc<dyn OutputSource>,
     progress: Progress,
@@ -86,13 +90,14 @@ struct Loop {
 
 impl Task {
     pub(super) async fn run(self) {
-        let Self { api, key_file, handover, machine, ports, neighbours, mut stop, reload, clock } = self;
+        let Self { api, key_file, handover, board, machine, ports, neighbours, mut stop, reload, clock } = self;
         let Neighbours { sessions: mut others, items } = neighbours;
         let mut own = 0;
         let Ports { work, mut updates, outputs, progress, pressure, .. } = ports;
         let (reports, mut done) = mpsc::channel(QUEUED_REPORTS);
         let mut state = Loop {
             api,
+            board,
             machine,
             outputs,
             progress,
@@ -132,7 +137,9 @@ impl Task {
                         Stop::Now => Event::Finish(Finish::AtOnce),
                     }
                 }
-                () = reload.notified() => state.read_key(&key_file),
+                () = reload.notified() => {
+                    key_file.as_deref().map_or(Event::Tick, |key_file| state.read_key(key_file))
+                }
                 Ok(()) = others.changed() => Event::Tick,
             };
             let closed = pressure.borrow().session_refusal().is_some();
@@ -161,11 +168,13 @@ impl Loop {
             Ok(key) => {
                 self.api.set_key(key);
                 info!("the key of an environment was read again");
-                return Event::KeyReplaced;
+                Event::KeyReplaced
             }
-            Err(error) => warn!(error = &error as &dyn std::error::Error, "the key of an environment stays as it was"),
+            Err(error) => {
+                warn!(error = &error as &dyn std::error::Error, "the key of an environment stays as it was");
+                Event::Tick
+            }
         }
-        Event::Tick
     }
 
     fn take(&mut self, event: Event) {
@@ -176,6 +185,7 @@ impl Loop {
         if std::mem::replace(&mut self.told, self.machine.changes()) != self.told {
             self.handover.write(self.machine.handover());
         }
+        self.board.show(self.machine.views(), self.machine.owed());
         // Requests that have reported are over.
         while self.polls.try_join_next().is_some() {}
         for under in self.items.values_mut() {
@@ -187,6 +197,7 @@ impl Loop {
         let (api, reports) = (Arc::clone(&self.api), self.reports.clone());
         match action {
             Action::Work(item) => self.pending.push_back(item),
+            Action::Count(happening) => self.board.count(happening),
             Action::Poll => {
                 self.polls.spawn(async move {
                     let result = api.poll().await;
@@ -197,9 +208,10 @@ impl Loop {
                 });
             }
             Action::Ack(delivery) => {
-                self.items.insert(delivery.work_id.clone(), Under::new(delivery.token));
-                self.acknowledge(delivery.work_id);
+                let work_id = self.hold(delivery);
+                self.acknowledge(work_id);
             }
+            Action::Take(delivery) => drop(self.hold(delivery)),
             // Its token was in the memory of the runner that had it, and nowhere else.
             Action::TakeUp { work_id } => drop(self.items.insert(work_id, Under::new(None))),
             Action::AckAgain { work_id } => self.acknowledge(work_id),
@@ -259,6 +271,12 @@ impl Loop {
             // Dropping what is under way ends it: of a lost lease nothing more is posted.
             Action::Forget { work_id } => drop(self.items.remove(&work_id)),
         }
+    }
+
+    /// Takes note of a delivery, and returns its id.
+    fn hold(&mut self, delivery: Delivery) -> String {
+        self.items.insert(delivery.work_id.clone(), Under::new(delivery.token));
+        delivery.work_id
     }
 
     fn acknowledge(&mut self, work_id: String) {

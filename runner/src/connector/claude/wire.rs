@@ -6,7 +6,7 @@ use zeroize::Zeroizing;
 use super::secret::Secret;
 
 /// Longest id that is taken.
-const LONGEST_ID: usize = 128;
+pub(super) const LONGEST_ID: usize = 128;
 /// Largest input of a tool use that is kept. No tool takes as much, however its text is escaped.
 const MOST_INPUT_BYTES: usize = 2 * 1024 * 1024;
 

@@ -4,6 +4,7 @@
 
 mod post;
 mod stream;
+mod view;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -11,10 +12,12 @@ use std::time::Duration;
 use tracing::{info, warn};
 
 use super::{Action, Beat, Failure, Finish, Machine, SECOND, nanoseconds};
+use crate::connector::claude::board::{Happening, Reason};
 use crate::connector::claude::conversation::Conversation;
 use crate::connector::claude::handover::Held;
 use crate::connector::claude::history::History;
 use crate::connector::claude::lease::Lease;
+use crate::connector::claude::remedy;
 use crate::work::{CancelMode, SessionId};
 use post::Post;
 use stream::Link;
@@ -38,21 +41,6 @@ enum Stage {
     Ending { until: u64 },
     /// It is being given back.
     Stopping { tries: u32, in_flight: bool, again_at: u64 },
-}
-
-/// Why an item ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Reason {
-    /// The turn is over, and nothing has come for long enough.
-    Idle,
-    /// The session is over for good.
-    SessionOver,
-    /// The server takes it back.
-    Stopping,
-    /// The server refuses this runner.
-    Refused,
-    /// This runner ends.
-    Shutdown,
 }
 
 #[derive(Debug)]
@@ -79,9 +67,22 @@ pub(super) struct Item {
     /// When to ask for the session's state; `None` when it is known, or asked.
     fetch_at: Option<u64>,
     posts: BTreeMap<String, Post>,
+    /// Why it ends.
+    reason: Option<Reason>,
+    /// Somebody else is said to have acknowledged it, and that is still to be believed.
+    is_handed_on: bool,
 }
 
 impl Item {
+    /// One that somebody else has acknowledged.
+    pub(super) fn claimed(session_id: String, core: Option<SessionId>, now: u64) -> Self {
+        let stage = match core {
+            Some(_) => Stage::Serving,
+            None => Stage::Stopping { tries: 0, in_flight: false, again_at: now },
+        };
+        Self { stage, is_handed_on: true, ..Self::new(session_id, core, now) }
+    }
+
     pub(super) fn new(session_id: String, core: Option<SessionId>, now: u64) -> Self {
         Self {
             session_id,
@@ -100,6 +101,8 @@ impl Item {
             pages: 0,
             fetch_at: None,
             posts: BTreeMap::new(),
+            reason: None,
+            is_handed_on: false,
         }
     }
 
@@ -186,14 +189,19 @@ impl Machine {
             Err(failure) if failure.status() != Some(409) => {
                 warn!(work_id, error = %failure, "a work item could not be acknowledged");
                 if failure.is_fatal() {
-                    return self.stop(work_id);
+                    item.reason = Some(Reason::NotClaimed);
+                    self.stop(work_id);
+                } else {
+                    item.stage = Stage::Acking { in_flight: false, again_at: now.saturating_add(ACK_AGAIN_AFTER) };
                 }
-                item.stage = Stage::Acking { in_flight: false, again_at: now.saturating_add(ACK_AGAIN_AFTER) };
+                self.count(Happening::NotAcknowledged);
             }
             _ if item.core.is_none() => self.stop(work_id),
             _ => {
                 item.stage = Stage::Serving;
                 item.lease = Lease::new(now);
+                let after = Duration::from_nanos(now.saturating_sub(item.delivered_at));
+                self.count(Happening::Acknowledged { after });
             }
         }
     }
@@ -209,7 +217,9 @@ impl Machine {
         match result {
             Ok(beat) => {
                 let is_first = !item.lease.is_held();
+                let margin = Duration::from_nanos(item.lease.until().saturating_sub(now));
                 item.lease.beaten(sent, &beat, draw);
+                item.is_handed_on = false;
                 if !beat.goes_on {
                     if is_first {
                         warn!(work_id, "a work item was taken back before it was served");
@@ -223,11 +233,20 @@ impl Machine {
                 }
                 self.changes += 1;
                 self.lease_renewed(work_id, is_first);
+                if !is_first {
+                    self.count(Happening::Renewed { margin });
+                }
             }
             Err(failure) if failure.status() == Some(412) => self.lose(work_id, "somebody else holds it"),
             Err(failure) if failure.is_fatal() && item.is_doubtful() => self.lose(work_id, "its server refuses it"),
+            // It was handed on without having been acknowledged.
+            Err(failure) if failure.status() == Some(409) && item.is_handed_on => {
+                (item.is_handed_on, item.delivered_at) = (false, now);
+                item.stage = Stage::Acking { in_flight: false, again_at: now };
+            }
             Err(failure) if failure.is_fatal() => {
-                warn!(work_id, error = %failure, "a heartbeat was refused");
+                let remedy = remedy::of_item(&failure);
+                warn!(work_id, error = %failure, remedy, "a heartbeat was refused");
                 // The lease may still be ours for a while, and giving it back needs no more beats.
                 item.lease.unanswered(now);
                 self.end_item(work_id, Reason::Refused);
@@ -281,6 +300,9 @@ impl Machine {
             return self.release(work_id);
         }
         warn!(work_id, why, "the lease of a work item is lost, what runs for it is ended");
+        if let Some(item) = self.items.get_mut(work_id) {
+            item.reason = Some(Reason::LeaseLost);
+        }
         self.cancel_all(work_id);
         self.release(work_id);
     }
@@ -289,6 +311,7 @@ impl Machine {
         let Some(item) = self.items.remove(work_id) else { return };
         self.changes += 1;
         self.actions.push(Action::Forget { work_id: work_id.to_owned() });
+        self.count(Happening::Ended(item.reason.unwrap_or(Reason::Nothing)));
         if let Some(core) = item.core {
             self.let_go(&core);
         }
@@ -315,7 +338,7 @@ impl Machine {
         info!(work_id, session_id = item.session_id, ?reason, "work item ends");
         self.actions.push(Action::Unstream { work_id: work_id.to_owned() });
         item.link = Link::Closed { open_at: u64::MAX };
-        item.fetch_at = None;
+        (item.fetch_at, item.reason) = (None, Some(reason));
         match reason {
             Reason::Idle => self.stop(work_id),
             Reason::SessionOver => {
@@ -327,7 +350,13 @@ impl Machine {
                 }
                 self.stop(work_id);
             }
-            Reason::Stopping | Reason::Refused | Reason::Shutdown => {
+            // The last three are of items that are not served.
+            Reason::Stopping
+            | Reason::Refused
+            | Reason::Shutdown
+            | Reason::LeaseLost
+            | Reason::NotClaimed
+            | Reason::Nothing => {
                 item.stage = Stage::Ending { until: now.saturating_add(END_PATIENCE) };
                 let waiting = item.conversation.take_waiting();
                 for tool_use_id in waiting {
@@ -354,6 +383,7 @@ impl Machine {
             Stage::Acking { in_flight, again_at } => {
                 if now >= item.delivered_at.saturating_add(ACK_WITHIN) {
                     warn!(work_id, "a work item was not acknowledged in time, it is left for another delivery");
+                    item.reason = Some(Reason::NotClaimed);
                     return self.release(work_id);
                 }
                 if !in_flight && now >= again_at {

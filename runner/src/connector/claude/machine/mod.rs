@@ -6,6 +6,7 @@
 //! begin, and what has begun once is found again by its id.
 
 mod calls;
+mod claimed;
 mod item;
 mod poll;
 mod sessions;
@@ -19,6 +20,7 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
+use super::board::Happening;
 use super::content;
 use super::handover::{Handover, Held};
 use super::http::Failure;
@@ -116,6 +118,8 @@ pub(super) enum Action {
     TakeUp {
         work_id: String,
     },
+    /// Take note of a delivery that somebody else has acknowledged.
+    Take(Delivery),
     /// Acknowledge it again.
     AckAgain {
         work_id: String,
@@ -159,6 +163,8 @@ pub(super) enum Action {
     },
     /// For the sessions of this runner.
     Work(WorkItem),
+    /// Count it.
+    Count(Happening),
 }
 
 /// One environment.
@@ -173,6 +179,10 @@ pub(super) struct Machine {
     restored: bool,
     draining: bool,
     finish: Option<Finish>,
+    /// The one item that is served, until it is taken.
+    claimed: Option<Delivery>,
+    /// Nothing but that item is served.
+    is_single: bool,
     items: BTreeMap<String, Item>,
     sessions: BTreeMap<SessionId, Kept>,
     calls: BTreeMap<CallId, Known>,
@@ -198,6 +208,8 @@ impl Machine {
             restored: false,
             draining: false,
             finish: None,
+            claimed: None,
+            is_single: false,
             items: BTreeMap::new(),
             sessions: BTreeMap::new(),
             calls: BTreeMap::new(),
@@ -266,7 +278,8 @@ impl Machine {
 
     /// Nothing is left to do, and nothing will come.
     pub(super) fn is_done(&self) -> bool {
-        self.finish.is_some() && self.items.is_empty()
+        let ends = self.finish.is_some() || (self.is_single && self.claimed.is_none());
+        ends && self.items.is_empty()
     }
 
     /// When to look again, if nothing happens before.
@@ -278,6 +291,7 @@ impl Machine {
     }
 
     fn pass_time(&mut self) {
+        self.take_claimed();
         let works: Vec<_> = self.items.keys().cloned().collect();
         for work_id in works {
             self.tend_item(&work_id);
@@ -288,6 +302,10 @@ impl Machine {
             self.poll.in_flight = true;
             self.actions.push(Action::Poll);
         }
+    }
+
+    fn count(&mut self, happening: Happening) {
+        self.actions.push(Action::Count(happening));
     }
 
     fn work(&mut self, item: WorkItem) {

@@ -4,6 +4,8 @@ use tracing::{error, warn};
 
 use super::item::Item;
 use super::{Action, Delivery, Failure, Machine, SECOND, doubled, nanoseconds};
+use crate::connector::claude::board::Happening;
+use crate::connector::claude::remedy;
 use crate::connector::claude::wire::Order;
 
 /// After a refusal for good reasons there is no hurry, but an operator may repair it at any time.
@@ -27,6 +29,7 @@ impl Machine {
 
     pub(super) fn polled(&mut self, result: Result<Option<Delivery>, Failure>) {
         self.poll.in_flight = false;
+        self.count(told(&result));
         match result {
             Ok(None) => {
                 self.poll.failures = 0;
@@ -38,7 +41,9 @@ impl Machine {
                 self.delivered(delivery);
             }
             Err(failure) if failure.is_fatal() => {
-                error!(environment_id = self.rules.environment_id, error = %failure, "the work queue refuses this runner, will ask again");
+                let environment_id = &self.rules.environment_id;
+                let remedy = remedy::of_queue(&failure);
+                error!(environment_id, error = %failure, remedy, "the work queue refuses this runner, will ask again");
                 self.poll.next_at = self.within(REFUSED_SECONDS, 2.0 * REFUSED_SECONDS);
             }
             Err(failure) => {
@@ -46,7 +51,9 @@ impl Machine {
                 let least = doubled(self.poll.failures, 1.0, 60.0);
                 let asked = failure.retry_after().map_or(self.now, |after| self.now.saturating_add(nanoseconds(after)));
                 self.poll.next_at = self.within(least, least + 1.0).max(asked.min(self.now + 3600 * SECOND));
-                warn!(environment_id = self.rules.environment_id, error = %failure, "the work queue cannot be asked, will ask again");
+                let environment_id = &self.rules.environment_id;
+                let remedy = remedy::of_queue(&failure);
+                warn!(environment_id, error = %failure, remedy, "the work queue cannot be asked, will ask again");
             }
         }
     }
@@ -89,4 +96,17 @@ impl Machine {
         self.items.insert(work_id, Item::new(session_id, core, self.now));
         self.actions.push(Action::Ack(delivery));
     }
+}
+
+/// What is counted of an answer to a poll.
+fn told(result: &Result<Option<Delivery>, Failure>) -> Happening {
+    let (result, problem) = match result {
+        Ok(Some(_)) => ("item", String::new()),
+        Ok(None) => ("empty", String::new()),
+        Err(failure) => {
+            let result = if failure.is_fatal() { "refused" } else { "failed" };
+            (result, format!("{failure}; {}", remedy::of_queue(failure)))
+        }
+    };
+    Happening::Polled { result, problem }
 }

@@ -1,6 +1,7 @@
 //! A work item from its delivery to its end, without time, network and sandboxes.
 
 mod calls;
+mod claimed;
 mod events;
 mod leases;
 mod order;

@@ -1,7 +1,10 @@
 //! Answers to tool uses: posted until the server has them, for as long as a lease lasts.
 
+use std::time::Duration;
+
 use tracing::warn;
 
+use crate::connector::claude::board::Happening;
 use crate::connector::claude::machine::{Action, Answer, Failure, Machine, doubled, nanoseconds};
 
 /// An answer that is to be posted.
@@ -45,8 +48,10 @@ impl Machine {
         post.in_flight = false;
         let failure = match result {
             Ok(()) => {
+                let after = Duration::from_nanos(now.saturating_sub(post.since));
                 item.posts.remove(tool_use_id);
                 item.conversation.posted(now, tool_use_id);
+                self.count(Happening::Posted { after });
                 self.stored(tool_use_id);
                 return self.carry_out(work_id);
             }
@@ -66,6 +71,7 @@ impl Machine {
         warn!(work_id, tool_use_id, error = %failure, "a result could not be posted");
         item.posts.remove(tool_use_id);
         item.conversation.give_up(now, tool_use_id);
+        self.count(Happening::NotPosted);
         self.carry_out(work_id);
     }
 

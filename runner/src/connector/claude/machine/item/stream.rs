@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tracing::warn;
 
-use super::Reason;
+use crate::connector::claude::board::{Happening, Reason};
 use crate::connector::claude::history::{History, MOST_HISTORY};
 use crate::connector::claude::machine::{Action, Failure, Machine, Page, SECOND, doubled, nanoseconds};
 use crate::connector::claude::wire;
@@ -88,6 +88,7 @@ impl Machine {
         }
         if !item.conversation.live(now, event) {
             warn!(work_id, "more events came than are kept while a history is read, will read it again");
+            self.count(Happening::Overflowed);
             return self.reconnect(work_id);
         }
         if item.link == Link::Live {
