@@ -406,7 +406,7 @@ level = "info"
         opened.unwrap_or_else(|error| panic!("{error}: {}", self.end_of_log()))
     }
 
-    /// Sandboxes that the launcher holds.
+    /// Sandboxes that the launcher holds, in the order of their names.
     ///
     /// # Panics
     /// When it does not say.
@@ -414,7 +414,11 @@ level = "info"
     pub fn sandboxes(&self) -> Vec<String> {
         let connection = Connection::greeted(&self.setup.socket()).expect("the launcher serves");
         match connection.ask(request::Body::ListSandboxes(ListSandboxes::default())).expect("an answer").body {
-            Some(reply::Body::SandboxList(list)) => list.sandboxes.into_iter().map(|entry| entry.sandbox_id).collect(),
+            Some(reply::Body::SandboxList(list)) => {
+                let mut sandboxes: Vec<_> = list.sandboxes.into_iter().map(|entry| entry.sandbox_id).collect();
+                sandboxes.sort();
+                sandboxes
+            }
             other => panic!("no list: {other:?}"),
         }
     }

@@ -13,7 +13,7 @@ use std::time::Duration;
 use proto::runner::v1 as pb;
 use proto::runner::v1::outcome::Kind;
 use runner::dev::{CallOutcome, Session};
-use sandbox_runner_tests::daemon::{Daemon, Options, bash, exec, within};
+use sandbox_runner_tests::daemon::{Daemon, Options, exec, within};
 use sandbox_runner_tests::host;
 use sandbox_runner_tests::rootfs::shared_directory;
 use sandbox_runner_tests::runner::{binary, target_directory};
@@ -54,7 +54,8 @@ async fn printed(session: &Session, call_id: &str, command: &str) -> String {
 }
 
 async fn session(daemon: &Daemon, session_id: &str) -> Session {
-    let request = pb::OpenSession { session_id: session_id.into(), max_concurrent_calls: 4, ..Default::default() };
+    let limits = Some(pb::ResourceLimits { max_concurrent_calls: 4, ..Default::default() });
+    let request = pb::OpenSession { session_id: session_id.into(), limits, ..Default::default() };
     within("session", daemon.orchestrator.open_session(request)).await.expect("opened")
 }
 

@@ -15,7 +15,7 @@ use crate::session::core::{Action, Config, Core, Input};
 use crate::session::registry::{Registry, Reserve};
 use crate::work::*;
 
-pub(super) type Written = Result<(), JournalError>;
+type Written = Result<(), JournalError>;
 
 /// What was asked for and has not been done.
 enum Pending {
@@ -197,7 +197,7 @@ impl Life {
         }
     }
 
-    pub(super) fn write(&mut self, record: Record, report: impl FnOnce(Written) -> Input + 'static) {
+    fn write(&mut self, record: Record, report: impl FnOnce(Written) -> Input + 'static) {
         let written = self.journal.append(record);
         self.pending.push_back(Pending::Write(written, Box::new(report)));
     }

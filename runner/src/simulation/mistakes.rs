@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::host::Request;
-use super::life::{Life, Written};
+use super::life::Life;
 use super::lots::Fault;
 use crate::journal::{Journal, Record, Recovered};
 use crate::session::core::{Action, Input};
@@ -46,8 +46,6 @@ pub(super) enum Mistake {
     SandboxForgetsTooEarly,
     /// What an earlier placement of a session asks for is done.
     OlderPlacementObeyed,
-    /// A cancel is confirmed that the journal has refused.
-    RefusedCancelConfirmed,
     /// A call that may have run is said never to have begun.
     LossToldAsNeverStarted,
     /// A result that an earlier runner has left is not told.
@@ -56,7 +54,7 @@ pub(super) enum Mistake {
     UnknownEndedAtOnce,
 }
 
-const MISTAKES: [Mistake; 18] = [
+const MISTAKES: [Mistake; 17] = [
     Mistake::AcceptedBeforeWritten,
     Mistake::StartedBeforeWritten,
     Mistake::GateOpenedUnasked,
@@ -71,7 +69,6 @@ const MISTAKES: [Mistake; 18] = [
     Mistake::ForgottenBeforeAcknowledged,
     Mistake::SandboxForgetsTooEarly,
     Mistake::OlderPlacementObeyed,
-    Mistake::RefusedCancelConfirmed,
     Mistake::LossToldAsNeverStarted,
     Mistake::ResultNotToldAgain,
     Mistake::UnknownEndedAtOnce,
@@ -94,7 +91,6 @@ impl Mistake {
             Self::TermForgotten => &[Fault::RunnerDies, Fault::FailOver],
             Self::ForgottenBeforeAcknowledged => &[Fault::RunnerDies, Fault::Cut],
             Self::OlderPlacementObeyed => &[Fault::OlderPlacement],
-            Self::RefusedCancelConfirmed => &[Fault::SyncFails, Fault::RunnerDies],
             Self::LossToldAsNeverStarted => &[Fault::SandboxDies],
             Self::UnknownEndedAtOnce => &[Fault::SetBack],
         }
@@ -181,10 +177,6 @@ impl Life {
                     self.host().send(&sandbox_id, Request::Acknowledge(call_id.clone()));
                 }
                 self.execute(Action::WriteFinished { call_id, result });
-            }
-            (Mistake::RefusedCancelConfirmed, Action::WriteCancelled { call_id, epoch, phase, mode }) => {
-                let record = Record::Cancelled { call_id: call_id.clone(), mode };
-                self.write(record, move |_: Written| Input::CancelWritten { call_id, epoch, phase, durable: true });
             }
             (Mistake::UnknownEndedAtOnce, Action::Tell(Update::Restored)) => {
                 self.end_others();
