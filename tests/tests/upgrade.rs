@@ -145,6 +145,7 @@ async fn restart_runner(daemon: &mut Daemon) {
 
 /// F-61: upgrade in both orders of the services, and back again while nothing new was written.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs the program of an earlier version, which .ci/previous builds in minutes"]
 async fn program_that_is_replaced_by_the_next_version_and_put_back_again_loses_nothing_that_runs() {
     needs_root!();
     let Some(previous) = previous() else {
@@ -185,6 +186,7 @@ async fn program_that_is_replaced_by_the_next_version_and_put_back_again_loses_n
 
 /// F-61: this version has written a record that the earlier one does not know.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs the program of an earlier version, which .ci/previous builds in minutes"]
 async fn earlier_version_refuses_a_journal_with_records_that_it_does_not_know_by_name_and_changes_nothing() {
     needs_root!();
     let Some(previous) = previous() else {
