@@ -51,12 +51,25 @@ fn anything(step: u8, which: u8, link: u64) -> Event {
 
 proptest::proptest! {
     #[test]
-    fn nothing_is_asked_for_an_item_that_is_not_ours(steps in proptest::collection::vec((0_u8..28, 0_u8..255, 0_u64..20), 1..200)) {
-        let mut machine = Machine::new(rules(), half, Handover::default());
+    fn nothing_is_asked_for_an_item_that_is_not_ours(
+        was_left in proptest::bool::ANY,
+        steps in proptest::collection::vec((0_u8..28, 0_u8..255, 0_u64..20), 1..200),
+    ) {
+        let held = Held {
+            work_id: WORK.into(),
+            session_id: SESSION.into(),
+            last_heartbeat: "before".into(),
+            ttl_seconds: 30,
+        };
+        let leases = if was_left { vec![held] } else { Vec::new() };
+        let mut machine = Machine::new(rules(), half, Handover { leases, ..Handover::default() });
         let mut now = 1_000 * SECOND;
-        let mut is_ours = false;
         let mut is_leased = false;
-        machine.handle(now, Event::Update(Update::Restored));
+        let begun = machine.handle(now, Event::Update(Update::Restored));
+        let mut is_ours = begun.iter().any(|action| matches!(action, Action::TakeUp { .. }));
+        proptest::prop_assert_eq!(is_ours, was_left);
+        // Until it is acknowledged here, it is ours only if the server says so.
+        let mut is_doubtful = was_left;
         for (step, which, seconds) in steps {
             now += seconds * SECOND / 4;
             let link = machine.items.get(WORK).map_or(0, Item::link_number);
@@ -66,11 +79,12 @@ proptest::proptest! {
                 match action {
                     Action::Ack(_) => {
                         proptest::prop_assert!(!is_ours, "it was taken twice");
-                        (is_ours, is_leased) = (true, false);
+                        (is_ours, is_leased, is_doubtful) = (true, false, false);
                     }
                     Action::Forget { .. } => is_ours = false,
                     Action::Post { .. } => proptest::prop_assert!(is_ours && is_leased),
-                    Action::Beat { .. } | Action::Stop { .. } | Action::AckAgain { .. } | Action::Stream { .. } => {
+                    Action::Stop { .. } => proptest::prop_assert!(is_ours && (is_leased || !is_doubtful)),
+                    Action::Beat { .. } | Action::AckAgain { .. } | Action::Stream { .. } => {
                         proptest::prop_assert!(is_ours);
                     }
                     _ => {}
