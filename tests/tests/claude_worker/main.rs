@@ -248,6 +248,9 @@ async fn isolation_below_the_floor_serves_nothing_and_leaves_nothing() {
     poller.end();
 }
 
+/// What is said of it, what is on standard input, flags, and variables beside those that name the item.
+type BadInput<'c> = (&'c str, Option<Value>, Vec<&'c str>, Vec<(&'static str, &'static str)>);
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bad_input_is_refused_by_its_field_before_anything_is_asked() {
     needs_root!();
@@ -273,7 +276,7 @@ async fn bad_input_is_refused_by_its_field_before_anything_is_asked() {
         }
     };
     let key = ("ANTHROPIC_ENVIRONMENT_KEY", "sk-ant-oat01-hunter2");
-    let cases: Vec<(&str, Option<Value>, Vec<&str>, Vec<(&'static str, &'static str)>)> = vec![
+    let cases: Vec<BadInput<'_>> = vec![
         ("--session-id: \"..x\" is no id", None, vec![], vec![key, ("ANTHROPIC_SESSION_ID", "../x")]),
         ("--work-id: \"ab\" is no id", None, vec!["--work-id", "a/b"], vec![key]),
         (

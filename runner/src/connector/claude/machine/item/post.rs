@@ -77,8 +77,11 @@ impl Machine {
 
     /// Nobody waits for this answer any more.
     pub(in crate::connector::claude::machine) fn withdraw(&mut self, work_id: &str, tool_use_id: &str) {
-        if let Some(item) = self.items.get_mut(work_id) {
-            item.posts.remove(tool_use_id);
+        let now = self.now;
+        let Some(post) = self.items.get_mut(work_id).and_then(|item| item.posts.remove(tool_use_id)) else { return };
+        // The stream tells that the server has it before the answer to the request does.
+        if post.in_flight {
+            self.count(Happening::Posted { after: Duration::from_nanos(now.saturating_sub(post.since)) });
         }
     }
 

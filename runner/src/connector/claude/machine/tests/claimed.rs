@@ -101,3 +101,14 @@ fn refusal_of_a_poll_is_told_with_what_to_do_and_margins_are_counted() {
     });
     assert_eq!(margin, Duration::from_secs(90));
 }
+
+#[test]
+fn result_that_the_stream_tells_before_its_request_is_answered_is_counted_once() {
+    let mut world = World::served(vec![bash("t1")]);
+    let call_id = world.call_asked();
+    world.finished(&call_id, "done");
+    world.post_asked();
+    world.live(result_of("t1"));
+    world.posted("t1", Ok(()));
+    assert_eq!(world.asked(|action| matches!(action, Action::Count(Happening::Posted { .. }))), 1);
+}
