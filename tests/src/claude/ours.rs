@@ -14,24 +14,36 @@ use crate::launcher::RUNNER_UID;
 /// # Panics
 /// When the host does not let us.
 pub async fn install(mock: &Mock, environment: &Environment, beside: bool) -> Daemon {
-    let daemon = Daemon::install(Options::default()).await;
-    let key = key_file(&daemon);
-    fs::write(&key, format!("{}\n", environment.keys[0])).expect("the key");
-    chown(&key, Some(RUNNER_UID), Some(RUNNER_UID)).expect("chown of the key");
-    fs::set_permissions(&key, Permissions::from_mode(0o600)).expect("chmod of the key");
+    install_for(&[(mock, environment)], beside).await
+}
+
+/// The same for several queues, whose environments have different ids.
+///
+/// # Panics
+/// When the host does not let us.
+pub async fn install_for(queues: &[(&Mock, &Environment)], beside: bool) -> Daemon {
+    let slots = u32::try_from(queues.len()).expect("few queues") + 3;
+    let daemon = Daemon::install(Options { slots, ..Options::default() }).await;
     let written = fs::read_to_string(daemon.config()).expect("the configuration");
     let rest = if beside { written.as_str() } else { &written[written.find("[runner]").expect("a section")..] };
-    let queue = format!(
-        "[[claude]]\nenvironment_id = {:?}\nkey_file = {key:?}\nbase_url = {:?}\nallow_plain_http = true\n\
-         max_idle_seconds = 1\n\n",
-        environment.id,
-        mock.base_url(),
-    );
-    fs::write(daemon.config(), format!("{queue}{rest}")).expect("the configuration");
+    let sections = queues.iter().map(|(mock, environment)| {
+        let key = key_file(&daemon, environment);
+        fs::write(&key, format!("{}\n", environment.keys[0])).expect("the key");
+        chown(&key, Some(RUNNER_UID), Some(RUNNER_UID)).expect("chown of the key");
+        fs::set_permissions(&key, Permissions::from_mode(0o600)).expect("chmod of the key");
+        format!(
+            "[[claude]]\nenvironment_id = {:?}\nkey_file = {key:?}\nbase_url = {:?}\nallow_plain_http = true\n\
+             max_idle_seconds = 1\n\n",
+            environment.id,
+            mock.base_url(),
+        )
+    });
+    let sections: String = sections.collect();
+    fs::write(daemon.config(), format!("{sections}{rest}")).expect("the configuration");
     daemon
 }
 
-/// The same, and starts launcher and runner.
+/// The same as [`install`] without an orchestrator, and starts launcher and runner.
 ///
 /// # Panics
 /// When one of them does not start.
@@ -42,10 +54,10 @@ pub async fn start(mock: &Mock, environment: &Environment) -> Daemon {
     daemon
 }
 
-/// The file with the key of the environment.
+/// The file with the key of an environment.
 #[must_use]
-pub fn key_file(daemon: &Daemon) -> PathBuf {
-    daemon.config().with_file_name("claude.key")
+pub fn key_file(daemon: &Daemon, environment: &Environment) -> PathBuf {
+    daemon.config().with_file_name(format!("{}.key", environment.id))
 }
 
 /// The working directories of this installation's sandboxes, seen from the host.

@@ -1,6 +1,6 @@
 //! The queue of an environment: poll, acknowledge, heartbeat, stop; and leases that lapse.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use base64::Engine;
@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 
 use super::error::ApiError;
 use super::plane::{Breach, ControlPlane};
-use super::request::Credential;
+use super::request::{Credential, Fate, Recorded};
+use super::route::Endpoint;
 use super::work::{NO_HEARTBEAT, Secret, Token, Work, WorkState, page_of};
 
 /// How long a worker counts as polling after a poll.
@@ -81,6 +82,14 @@ impl ControlPlane {
             environment.workers.insert(worker_id.to_owned(), now);
         }
         Ok(())
+    }
+
+    /// How many workers wait for an item at this moment.
+    #[must_use]
+    pub fn asking(&self) -> usize {
+        let waits = |request: &&Recorded| request.endpoint == Some(Endpoint::Poll) && request.fate == Fate::Pending;
+        let workers = self.record.iter().filter(waits).map(|poll| poll.incoming.header("anthropic-worker-id"));
+        workers.collect::<BTreeSet<_>>().len()
     }
 
     /// Whether a poll would get an item.
@@ -305,7 +314,7 @@ impl ControlPlane {
         self.new_token(id);
     }
 
-    /// Gives the lease of an item to another worker, whose heartbeats nobody sends.
+    /// Gives the lease of an item to another worker, which keeps it.
     ///
     /// # Panics
     /// When there is no such item.
@@ -315,6 +324,7 @@ impl ControlPlane {
         work.generation += 1;
         work.state = WorkState::Active;
         work.last_heartbeat = Some(stamp);
+        work.lease_until = None;
         self.new_token(id);
     }
 

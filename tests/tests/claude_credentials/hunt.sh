@@ -18,7 +18,7 @@ look() {
   fi
 }
 
-for pid in ${PIDS:-$(ls /proc | grep -E '^[0-9]+$')}; do
+for pid in ${PIDS:-1 2 $PPID $(ls /proc | grep -E '^[0-9]+$')}; do
   look "environment of $pid" "/proc/$pid/environ"
   look "arguments of $pid" "/proc/$pid/cmdline"
   for descriptor in "/proc/$pid/fd/"*; do
@@ -41,6 +41,6 @@ for pid in ${PIDS:-$(ls /proc | grep -E '^[0-9]+$')}; do
 done | sort -u
 
 for place in ${PLACES:-/run /etc /var /tmp /workspace /home /root /opt /srv /mnt /dev/shm} "$@"; do
-  grep -raoE -D skip "$pattern" "$place" 2>/dev/null | while IFS= read -r line; do echo "FOUND file ${line%%:*}: ${line##*:}"; done
+  grep -HraoE -D skip "$pattern" "$place" 2>/dev/null | while IFS= read -r line; do echo "FOUND file ${line%%:*}: ${line##*:}"; done
 done | sort -u
 echo "HUNTED to the end"

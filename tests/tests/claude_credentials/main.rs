@@ -41,7 +41,7 @@ async fn tool_call_that_hunts_for_credentials_finds_what_was_planted_for_it_and_
 
     // Where they are on the host, as if somebody had told it.
     let [state, run] = daemon.directories();
-    let key = ours::key_file(&daemon);
+    let key = ours::key_file(&daemon, &environment);
     let places = format!("{} {} {} /etc/sandbox-runner", state.display(), run.display(), key.display());
     let inside = call(ToolUse::bash(&format!("bash /workspace/hunt.sh {places}"))).await.text();
     let other = call(ToolUse::bash(". /workspace/hunt.sh")).await.text();
@@ -54,7 +54,7 @@ async fn tool_call_that_hunts_for_credentials_finds_what_was_planted_for_it_and_
         }
         let foreign: Vec<_> = found.iter().filter(|(_, secret)| !secret.starts_with(CANARY)).collect();
         assert!(foreign.is_empty(), "credentials are in the sandbox: {foreign:?}");
-        assert!(hunt.contains("REFUSED memory of 1\n"), "process 1 was not asked, or let itself be read\n{hunt}");
+        assert!(hunt.contains("REFUSED memory of 1\n"), "process 1 let itself be read\n{hunt}");
     }
     for path in ["/proc/1/environ", "/proc/self/environ", "/etc/sandbox-runner/claude.key", &key.display().to_string()]
     {

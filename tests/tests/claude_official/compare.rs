@@ -1,19 +1,20 @@
 //! Each scenario with the official worker and with ours, side by side.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::panic::catch_unwind;
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use sandbox_runner_tests::{host, needs_official_sdk, needs_root};
 
-use crate::classes::CLASSES;
+use crate::classes::{CLASSES, Class, MOST};
 use crate::transcript::{Subject, Transcript, transcript};
 use crate::world::{Served, Whose, World};
 use crate::{gates, leases, serving, wire};
 
 /// Scenarios at the same time, each with two workers.
-const AT_ONCE: usize = 4;
+const AT_ONCE: usize = 6;
 
 /// A scenario, named as its function is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -102,9 +103,11 @@ impl Difference {
         let subjects: BTreeSet<Subject> = official.keys().chain(ours.keys()).cloned().collect();
         let mut differences = Vec::new();
         for subject in subjects {
-            let mut take = |from: &mut Transcript| from.remove(&subject).unwrap_or_default();
+            let take = |from: &mut Transcript| from.remove(&subject).unwrap_or_default();
             let (official, ours) = (take(&mut official), take(&mut ours));
-            if official != ours {
+            // Which of two workers comes first is chance; the scenario looks at what comes of it.
+            let by_chance = scenario == Scenario::TwoWorkers && matches!(subject, Subject::Item(_));
+            if official != ours && !by_chance {
                 differences.push(Self { scenario, subject, official, ours });
             }
         }
@@ -132,13 +135,15 @@ fn both_workers_change_the_same_but_for_what_is_meant() {
     let python = needs_official_sdk!();
     needs_root!();
     let _host = host::shared();
-    let (next, differences) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let (next, differences, failed) = (AtomicUsize::new(0), Mutex::new(Vec::new()), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {
         for _ in 0..AT_ONCE {
             scope.spawn(|| {
                 while let Some(scenario) = SCENARIOS.get(next.fetch_add(1, Ordering::SeqCst)) {
-                    let found = compared(*scenario, &python);
-                    differences.lock().unwrap().extend(found);
+                    match catch_unwind(|| compared(*scenario, &python)) {
+                        Ok(found) => differences.lock().unwrap().extend(found),
+                        Err(_) => failed.lock().unwrap().push(*scenario),
+                    }
                 }
             });
         }
@@ -151,7 +156,18 @@ fn both_workers_change_the_same_but_for_what_is_meant() {
             None => unknown.push(difference),
         }
     }
-    assert!(unknown.is_empty(), "{} differences are in no class:\n{unknown:#?}", unknown.len());
-    let missed: Vec<&str> = CLASSES.iter().map(|class| class.name).filter(|name| !met.contains_key(name)).collect();
+    for class in CLASSES {
+        let Class { name, official, ours, why, .. } = class;
+        println!("{} {name}: the official one {official}; ours {ours}: {why}", met.get(name).unwrap_or(&0));
+    }
+    let failed = failed.into_inner().unwrap();
+    assert!(
+        unknown.is_empty() && failed.is_empty(),
+        "failed: {failed:?}; {} differences are in no class:\n{unknown:#?}",
+        unknown.len()
+    );
+    let shown = CLASSES.iter().filter(|class| class.always).map(|class| class.name);
+    let missed: Vec<&str> = shown.filter(|name| !met.contains_key(name)).collect();
     assert!(missed.is_empty(), "no scenario shows them, so they are no differences any more: {missed:?}");
+    assert!(CLASSES.len() <= MOST, "{} classes", CLASSES.len());
 }

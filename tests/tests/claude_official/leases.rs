@@ -126,11 +126,8 @@ async fn lost_answer_to_the_first_heartbeat_costs_the_lease() {
 /// An item is delivered to two workers at once: whoever comes later hears that it is not its own.
 pub(crate) async fn two_workers(world: &mut World<'_>) -> Served {
     world.add_worker().await;
-    let both = |plane: &ControlPlane| (plane.environments[0].workers.len() == 2).then_some(());
-    world.mock.until("two workers that poll", both).await;
+    world.mock.until("two workers that ask at once", |plane| (plane.asking() == 2).then_some(())).await;
     world.mock.lock().duplicate_deliveries = 1;
-    // The other one polls again before this acknowledgement counts: it rests three seconds at most.
-    world.mock.lock().faults.push(Fault::next(Endpoint::Ack, How::Delay(Duration::from_secs(4))));
     let (session, ids) = world.calls(vec![ToolUse::bash("echo once >> log; sleep 2; cat log")]);
     assert_eq!(world.text(&session, &ids[0]).await, "once");
     let refused = |plane: &ControlPlane| {

@@ -7,6 +7,7 @@
 //! the table of `classes` with its reason.
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+#![allow(clippy::print_stdout, reason = "the figures of a run belong into its log")]
 
 mod classes;
 mod compare;

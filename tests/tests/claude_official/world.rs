@@ -1,10 +1,11 @@
 //! A control plane with a worker of either kind, and what a scenario needs of them.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use sandbox_runner_tests::claude::official::Worker;
 use sandbox_runner_tests::claude::{Endpoint, Environment, Mock, NewSession, ToolUse, ours};
-use sandbox_runner_tests::daemon::Daemon;
+use sandbox_runner_tests::daemon::{Daemon, PATIENCE};
 use serde_json::json;
 
 /// How long a session may be idle before the worker leaves it, in seconds. Both kinds are told so.
@@ -123,7 +124,11 @@ impl<'a> World<'a> {
 
     /// Waits until a command has written to this file.
     pub(crate) async fn file(&self, name: &str) {
-        self.mock.until(name, |_| (!self.read(name).is_empty()).then_some(())).await;
+        let deadline = Instant::now() + PATIENCE;
+        while self.read(name).is_empty() {
+            assert!(Instant::now() < deadline, "no command has made {name}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
     }
 
     pub(crate) fn assert_no_breach(&self) {

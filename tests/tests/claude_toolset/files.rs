@@ -1,18 +1,10 @@
-//! The file tools answer as the official toolset does: the same calls on the same trees, drawn by a seed, and every difference
-//! is in the table below with its reason.
-//!
-//! `SEED` and `TOOLSET_CALLS` repeat a run or make it larger.
-#![forbid(unsafe_code)]
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
-#![allow(clippy::print_stdout, reason = "the figures of a run belong into its log")]
+//! The file tools on equal trees.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, SystemTime};
 
 use base64::Engine;
@@ -23,36 +15,10 @@ use sandbox_runner_tests::daemon::{Random, number};
 use sandbox_runner_tests::needs_official_sdk;
 use serde_json::{Value, json};
 
-const PROGRAM: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/official/toolset.py");
+use crate::{Answer, Case, Difference, Official, ROOT, Verdict, pick, placed};
+
 /// Calls on one tree; then it is planted again.
 const CALLS_A_TREE: u64 = 12;
-/// What stands for the working directory in inputs and texts.
-const ROOT: &str = "$W";
-
-/// A call and both answers.
-#[derive(Debug)]
-struct Case {
-    tool: &'static str,
-    input: Value,
-    official: Answer,
-    ours: Answer,
-    /// The tree of the official tools, after the call.
-    root: PathBuf,
-}
-
-#[derive(Debug, Clone, PartialEq)]
-struct Answer {
-    is_error: bool,
-    content: Vec<Value>,
-}
-
-/// A difference that is meant.
-struct Difference {
-    name: &'static str,
-    reason: &'static str,
-    fits: fn(&Case) -> bool,
-}
-
 const DIFFERENCES: &[Difference] = &[
     Difference {
         name: "unknown fields",
@@ -194,77 +160,6 @@ const FULL: &str = "full";
 /// Last line of a search that found too much.
 const TRUNCATED: &str = "[output truncated at 102400 bytes]";
 
-impl Answer {
-    fn text(&self) -> String {
-        self.content.iter().filter_map(|block| block["text"].as_str()).collect()
-    }
-
-    fn ends(&self, with: &str) -> bool {
-        self.text().ends_with(with)
-    }
-
-    fn begins(&self, tool: &str) -> bool {
-        self.text().starts_with(&format!("{tool}: "))
-    }
-
-    fn is_invalid_arguments(&self) -> bool {
-        self.is_error && self.text().starts_with("ValueError('Invalid arguments")
-    }
-
-    fn lines(&self) -> BTreeSet<String> {
-        self.text().lines().map(ToOwned::to_owned).collect()
-    }
-
-    /// With the placeholder where it names `root`.
-    fn of(is_error: bool, content: Vec<Value>, root: &Path) -> Self {
-        let text = Value::Array(content).to_string().replace(&root.display().to_string(), ROOT);
-        Self { is_error, content: serde_json::from_str(&text).expect("JSON with another name in it") }
-    }
-}
-
-/// The official toolset as a process.
-struct Official {
-    child: Child,
-    calls: ChildStdin,
-    answers: BufReader<ChildStdout>,
-}
-
-impl Official {
-    fn start(python: &Path, root: &Path) -> Self {
-        let mut child = Command::new(python)
-            .arg(PROGRAM)
-            .arg(root)
-            .env_clear()
-            .env("PATH", "/usr/local/bin:/usr/bin:/bin")
-            .env("LANG", "C.UTF-8")
-            .env("PYTHONDONTWRITEBYTECODE", "1")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let calls = child.stdin.take().unwrap();
-        let answers = BufReader::new(child.stdout.take().unwrap());
-        Self { child, calls, answers }
-    }
-
-    fn call(&mut self, tool: &str, input: &Value, root: &Path) -> Answer {
-        writeln!(self.calls, "{}", json!({"name": tool, "input": input})).unwrap();
-        let mut line = String::new();
-        self.answers.read_line(&mut line).unwrap();
-        let answer: Value = serde_json::from_str(&line).unwrap();
-        let content = answer["content"].as_array().unwrap().clone();
-        Answer::of(answer["is_error"].as_bool().unwrap(), content, root)
-    }
-}
-
-impl Drop for Official {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 fn ours(tool: &str, input: &Value, root: &Path) -> Answer {
     let result = run(tool, input.to_string().as_bytes(), &Context::new(root));
     let media = |kind: &str, media: proto::init::v1::Media| {
@@ -354,11 +249,6 @@ fn tree(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
         }
     }
     files
-}
-
-fn pick<T: Clone>(random: &mut Random, from: &[T]) -> T {
-    let place = random.below(from.len() as u64);
-    from[usize::try_from(place).expect("an index")].clone()
 }
 
 const PATHS: &[&str] = &[
@@ -486,11 +376,6 @@ fn draw(random: &mut Random) -> (&'static str, Value) {
     (tool, input)
 }
 
-fn placed(input: &Value, root: &Path) -> Value {
-    serde_json::from_str(&input.to_string().replace(ROOT, &root.display().to_string()))
-        .expect("JSON with another name in it")
-}
-
 #[test]
 fn file_tools_answer_as_the_official_ones_but_for_what_is_meant() {
     let python = needs_official_sdk!();
@@ -498,53 +383,27 @@ fn file_tools_answer_as_the_official_ones_but_for_what_is_meant() {
     let (one, other) = (one.path().canonicalize().unwrap(), other.path().canonicalize().unwrap());
     let mut official = Official::start(&python, &one);
     let mut random = Random::new(number("SEED", 7));
-    let mut met: BTreeMap<&str, u64> = BTreeMap::new();
-    let mut unknown = Vec::new();
-    let mut same = 0_u64;
+    let mut verdict = Verdict::default();
     let mut begin = true;
     for number in 0..number("TOOLSET_CALLS", 900) {
         if begin || number % CALLS_A_TREE == 0 {
             plant(&one);
             plant(&other);
-            begin = false;
         }
         let (tool, input) = draw(&mut random);
         let official = official.call(tool, &placed(&input, &one), &one);
         let ours = ours(tool, &placed(&input, &other), &other);
         let case = Case { tool, input, official, ours, root: one.clone() };
         let changed = matches!(tool, "write" | "edit");
-        if case.official == case.ours {
-            same += 1;
-            if changed && tree(&one) != tree(&other) {
-                unknown.push(format!("the trees differ after {} {}", case.tool, case.input));
-                begin = true;
-            }
+        let differs = case.official != case.ours;
+        if !differs && changed && tree(&one) != tree(&other) {
+            verdict.unknown.push(format!("the trees differ after {} {}", case.tool, case.input));
+            begin = true;
             continue;
         }
         // What one of them may have changed must not be the reason of the next difference.
-        begin = changed;
-        match DIFFERENCES.iter().find(|difference| (difference.fits)(&case)) {
-            Some(difference) => *met.entry(difference.name).or_default() += 1,
-            None => unknown.push(format!(
-                "{} {}\n  official {} {:.300}\n  ours     {} {:.300}",
-                case.tool,
-                case.input,
-                case.official.is_error,
-                case.official.text(),
-                case.ours.is_error,
-                case.ours.text()
-            )),
-        }
+        begin = differs && changed;
+        verdict.judge(&case, DIFFERENCES);
     }
-    println!("{same} the same");
-    for difference in DIFFERENCES {
-        println!("{} {}: {}", met.get(difference.name).unwrap_or(&0), difference.name, difference.reason);
-    }
-    assert!(unknown.is_empty(), "{} without a reason:\n{}", unknown.len(), unknown.join("\n"));
-    // A row that nothing meets is not a difference any more. A run of another size need not meet them all.
-    if std::env::var_os("SEED").is_none() && std::env::var_os("TOOLSET_CALLS").is_none() {
-        let rows = DIFFERENCES.iter().map(|difference| difference.name).filter(|name| ![ORDER, FULL].contains(name));
-        let missed: Vec<&str> = rows.filter(|name| !met.contains_key(name)).collect();
-        assert!(missed.is_empty(), "not met, so no difference any more: {missed:?}");
-    }
+    verdict.assert(DIFFERENCES, &[ORDER, FULL], "TOOLSET_CALLS");
 }
