@@ -57,7 +57,7 @@ async fn item_without_a_token_goes_on_with_a_key_that_was_replaced() {
         assert_eq!(site.text(&session, ToolUse::bash("echo before")).await, "before");
 
         let key = site.mock.lock().rotate_environment_key(&site.environment.id);
-        fs::write(ours::key_file(&site.daemon), format!("{key}\n")).expect("the key");
+        fs::write(ours::key_file(&site.daemon, &site.environment), format!("{key}\n")).expect("the key");
         let read = || site.daemon.log().matches("the key of an environment was read again").count();
         let before = read();
         hang_up(&site);
