@@ -175,7 +175,8 @@ impl HostSandboxes {
         self.unknown.send_replace(Unknown::Ending);
         self.launcher.all_are_known();
         let result = self.end_uncounted(|_| true).await;
-        self.unknown.send_replace(Unknown::Ended);
+        // What could not be ended is tried again with the next confirmation.
+        self.unknown.send_replace(if result.is_ok() { Unknown::Ended } else { Unknown::Kept });
         result
     }
 
@@ -211,14 +212,14 @@ struct TakenOver {
 fn failure(error: &AttachError) -> ToolFailure {
     let message = match error {
         AttachError::Unknown => "the sandbox ended while no runner was there".to_owned(),
-        AttachError::Launch(_) => "the sandbox was ended, because the launcher did not say where it is".to_owned(),
+        AttachError::Launch(_) => "the sandbox was given up, because the launcher did not say where it is".to_owned(),
         AttachError::Control(ControlError::Ended(ControlEnd::Violated(violation))) => {
-            format!("the sandbox was ended, because it broke the protocol: {violation}")
+            format!("the sandbox was given up, because it broke the protocol: {violation}")
         }
         AttachError::Control(_) | AttachError::WrongSandbox { .. } => {
-            "the sandbox was ended, because it could not be spoken to".to_owned()
+            "the sandbox was given up, because it could not be spoken to".to_owned()
         }
-        AttachError::Late => "the sandbox was ended, because it did not answer in time".to_owned(),
+        AttachError::Late => "the sandbox was given up, because it did not answer in time".to_owned(),
     };
     ToolFailure::new(Code::SandboxLost, message, "open a new session; what was changed in this one is gone")
 }

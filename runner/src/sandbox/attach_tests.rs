@@ -138,9 +138,9 @@ async fn sandbox_that_cannot_be_spoken_to_is_ended_in_time() {
 
     for failure in [&no_listener, &wrong_sandbox, &silence] {
         assert_eq!(failure.code, Code::SandboxLost);
-        assert!(failure.message.starts_with("the sandbox was ended"), "{}", failure.message);
+        assert!(failure.message.starts_with("the sandbox was given up"), "{}", failure.message);
     }
-    assert_eq!(silence.message, "the sandbox was ended, because it did not answer in time");
+    assert_eq!(silence.message, "the sandbox was given up, because it did not answer in time");
     assert_eq!(*kills_of_wrong.lock().expect("not poisoned"), ["a"]);
     assert_eq!(*kills_of_mute.lock().expect("not poisoned"), ["a"]);
     assert!(!mute.launcher.counts_on("a"));
@@ -169,7 +169,7 @@ async fn those_that_no_session_has_are_left_alone_until_somebody_has_confirmed_b
     let failure = host.attach(id("a"), Receipt::default(), Vec::new()).await.expect_err("it is another one");
     host.discard(id("kept")).await;
 
-    assert!(failure.message.starts_with("the sandbox was ended"), "{}", failure.message);
+    assert!(failure.message.starts_with("the sandbox was given up"), "{}", failure.message);
     assert_eq!(*kills.lock().expect("not poisoned"), ["doctor-1"]);
 
     host.end_unknown().await;

@@ -38,6 +38,8 @@ use crate::work::{
     ToolFailure,
 };
 
+/// How long a new sandbox waits for the room that those without a session take.
+const ROOM_PATIENCE: Duration = Duration::from_secs(60);
 /// How long somebody who looks at numbers waits for those of the launcher.
 const COUNTERS_TIME: Duration = Duration::from_secs(1);
 
@@ -171,8 +173,9 @@ impl HostSandboxes {
         let is_over = *unknown.borrow() == Unknown::Ended;
         match self.create_live(spec).await {
             Err(error) if error.is_full() && !is_over => {
-                // The sender lives in `self`, so waiting cannot fail.
-                let _ = unknown.wait_for(|unknown| *unknown == Unknown::Ended).await;
+                // Nobody may ever confirm, and others wait for their turn.
+                let over = unknown.wait_for(|unknown| *unknown == Unknown::Ended);
+                drop(tokio::time::timeout(ROOM_PATIENCE, over).await);
                 self.create_live(spec).await
             }
             result => result,

@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use super::core::{Action, Config, Core, Input};
-use super::core_tests::{call, cid, close, core, finish, open, prepared, ready, refusal, run, sandbox_id, sid};
+use super::core_tests::{call, cancel, cid, close, core, finish, open, prepared, ready, refusal, run, sandbox_id, sid};
 use crate::journal::{Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
-use crate::work::{Code, FoundCall, ReadInput, Receipt, SessionOpen, ToolCall, ToolInput, Update, WorkItem};
+use crate::work::{CancelMode, Code, FoundCall, ReadInput, Receipt, SessionOpen, ToolCall, ToolInput, Update, WorkItem};
 
 const QUEUED: &str = "claude:env_1:s";
 const CALL: &str = "claude:env_1:c";
@@ -146,4 +146,26 @@ fn commands_run_one_at_a_time_whatever_else_may_run_beside_them() {
     assert_eq!(prepared(&beside), ["claude:env_1:read"]);
     assert_eq!(prepared(&core.handle(call(QUEUED, 1, "claude:env_1:next", 0))), Vec::<String>::new());
     assert_eq!(prepared(&finish(&mut core, CALL)), ["claude:env_1:next"]);
+}
+
+#[test]
+fn call_behind_a_command_that_waits_begins_when_that_one_is_cancelled() {
+    let mut core = core(Config::default());
+    let Input::Work(WorkItem::Open(open)) = open(QUEUED, 1) else { panic!("an opening") };
+    core.handle(Input::Work(WorkItem::Open(SessionOpen { max_concurrent_calls: 4, ..open })));
+    let (session_id, sandbox_id) = (sid(QUEUED), sandbox_id());
+    core.handle(Input::SandboxReady { session_id, sandbox_id, receipt: Receipt::default() });
+    core.handle(Input::ReadyWritten { session_id: sid(QUEUED), durable: true });
+    core.handle(lease(Some(QUEUED), 10));
+    let Input::Work(WorkItem::Call(read)) = call(QUEUED, 1, "claude:env_1:read", 0) else { panic!("a call") };
+    let input = ToolInput::Read(ReadInput { file_path: "f".into(), view_range: None });
+    core.handle(call(QUEUED, 1, CALL, 0));
+    run(&mut core, CALL);
+    core.handle(call(QUEUED, 1, "claude:env_1:next", 0));
+    assert!(prepared(&core.handle(Input::Work(WorkItem::Call(ToolCall { input, ..read })))).is_empty());
+
+    assert_eq!(
+        prepared(&core.handle(cancel(QUEUED, 1, "claude:env_1:next", CancelMode::Terminate))),
+        ["claude:env_1:read"]
+    );
 }

@@ -107,6 +107,8 @@ pub fn boot(
         rootless: context.rootless,
         add_points: context.rootless && !request.host_rootfs,
     };
+    // Refused before what was made ahead is taken apart: dissolving it takes time.
+    let volumes = volumes(request)?;
     let (upper, root) = match blank.ahead.take() {
         Some(ahead) if ahead.is_for(request) => (ahead.upper, ahead.root),
         // No second overlay over the same upper: what was made for somebody else goes as a whole.
@@ -146,7 +148,7 @@ pub fn boot(
     }
     let names = context.host_root.directories.iter().map(|name| format!("/{name}"));
     let mut mounts: Vec<(String, OwnedFd)> = names.zip(directories).collect();
-    mounts.extend(volumes(request)?);
+    mounts.extend(volumes);
     for (target, mount) in &mounts {
         message.mount_targets.push(target.clone());
         descriptors.push((Role::Mount, mount.as_fd()));

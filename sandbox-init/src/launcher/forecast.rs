@@ -151,8 +151,9 @@ impl Forecast {
             rootless: site.rootless,
             add_points: site.rootless && !self.host_rootfs,
         };
-        let built = site.builder.build_by_descriptors(&plan, upper)?;
+        // The overlay last: an upper that has carried one carries no other.
         let directories = if self.host_rootfs { site.host_root.copies().ok()? } else { Vec::new() };
+        let built = site.builder.build_by_descriptors(&plan, upper)?;
         Some(AheadRoot { lower, built, directories })
     }
 }

@@ -134,10 +134,14 @@ impl FromStr for MaxIdle {
             }
         }
         let mut total = Duration::ZERO;
-        for part in parts.iter().filter(|part| part.as_str() != "0s" || parts.len() == 1) {
+        // Go writes an hour as 1h0m0s.
+        for part in parts.iter().filter(|part| !matches!(part.as_str(), "0h" | "0m" | "0s")) {
             total = total.saturating_add(parse_duration(part)?);
         }
-        if total.is_zero() { parse_duration(text).map(|time| Self(Some(time))) } else { Ok(Self(Some(total))) }
+        match parts.is_empty() {
+            true => parse_duration(text).map(|time| Self(Some(time))),
+            false => Ok(Self(Some(total).filter(|total| !total.is_zero()))),
+        }
     }
 }
 
@@ -309,10 +313,16 @@ mod tests {
     #[test]
     fn times_are_read_as_the_official_worker_writes_them() {
         let seconds = |text: &str| text.parse::<MaxIdle>().map(|idle| idle.0.map(|time| time.as_secs_f64()));
-        assert_eq!((seconds("0"), seconds("0s")), (Ok(None), Ok(None)));
-        for (text, expected) in
-            [("60s", 60.0), ("1m30s", 90.0), ("1m0s", 60.0), ("1h", 3600.0), ("500ms", 0.5), ("90", 90.0)]
-        {
+        assert_eq!(["0", "0s", "0m", "0h0m0s"].map(seconds), [Ok(None), Ok(None), Ok(None), Ok(None)]);
+        for (text, expected) in [
+            ("60s", 60.0),
+            ("1m30s", 90.0),
+            ("1m0s", 60.0),
+            ("1h0m0s", 3600.0),
+            ("1h", 3600.0),
+            ("500ms", 0.5),
+            ("90", 90.0),
+        ] {
             assert_eq!(seconds(text), Ok(Some(expected)), "{text}");
         }
         for wrong in ["", "x", "-1s", "1y", "s"] {

@@ -113,12 +113,12 @@ type Sender = SendRequest<Full<Bytes>>;
 #[derive(Debug)]
 pub(super) struct Client {
     base: Base,
-    idle: Mutex<Vec<Sender>>,
+    idle: Arc<Mutex<Vec<Sender>>>,
 }
 
 impl Client {
     pub(super) fn new(base: Base) -> Self {
-        Self { base, idle: Mutex::default() }
+        Self { base, idle: Arc::default() }
     }
 
     /// Sends a request and reads the whole answer.
@@ -128,13 +128,13 @@ impl Client {
             let (response, sender) = self.exchange(&request).await?;
             let response = accepted(response).await?;
             let body = read(response.into_body(), request.most).await?;
-            self.keep(sender);
+            keep(&self.idle, sender);
             Ok(body)
         };
         tokio::time::timeout(within, exchange).await.map_err(|_| Failure::Timeout(within))?
     }
 
-    /// Sends a request whose answer is its status. What else it says is read only to use the connection again.
+    /// Sends a request whose answer is its status. What else it says is read later, only to use the connection again.
     pub(super) async fn tell(&self, request: Request<'_>) -> Result<(), Failure> {
         let within = request.within;
         let exchange = async {
@@ -143,9 +143,12 @@ impl Client {
         };
         let (response, sender) =
             tokio::time::timeout(within, exchange).await.map_err(|_| Failure::Timeout(within))??;
-        if let Ok(Ok(_)) = tokio::time::timeout(SPARE_TIME, read(response.into_body(), request.most)).await {
-            self.keep(sender);
-        }
+        let (idle, most) = (Arc::clone(&self.idle), request.most);
+        tokio::spawn(async move {
+            if let Ok(Ok(_)) = tokio::time::timeout(SPARE_TIME, read(response.into_body(), most)).await {
+                keep(&idle, sender);
+            }
+        });
         Ok(())
     }
 
@@ -239,12 +242,12 @@ impl Client {
         });
         Ok(sender)
     }
+}
 
-    fn keep(&self, sender: Sender) {
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        if idle.len() < MOST_IDLE && !sender.is_closed() {
-            idle.push(sender);
-        }
+fn keep(idle: &Mutex<Vec<Sender>>, sender: Sender) {
+    let mut idle = idle.lock().unwrap_or_else(PoisonError::into_inner);
+    if idle.len() < MOST_IDLE && !sender.is_closed() {
+        idle.push(sender);
     }
 }
 

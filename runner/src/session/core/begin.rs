@@ -265,13 +265,16 @@ impl Core {
     }
 
     pub(super) fn start_deadline(&mut self, call_id: &CallId) {
-        if matches!(self.calls.get(call_id), Some(Call { phase: Phase::Queued, .. })) {
+        if let Some(Call { phase: Phase::Queued, request, .. }) = self.calls.get(call_id) {
+            let session_id = request.session_id.clone();
             let failure = ToolFailure::new(
                 Code::StartDeadlinePassed,
                 "start_within: the call waited longer than it was allowed to, and did not run",
                 "send it again under a new id, with a longer start_within or to a session with fewer calls",
             );
             self.finish_queued(call_id, never_started(failure));
+            // It may have stood before one that need not wait.
+            self.start_next(&session_id);
         }
     }
 }

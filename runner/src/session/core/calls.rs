@@ -206,6 +206,7 @@ impl Core {
         }
         if queued {
             self.finish_queued(call_id, cancelled_before_start(mode));
+            self.start_next(&owner);
         } else if recording {
             self.finish_active(call_id, cancelled_before_start(mode));
         } else if running && harder {

@@ -61,6 +61,8 @@ pub(super) struct Item {
     /// Since when the stream is whole.
     live_since: u64,
     history: History,
+    /// What was answered and interrupted so far is known: until then nothing of an earlier runner may begin.
+    is_reconciled: bool,
     /// The page of it that was asked for, and how many were.
     page: Option<String>,
     pages: u32,
@@ -97,6 +99,7 @@ impl Item {
             link_failures: 0,
             live_since: now,
             history: History::default(),
+            is_reconciled: false,
             page: None,
             pages: 0,
             fetch_at: None,
@@ -121,6 +124,10 @@ impl Item {
             last_heartbeat: self.lease.last_heartbeat()?.to_owned(),
             ttl_seconds: self.lease.ttl() / SECOND,
         })
+    }
+
+    pub(super) fn is_reconciled(&self) -> bool {
+        self.is_reconciled
     }
 
     /// An earlier runner has left it, and whether its lease is still held is not known.
@@ -238,7 +245,10 @@ impl Machine {
                 }
             }
             Err(failure) if failure.status() == Some(412) => self.lose(work_id, "somebody else holds it"),
-            Err(failure) if failure.is_fatal() && item.is_doubtful() => self.lose(work_id, "its server refuses it"),
+            // Nobody has acknowledged it any more (409), or it is gone: it will be delivered again, or not.
+            Err(failure) if item.is_doubtful() && (failure.is_fatal() || failure.status() == Some(409)) => {
+                self.lose(work_id, "its server refuses it");
+            }
             // It was handed on without having been acknowledged.
             Err(failure) if failure.status() == Some(409) && item.is_handed_on => {
                 (item.is_handed_on, item.delivered_at) = (false, now);

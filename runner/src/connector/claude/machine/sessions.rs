@@ -116,11 +116,12 @@ impl Machine {
     }
 
     /// What may begin in a session, and how long its sandbox lives.
-    fn grant(&mut self, session_id: &SessionId) {
+    pub(super) fn grant(&mut self, session_id: &SessionId) {
         let (now, keep) = (self.now, nanoseconds(self.rules.keep));
         let Some(kept) = self.sessions.get_mut(session_id) else { return };
         let item = self.items.values().find(|item| item.core.as_ref() == Some(session_id) && item.is_serving());
         kept.is_used = item.is_some();
+        let may_begin = item.is_some_and(|item| item.is_reconciled());
         let close_at = kept.used_at.saturating_add(keep).max(now.saturating_add(SECOND));
         kept.keep_at = now.saturating_add(KEEP_EVERY).min(close_at);
         let until_ns = match item {
@@ -137,7 +138,7 @@ impl Machine {
             self.work(WorkItem::Suspend { session_id: decided.clone() });
         }
         self.work(WorkItem::Lease { session_id: Some(session_id), until_ns, orphan_time: ORPHAN_TIME });
-        if is_used {
+        if may_begin {
             self.work(WorkItem::Resume { session_id: decided });
         }
     }

@@ -57,8 +57,12 @@ impl Machine {
             }
             Err(failure) => failure,
         };
-        if failure.status() == Some(413) && !post.shortened {
-            let text = "the result was refused by the control plane as too large; ask for less at once";
+        // An image that it does not take, for example. Without any answer the session would wait for ever.
+        if matches!(failure.status(), Some(400 | 413 | 422)) && !post.shortened {
+            let text = match failure.status() {
+                Some(413) => "the result was refused by the control plane as too large; ask for less at once",
+                _ => "the result was refused by the control plane; the call has run",
+            };
             (post.answer, post.shortened, post.next_at) = (Answer::text(text), true, now);
             return;
         }

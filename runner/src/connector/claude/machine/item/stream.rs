@@ -77,7 +77,13 @@ impl Machine {
         (item.link, item.live_since) = (Link::Live, now);
         let history = item.history.take();
         item.conversation.reconcile(now, history);
+        let is_first = !std::mem::replace(&mut item.is_reconciled, true);
+        let core = item.core.clone();
         self.carry_out(work_id);
+        // What was answered or interrupted meanwhile is cancelled by now, and begins no more.
+        if let Some(session_id) = core.filter(|_| is_first) {
+            self.grant(&session_id);
+        }
     }
 
     pub(in crate::connector::claude::machine) fn live(&mut self, work_id: &str, link: u64, event: wire::Event) {

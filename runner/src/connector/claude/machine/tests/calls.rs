@@ -95,8 +95,9 @@ fn posts_are_repeated_for_as_long_as_the_lease_lasts_and_refused_ones_are_given_
     let mut world = World::served(vec![bash("t1")]);
     world.finished("claude:env_1:t1", "x");
     world.posted("t1", Err(status(400)));
+    world.posted("t1", Err(status(400)));
     world.pass_beating(100);
-    assert_eq!(world.posts_asked(), 1, "only the first");
+    assert_eq!(world.posts_asked(), 2, "the first, and once that the server does not take it");
 }
 
 #[test]

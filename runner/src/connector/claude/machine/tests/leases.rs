@@ -23,10 +23,39 @@ fn lease_is_taken_up_with_the_text_of_the_last_heartbeat_and_served_at_once() {
     assert_eq!(world.call_asked(), "claude:env_1:t1");
 }
 
+/// It would run although its answer is there already, or although it was interrupted meanwhile.
+#[test]
+fn nothing_of_an_earlier_runner_begins_before_the_history_says_that_it_is_still_wanted() {
+    let mut world = after_a_crash();
+    world.handle(Event::Update(Update::SessionRestored { session_id: core(), epoch: 1, ready: true }));
+    world.handle(Event::Update(Update::CallRestored {
+        call_id: call("claude:env_1:t1"),
+        session_id: core(),
+        digest: crate::work::RequestDigest([0; 32]),
+        quiet: true,
+        phase: CallPhase::Accepted,
+    }));
+    world.beat_asked();
+    let beat = world.good_beat();
+    world.beaten(Ok(beat));
+    let resumes = |action: &Action| matches!(action, Action::Work(WorkItem::Resume { .. }));
+    assert_eq!(world.asked(resumes), 0, "it may begin");
+
+    world.connect(vec![bash("t1"), result_of("t1")]);
+
+    let word = |action: &Action| match action {
+        Action::Work(WorkItem::Cancel { .. }) => Some("cancel"),
+        Action::Work(WorkItem::Resume { .. }) => Some("resume"),
+        _ => None,
+    };
+    let order: Vec<_> = world.asked.iter().filter_map(word).collect();
+    assert_eq!(order, ["cancel", "resume"]);
+}
+
 /// Whoever has it by now is not disturbed, and what an earlier runner has begun is left to whoever gets the session next.
 #[test]
 fn lease_that_has_run_out_or_is_refused_is_left_without_a_stop() {
-    for refusal in [412, 404, 401] {
+    for refusal in [412, 404, 401, 409] {
         let mut world = after_a_crash();
         world.handle(Event::Update(Update::CallRestored {
             call_id: call("claude:env_1:t1"),
