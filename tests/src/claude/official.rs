@@ -86,6 +86,12 @@ impl Worker {
         self.home.path().join("workspace").canonicalize().expect("the directory of a worker")
     }
 
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// What it has logged.
     #[must_use]
     pub fn log(&self) -> String {

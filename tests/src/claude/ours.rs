@@ -23,7 +23,15 @@ pub async fn install(mock: &Mock, environment: &Environment, beside: bool) -> Da
 /// When the host does not let us.
 pub async fn install_for(queues: &[(&Mock, &Environment)], beside: bool) -> Daemon {
     let slots = u32::try_from(queues.len()).expect("few queues") + 3;
-    let daemon = Daemon::install(Options { slots, ..Options::default() }).await;
+    install_with(queues, beside, Options { slots, ..Options::default() }, "max_idle_seconds = 1\n").await
+}
+
+/// The same with other options, and with these lines in the section of each queue.
+///
+/// # Panics
+/// When the host does not let us.
+pub async fn install_with(queues: &[(&Mock, &Environment)], beside: bool, options: Options, lines: &str) -> Daemon {
+    let daemon = Daemon::install(options).await;
     let written = fs::read_to_string(daemon.config()).expect("the configuration");
     let rest = if beside { written.as_str() } else { &written[written.find("[runner]").expect("a section")..] };
     let sections = queues.iter().map(|(mock, environment)| {
@@ -33,7 +41,7 @@ pub async fn install_for(queues: &[(&Mock, &Environment)], beside: bool) -> Daem
         fs::set_permissions(&key, Permissions::from_mode(0o600)).expect("chmod of the key");
         format!(
             "[[claude]]\nenvironment_id = {:?}\nkey_file = {key:?}\nbase_url = {:?}\nallow_plain_http = true\n\
-             max_idle_seconds = 1\n\n",
+             {lines}\n",
             environment.id,
             mock.base_url(),
         )
