@@ -5,7 +5,9 @@ use std::time::Duration;
 use super::core::{Action, Config, Core, Input};
 use super::core_tests::{call, cancel, cid, close, core, finish, open, prepared, ready, refusal, run, sandbox_id, sid};
 use crate::journal::{Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
-use crate::work::{CancelMode, Code, FoundCall, ReadInput, Receipt, SessionOpen, ToolCall, ToolInput, Update, WorkItem};
+use crate::work::{
+    CancelMode, Code, FoundCall, ReadInput, Receipt, SessionOpen, ToolCall, ToolInput, Update, WorkItem,
+};
 
 const QUEUED: &str = "claude:env_1:s";
 const CALL: &str = "claude:env_1:c";

@@ -1,8 +1,9 @@
 //! Privileged: the launcher's second process, a copy of it made at start.
 //!
-//! Does everything that may block: making blanks (namespaces, v1 attaches), removing cgroups and uppers, asking for memory back. The request loop
-//! talks to it over a socket pair and never waits for it. When the launcher is gone it finishes what it began; in embedded
-//! mode, where nobody will come back for the sandboxes, it ends them and removes every trace.
+//! Does everything that may block: making blanks (namespaces, v1 attaches, root filesystems ahead of need), removing cgroups
+//! and uppers, asking for memory back. The request loop talks to it over a socket pair and never waits for it. When the
+//! launcher is gone it finishes what it began; in embedded mode, where nobody will come back for the sandboxes, it ends them
+//! and removes every trace.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};

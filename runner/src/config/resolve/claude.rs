@@ -31,7 +31,7 @@ const IDLE_SECONDS: u64 = 60;
 const KEEP_SECONDS: u64 = 1800;
 const COMMAND_SECONDS: u64 = 3600;
 /// Longest id of an environment: with a session's behind it, it is still an id.
-const LONGEST_ENVIRONMENT_ID: usize = 64;
+pub const LONGEST_ENVIRONMENT_ID: usize = 64;
 /// Times that the operator may choose; a month is as long as a session may be idle elsewhere.
 const LONGEST_SECONDS: u64 = 30 * 24 * 3600;
 

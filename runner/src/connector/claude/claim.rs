@@ -8,6 +8,7 @@ use zeroize::Zeroizing;
 
 use super::secret::{Secret, SecretError};
 use super::wire::{self, BadDelivery, Delivery, Order, is_id};
+use crate::config::resolve::LONGEST_ENVIRONMENT_ID;
 
 /// What was handed on, as it was found.
 #[derive(Default)]
@@ -95,9 +96,6 @@ pub enum ClaimError {
     File(#[from] SecretError),
 }
 
-/// Longest id of an environment: with a session's behind it, it is still an id.
-const ENVIRONMENT_ID_BYTES: usize = 64;
-
 impl Claim {
     /// Puts together what was handed on.
     ///
@@ -172,7 +170,7 @@ const ENVIRONMENT: Field = Field {
     what: "the environment",
     variable: "ANTHROPIC_ENVIRONMENT_ID",
     flag: "--environment-id",
-    most: ENVIRONMENT_ID_BYTES,
+    most: LONGEST_ENVIRONMENT_ID,
 };
 const WORK: Field =
     Field { what: "the work item", variable: "ANTHROPIC_WORK_ID", flag: "--work-id", most: wire::LONGEST_ID };

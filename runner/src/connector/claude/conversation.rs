@@ -5,7 +5,7 @@
 //! Tools that do not run here are left to their owner.
 
 mod threads;
-mod turns;
+pub(super) mod turns;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 

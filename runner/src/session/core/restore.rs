@@ -2,7 +2,7 @@
 //!
 //! A call whose start was not written down has not begun, so it waits in its queue again. One whose start was written down
 //! belongs to its sandbox, which says what became of it, or that it never arrived; where that cannot be asked any more, the
-//! outcome is unknown and the call is never run again. Before an orchestrator has confirmed that this runner serves, nothing is
+//! outcome is unknown and the call is never run again. Before somebody has given a lease, as an orchestrator does, nothing is
 //! started, and nothing is ended that the journal does not know: it may be a copy that is older than what it says.
 
 use std::collections::BTreeMap;

@@ -8,7 +8,7 @@ use super::threads::Threads;
 use super::{Pending, Stage};
 
 /// Tool uses of one session that are handed on at once.
-const MOST_RUNNING: usize = 16;
+pub(in crate::connector::claude) const MOST_RUNNING: u16 = 16;
 
 /// Those that wait for their turn, in the order in which they came.
 #[derive(Debug, Default)]
@@ -41,7 +41,7 @@ impl Turns {
             return Some(place);
         }
         let running: Vec<_> = pending.values().filter(|pending| pending.stage == Stage::Running).collect();
-        if running.len() >= MOST_RUNNING {
+        if running.len() >= usize::from(MOST_RUNNING) {
             return None;
         }
         let shell_is_taken = running.iter().any(|pending| pending.tool_use.is_command());

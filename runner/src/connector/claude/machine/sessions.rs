@@ -9,6 +9,7 @@ use tracing::{info, warn};
 
 use super::calls::{KEEP_RESULTS, NOT_KEPT};
 use super::{Machine, SECOND, nanoseconds};
+use crate::connector::claude::conversation::turns::MOST_RUNNING;
 use crate::work::{
     CallId, Code, EnvironmentRef, Network, RequestDigest, RequestKind, ResourceLimits, SessionClose, SessionId,
     SessionOpen, ToolCall, ToolFailure, WorkItem,
@@ -16,8 +17,6 @@ use crate::work::{
 
 /// Placement of every session: it is opened by one process at a time, so there is no newer one.
 pub(super) const EPOCH: u64 = 1;
-/// Those of different threads run beside each other.
-const CALLS_AT_ONCE: u32 = 16;
 /// How long sandboxes live beyond the lease; as the launcher's policy has it.
 const ORPHAN_TIME: Duration = Duration::from_secs(8100);
 /// A session without a work item is told that this runner lives.
@@ -109,7 +108,8 @@ impl Machine {
             min_tier: String::new(),
             orphan_timeout: None,
             idle_timeout: None,
-            max_concurrent_calls: CALLS_AT_ONCE,
+            // Those of different threads run beside each other.
+            max_concurrent_calls: u32::from(MOST_RUNNING),
             tenant: String::new(),
         }));
         self.grant(session_id);
