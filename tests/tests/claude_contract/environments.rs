@@ -19,14 +19,13 @@ async fn environments_are_served_beside_each_other_and_a_refused_key_stops_its_o
     let environment = mock.lock().create_environment("first").expect("an environment");
     let second = mock.lock().create_environment("second").expect("an environment");
     let mut daemon = ours::install(&mock, &environment, false).await;
-    let key = daemon.config().with_file_name("second.key");
+    let key = ours::key_file(&daemon, &second);
     fs::write(&key, "sk-ant-oat01-wrong\n").expect("the key");
     chown(&key, Some(RUNNER_UID), Some(RUNNER_UID)).expect("chown of the key");
     fs::set_permissions(&key, Permissions::from_mode(0o600)).expect("chmod of the key");
     let written = fs::read_to_string(daemon.config()).expect("the configuration");
     let more = written[..written.find("[runner]").expect("a section")]
-        .replace(&environment.id, &second.id)
-        .replace("claude.key", "second.key");
+        .replace(&environment.id, &second.id);
     fs::write(daemon.config(), format!("{more}{written}")).expect("the configuration");
     daemon.start_launcher().await;
     daemon.tend_runner();
