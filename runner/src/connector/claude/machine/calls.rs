@@ -159,7 +159,7 @@ impl Machine {
             // An earlier runner has begun it, and its end will come.
             Some(None) => {}
             None => {
-                let text = "the call did not run: the runner was told to end its work";
+                let text = "cancelled before it started; nothing was run";
                 self.answer_text(work_id, tool_use_id, Answer::text(text));
             }
         }
