@@ -212,7 +212,13 @@ async fn session_that_was_placed_elsewhere_by_force_is_ended_where_it_was_and_it
     first.wire.release();
 
     no_sandbox_is_left(&first).await;
-    assert_eq!(host::processes_with("600.45"), Vec::<u32>::new());
+    // Those that were killed with it are reaped a moment later.
+    within("its processes end", async {
+        while !host::processes_with("600.45").is_empty() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
     assert_eq!(within("its end", before.over()).await.expect("an end").reason(), pb::SessionEndReason::Fenced);
     within("late results", async {
         while first.orchestrator.superseded().len() < 2 {

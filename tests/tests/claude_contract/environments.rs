@@ -24,8 +24,7 @@ async fn environments_are_served_beside_each_other_and_a_refused_key_stops_its_o
     chown(&key, Some(RUNNER_UID), Some(RUNNER_UID)).expect("chown of the key");
     fs::set_permissions(&key, Permissions::from_mode(0o600)).expect("chmod of the key");
     let written = fs::read_to_string(daemon.config()).expect("the configuration");
-    let more = written[..written.find("[runner]").expect("a section")]
-        .replace(&environment.id, &second.id);
+    let more = written[..written.find("[runner]").expect("a section")].replace(&environment.id, &second.id);
     fs::write(daemon.config(), format!("{more}{written}")).expect("the configuration");
     daemon.start_launcher().await;
     daemon.tend_runner();
