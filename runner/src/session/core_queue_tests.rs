@@ -130,8 +130,8 @@ fn drain_is_of_the_whole_runner() {
     assert!(actions.iter().any(|action| matches!(action, Action::Tell(Update::Drained { draining: true, .. }))));
 }
 
-#[test]
-fn commands_run_one_at_a_time_whatever_else_may_run_beside_them() {
+/// A session that may have four calls at once, and a call of it that is no command.
+fn side_by_side() -> (Core, Input) {
     let mut core = core(Config::default());
     let Input::Work(WorkItem::Open(open)) = open(QUEUED, 1) else { panic!("an opening") };
     core.handle(Input::Work(WorkItem::Open(SessionOpen { max_concurrent_calls: 4, ..open })));
@@ -141,10 +141,16 @@ fn commands_run_one_at_a_time_whatever_else_may_run_beside_them() {
     core.handle(lease(Some(QUEUED), 10));
     let Input::Work(WorkItem::Call(read)) = call(QUEUED, 1, "claude:env_1:read", 0) else { panic!("a call") };
     let input = ToolInput::Read(ReadInput { file_path: "f".into(), view_range: None });
+    (core, Input::Work(WorkItem::Call(ToolCall { input, ..read })))
+}
+
+#[test]
+fn commands_run_one_at_a_time_whatever_else_may_run_beside_them() {
+    let (mut core, read) = side_by_side();
 
     assert_eq!(prepared(&core.handle(call(QUEUED, 1, CALL, 0))), [CALL]);
     run(&mut core, CALL);
-    let beside = core.handle(Input::Work(WorkItem::Call(ToolCall { input, ..read })));
+    let beside = core.handle(read);
     assert_eq!(prepared(&beside), ["claude:env_1:read"]);
     assert_eq!(prepared(&core.handle(call(QUEUED, 1, "claude:env_1:next", 0))), Vec::<String>::new());
     assert_eq!(prepared(&finish(&mut core, CALL)), ["claude:env_1:next"]);
@@ -152,19 +158,11 @@ fn commands_run_one_at_a_time_whatever_else_may_run_beside_them() {
 
 #[test]
 fn call_behind_a_command_that_waits_begins_when_that_one_is_cancelled() {
-    let mut core = core(Config::default());
-    let Input::Work(WorkItem::Open(open)) = open(QUEUED, 1) else { panic!("an opening") };
-    core.handle(Input::Work(WorkItem::Open(SessionOpen { max_concurrent_calls: 4, ..open })));
-    let (session_id, sandbox_id) = (sid(QUEUED), sandbox_id());
-    core.handle(Input::SandboxReady { session_id, sandbox_id, receipt: Receipt::default() });
-    core.handle(Input::ReadyWritten { session_id: sid(QUEUED), durable: true });
-    core.handle(lease(Some(QUEUED), 10));
-    let Input::Work(WorkItem::Call(read)) = call(QUEUED, 1, "claude:env_1:read", 0) else { panic!("a call") };
-    let input = ToolInput::Read(ReadInput { file_path: "f".into(), view_range: None });
+    let (mut core, read) = side_by_side();
     core.handle(call(QUEUED, 1, CALL, 0));
     run(&mut core, CALL);
     core.handle(call(QUEUED, 1, "claude:env_1:next", 0));
-    assert!(prepared(&core.handle(Input::Work(WorkItem::Call(ToolCall { input, ..read })))).is_empty());
+    assert!(prepared(&core.handle(read)).is_empty());
 
     assert_eq!(
         prepared(&core.handle(cancel(QUEUED, 1, "claude:env_1:next", CancelMode::Terminate))),

@@ -1,7 +1,9 @@
 //! A work item: acknowledged, leased, served, and given back on every way out while its lease is held.
 //!
-//! [`stream`] reads the events of its session, [`post`] has answers posted; this file is the way from one end to the other.
+//! [`stream`] reads the events of its session, [`post`] has answers posted, [`ending`] are the ways out; this file is the way from
+//! delivery to a lease that is held.
 
+mod ending;
 mod post;
 mod stream;
 mod view;
@@ -11,24 +13,20 @@ use std::time::Duration;
 
 use tracing::{info, warn};
 
-use super::{Action, Beat, Failure, Finish, Machine, SECOND, nanoseconds};
+use super::{Action, Beat, Failure, Machine, SECOND, nanoseconds};
 use crate::connector::claude::board::{Happening, Reason};
 use crate::connector::claude::conversation::Conversation;
 use crate::connector::claude::handover::Held;
 use crate::connector::claude::history::History;
 use crate::connector::claude::lease::Lease;
 use crate::connector::claude::remedy;
-use crate::work::{CancelMode, SessionId};
+use crate::work::SessionId;
 use post::Post;
 use stream::Link;
 
 /// A delivery that is not acknowledged within this time is delivered again, perhaps to somebody else.
 const ACK_WITHIN: u64 = 5 * SECOND;
 const ACK_AGAIN_AFTER: u64 = SECOND;
-/// From the end of an item until it is given back whatever is not posted.
-const END_PATIENCE: u64 = 10 * SECOND;
-/// How often giving an item back is tried; then its lease runs out.
-const STOP_TRIES: u32 = 4;
 
 /// Where an item is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,11 +59,11 @@ pub(super) struct Item {
     /// Since when the stream is whole.
     live_since: u64,
     history: History,
-    /// What was answered and interrupted so far is known: until then nothing of an earlier runner may begin.
-    is_reconciled: bool,
     /// The page of it that was asked for, and how many were.
     page: Option<String>,
     pages: u32,
+    /// What was answered and interrupted so far is known: until then nothing of an earlier runner may begin.
+    is_reconciled: bool,
     /// When to ask for the session's state; `None` when it is known, or asked.
     fetch_at: Option<u64>,
     posts: BTreeMap<String, Post>,
@@ -282,109 +280,6 @@ impl Machine {
         }
     }
 
-    pub(super) fn stopped(&mut self, work_id: &str, result: Result<(), Failure>) {
-        let now = self.now;
-        let Some(item) = self.items.get_mut(work_id) else { return };
-        let Stage::Stopping { tries, .. } = item.stage else { return };
-        match result {
-            Err(failure) if !failure.is_fatal() && failure.status() != Some(409) && tries < STOP_TRIES => {
-                let again_at = now.saturating_add(SECOND << tries);
-                item.stage = Stage::Stopping { tries, in_flight: false, again_at };
-            }
-            Err(failure) if failure.status() != Some(409) => {
-                warn!(work_id, error = %failure, "a work item could not be given back, its lease will run out");
-                self.release(work_id);
-            }
-            _ => {
-                info!(work_id, session_id = item.session_id, "work item given back");
-                self.release(work_id);
-            }
-        }
-    }
-
-    /// The item is no longer ours: everything stops, and nothing more is posted.
-    fn lose(&mut self, work_id: &str, why: &str) {
-        if self.items.get(work_id).is_some_and(Item::is_doubtful) {
-            // It never was ours. What an earlier runner has begun is found by whoever gets the session next.
-            info!(work_id, why, "a work item of an earlier runner has run out, it will be delivered again");
-            return self.release(work_id);
-        }
-        warn!(work_id, why, "the lease of a work item is lost, what runs for it is ended");
-        if let Some(item) = self.items.get_mut(work_id) {
-            item.reason = Some(Reason::LeaseLost);
-        }
-        self.cancel_all(work_id);
-        self.release(work_id);
-    }
-
-    fn release(&mut self, work_id: &str) {
-        let Some(item) = self.items.remove(work_id) else { return };
-        self.changes += 1;
-        self.actions.push(Action::Forget { work_id: work_id.to_owned() });
-        self.count(Happening::Ended(item.reason.unwrap_or(Reason::Nothing)));
-        if let Some(core) = item.core {
-            self.let_go(&core);
-        }
-    }
-
-    fn cancel_all(&mut self, work_id: &str) {
-        let Some(session_id) = self.items.get(work_id).and_then(|item| item.core.clone()) else { return };
-        for call_id in self.unfinished(&session_id) {
-            self.cancel_call(&session_id, call_id, CancelMode::Kill);
-        }
-    }
-
-    /// Ends an item whose lease is held. What was begun for it is ended and answered first, where an answer is still of use.
-    pub(super) fn end_item(&mut self, work_id: &str, reason: Reason) {
-        let now = self.now;
-        let Some(item) = self.items.get_mut(work_id) else { return };
-        if !matches!(item.stage, Stage::Serving) {
-            return;
-        }
-        if item.is_doubtful() {
-            // Whoever has it goes on.
-            return self.release(work_id);
-        }
-        info!(work_id, session_id = item.session_id, ?reason, "work item ends");
-        self.actions.push(Action::Unstream { work_id: work_id.to_owned() });
-        item.link = Link::Closed { open_at: u64::MAX };
-        (item.fetch_at, item.reason) = (None, Some(reason));
-        match reason {
-            Reason::Idle => self.stop(work_id),
-            Reason::SessionOver => {
-                item.posts.clear();
-                let core = item.core.clone();
-                self.cancel_all(work_id);
-                if let Some(core) = core {
-                    self.session_over(&core);
-                }
-                self.stop(work_id);
-            }
-            // The last three are of items that are not served.
-            Reason::Stopping
-            | Reason::Refused
-            | Reason::Shutdown
-            | Reason::LeaseLost
-            | Reason::NotClaimed
-            | Reason::Nothing => {
-                item.stage = Stage::Ending { until: now.saturating_add(END_PATIENCE) };
-                let waiting = item.conversation.take_waiting();
-                for tool_use_id in waiting {
-                    self.end_waiting(work_id, &tool_use_id);
-                }
-                self.cancel_all(work_id);
-            }
-        }
-    }
-
-    fn stop(&mut self, work_id: &str) {
-        let now = self.now;
-        if let Some(item) = self.items.get_mut(work_id) {
-            item.posts.clear();
-            item.stage = Stage::Stopping { tries: 0, in_flight: false, again_at: now };
-        }
-    }
-
     /// Does for an item what is due.
     pub(super) fn tend_item(&mut self, work_id: &str) {
         let now = self.now;
@@ -435,29 +330,5 @@ impl Machine {
             self.tend_stream(work_id);
         }
         self.tend_posts(work_id);
-    }
-
-    fn end_if_over(&mut self, work_id: &str) {
-        let (now, max_idle) = (self.now, self.rules.max_idle);
-        let Some(item) = self.items.get(work_id) else { return };
-        let quiet = item.conversation.is_quiet() && item.posts.is_empty();
-        match item.stage {
-            Stage::Ending { until } if quiet || now >= until || self.finish == Some(Finish::AtOnce) => {
-                self.stop(work_id);
-                self.tend_item(work_id);
-            }
-            Stage::Ending { .. } => {}
-            _ if item.conversation.has_ended() => self.end_item_now(work_id, Reason::SessionOver),
-            _ if self.finish.is_some() => self.end_item_now(work_id, Reason::Shutdown),
-            // What is being emptied takes nothing more, and what it has is finished first.
-            _ if self.draining && quiet && item.link == Link::Live => self.end_item_now(work_id, Reason::Idle),
-            _ if item.idle_at(max_idle).is_some_and(|at| now >= at) => self.end_item_now(work_id, Reason::Idle),
-            _ => {}
-        }
-    }
-
-    fn end_item_now(&mut self, work_id: &str, reason: Reason) {
-        self.end_item(work_id, reason);
-        self.tend_item(work_id);
     }
 }

@@ -6,6 +6,17 @@ fn held() -> Held {
     Held { work_id: WORK.into(), session_id: SESSION.into(), last_heartbeat: "hb-before".into(), ttl_seconds: 300 }
 }
 
+/// A call that the earlier runner has written down.
+fn restored(phase: CallPhase) -> Event {
+    Event::Update(Update::CallRestored {
+        call_id: call("claude:env_1:t1"),
+        session_id: core(),
+        digest: crate::work::RequestDigest([0; 32]),
+        quiet: true,
+        phase,
+    })
+}
+
 fn after_a_crash() -> World {
     World::after(Handover { leases: vec![held()], ..Handover::default() })
 }
@@ -28,13 +39,7 @@ fn lease_is_taken_up_with_the_text_of_the_last_heartbeat_and_served_at_once() {
 fn nothing_of_an_earlier_runner_begins_before_the_history_says_that_it_is_still_wanted() {
     let mut world = after_a_crash();
     world.handle(Event::Update(Update::SessionRestored { session_id: core(), epoch: 1, ready: true }));
-    world.handle(Event::Update(Update::CallRestored {
-        call_id: call("claude:env_1:t1"),
-        session_id: core(),
-        digest: crate::work::RequestDigest([0; 32]),
-        quiet: true,
-        phase: CallPhase::Accepted,
-    }));
+    world.handle(restored(CallPhase::Accepted));
     world.beat_asked();
     let beat = world.good_beat();
     world.beaten(Ok(beat));
@@ -57,13 +62,7 @@ fn nothing_of_an_earlier_runner_begins_before_the_history_says_that_it_is_still_
 fn lease_that_has_run_out_or_is_refused_is_left_without_a_stop() {
     for refusal in [412, 404, 401, 409] {
         let mut world = after_a_crash();
-        world.handle(Event::Update(Update::CallRestored {
-            call_id: call("claude:env_1:t1"),
-            session_id: core(),
-            digest: crate::work::RequestDigest([0; 32]),
-            quiet: true,
-            phase: CallPhase::Started,
-        }));
+        world.handle(restored(CallPhase::Started));
         world.beat_asked();
         world.beaten(Err(status(refusal)));
         world.pass(60);
@@ -78,13 +77,7 @@ fn lease_that_has_run_out_or_is_refused_is_left_without_a_stop() {
 #[test]
 fn item_that_is_taken_back_meanwhile_ends_what_the_earlier_runner_has_begun() {
     let mut world = after_a_crash();
-    world.handle(Event::Update(Update::CallRestored {
-        call_id: call("claude:env_1:t1"),
-        session_id: core(),
-        digest: crate::work::RequestDigest([0; 32]),
-        quiet: true,
-        phase: CallPhase::Started,
-    }));
+    world.handle(restored(CallPhase::Started));
     world.beaten(Ok(Beat { goes_on: false, last_heartbeat: "x".into(), ttl_seconds: Some(300) }));
     assert_eq!(world.cancels_asked(), [("claude:env_1:t1".to_owned(), CancelMode::Kill)]);
     assert_eq!(world.stops_asked(), 1);
