@@ -16,13 +16,13 @@ fn main() -> ExitCode {
     let role = arguments.first().map(|role| role.as_bytes());
     let rest = arguments.get(1..).unwrap_or_default();
     let result = match role {
-        Some(b"launcher") => launcher::start::main(rest),
+        Some(b"launcher") => launcher::start::main(rest).map(|()| 0),
         Some(b"init") => stage::main().map_err(|message| (message, FAILED)),
         Some(b"nested") => stage::nested::main().map_err(|message| (message, FAILED)),
         _ => Err(("this program is started by sandbox-runner; roles: launcher, init".to_owned(), FAILED)),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => ExitCode::from(code),
         Err((message, code)) => {
             use std::io::Write;
             // There is nobody left to tell when standard error is closed.

@@ -566,10 +566,22 @@ impl Workspace {
         marker_in(Path::new(&format!("/proc/{}/root/workspace", self.process_1))) == self.marker
     }
 
-    /// The spawner: the first process that process 1 keeps.
+    /// The spawner.
     #[must_use]
     pub fn spawner(&self) -> Option<u32> {
-        host::children_of(self.process_1).into_iter().min_by_key(|pid| host::inner_pid(*pid))
+        self.children().into_iter().find(|child| child.1 == host::SPAWNER).map(|child| child.0)
+    }
+
+    /// A process that process 1 has for the workload: a shell, a call, or one that waits to become one.
+    #[must_use]
+    pub fn worker(&self) -> Option<u32> {
+        self.children().into_iter().find(|child| child.1 > host::SPAWNER).map(|child| child.0)
+    }
+
+    /// Children of process 1, each with the pid it has in there. One that has just ended has none any more, and is left out.
+    fn children(&self) -> Vec<(u32, u32)> {
+        let numbered = |pid| Some((pid, host::inner_pid(pid)?));
+        host::children_of(self.process_1).into_iter().filter_map(numbered).collect()
     }
 
     /// A file, opened for reading. What it holds stays when everything that names it is removed.

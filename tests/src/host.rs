@@ -171,6 +171,12 @@ pub fn family_of(pid: u32) -> Vec<u32> {
     family
 }
 
+/// Whether a process lives in the pid namespace of this test. One that has just ended does not live in any.
+#[must_use]
+pub fn is_outside(pid: u32) -> bool {
+    status_field(pid, "NSpid:").is_some_and(|numbers| numbers.split_whitespace().count() == 1)
+}
+
 /// The pid that a process has in its own, innermost pid namespace, when that is not the one of this test.
 #[must_use]
 pub fn inner_pid(pid: u32) -> Option<u32> {
@@ -179,6 +185,9 @@ pub fn inner_pid(pid: u32) -> Option<u32> {
     numbers.next()?;
     numbers.next_back()?.parse().ok()
 }
+
+/// The pid of the spawner in its sandbox: the first process that process 1 starts.
+pub const SPAWNER: u32 = 2;
 
 /// Processes of one sandbox, seen from the host.
 #[derive(Debug, Clone, Copy)]
@@ -213,9 +222,7 @@ fn sandbox_with(token: &str) -> Option<SandboxPids> {
     let members: Vec<u32> =
         pids().filter(|pid| fs::read_link(format!("/proc/{pid}/ns/pid")).is_ok_and(|link| link == namespace)).collect();
     let process_1 = members.iter().copied().find(|pid| inner_pid(*pid) == Some(1))?;
-    // The spawner is the first process that process 1 keeps; everything of the workload comes later.
-    let others = members.iter().copied().filter(|pid| *pid != process_1 && *pid != workload);
-    let spawner = others.filter(|pid| children_of(process_1).contains(pid)).min_by_key(|pid| inner_pid(*pid));
+    let spawner = members.iter().copied().find(|pid| inner_pid(*pid) == Some(SPAWNER));
     Some(SandboxPids { workload, process_1, spawner })
 }
 

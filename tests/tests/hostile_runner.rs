@@ -660,7 +660,7 @@ fn launcher_whose_helper_was_killed_ends_with_its_sandboxes_instead_of_serving_n
     let mut bench = Bench::start();
     let connection = bench.connect();
     let created = create(&connection, plain_sandbox("one"));
-    let helper = host::children_of(bench.launcher.pid()).into_iter().find(|pid| host::inner_pid(*pid).is_none());
+    let helper = host::children_of(bench.launcher.pid()).into_iter().find(|pid| host::is_outside(*pid));
 
     host::kill_now(helper.expect("the background process"));
     // A request that comes while it ends must not keep it from ending.

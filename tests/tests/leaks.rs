@@ -87,7 +87,17 @@ impl Drop for Sleeping {
 
 /// The launcher that this command has started.
 fn launcher_of(command: u32) -> Option<u32> {
-    host::children_of(command).into_iter().find(|pid| host::inner_pid(*pid).is_none())
+    host::children_of(command).into_iter().find(|pid| host::is_outside(*pid))
+}
+
+/// Waits until the output of a call that takes its time is kept in files.
+fn wait_for_spool(state: &Path) {
+    let deadline = Instant::now() + PATIENCE;
+    let entries = |directory: &Path| std::fs::read_dir(directory).into_iter().flatten().flatten();
+    while !entries(&state.join("sandboxes")).any(|one| entries(&one.path().join("output")).next().is_some()) {
+        assert!(Instant::now() < deadline, "no output of the command is kept below {}", state.display());
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 /// Starts a sandbox, kills what `choose` names, and expects the host as it was and the command to have ended.
@@ -103,6 +113,7 @@ fn assert_clean_after_killing(what: &str, choose: impl Fn(&Sleeping, &SandboxPid
         let token = format!("sbr-attack-{what}-{}", std::process::id());
         let mut child = Sleeping::start(&exec, &token);
         let pids = host::wait_for_sandbox(&token, PATIENCE);
+        wait_for_spool(exec.state_directory());
         let victim = choose(&child, &pids).unwrap_or_else(|| panic!("no {what} to kill beside {pids:?}"));
 
         host::kill_now(victim);
@@ -136,6 +147,25 @@ fn nothing_is_left_when_process_1_is_killed() {
 fn nothing_is_left_when_the_spawner_is_killed() {
     needs_root!();
     assert_clean_after_killing("spawner", |_, pids| pids.spawner);
+}
+
+#[test]
+fn nothing_is_left_when_a_command_that_took_its_time_ends() {
+    needs_root!();
+    for caller in Caller::BOTH {
+        if let Some(obstacle) = caller.obstacle() {
+            sandbox_runner_tests::skip!("{obstacle}");
+        }
+        let _host = host::exclusive();
+        let rootfs = Rootfs::owned_by(caller.uid());
+        let exec = Exec::in_rootfs(caller, rootfs.path());
+        let baseline = Baseline::after_one(&exec);
+
+        let finished = exec.prober(["sleep", "1"]);
+
+        assert_eq!(finished.code(), 0, "{caller:?}: {}", finished.errors());
+        baseline.assert_restored(&[exec.state_directory()]);
+    }
 }
 
 #[test]

@@ -63,7 +63,7 @@ impl Held {
     fn now(daemon: &Daemon, keeper: &Workspace) -> Self {
         let runner = daemon.runner_pid().expect("a runner");
         let launcher = daemon.launcher_pid().expect("a launcher");
-        let background = host::children_of(launcher).into_iter().filter(|pid| host::inner_pid(*pid).is_none());
+        let background = host::children_of(launcher).into_iter().filter(|pid| host::is_outside(*pid));
         let launchers: Vec<u32> = background.chain([launcher]).collect();
         let keepers: Vec<u32> = keeper.spawner().into_iter().chain([keeper.process_1]).collect();
         let bytes = |pids: &[u32]| pids.iter().map(|pid| host::resident_bytes(*pid)).sum();

@@ -16,6 +16,11 @@ use crate::config::resolved::{Config, Host};
 /// Where the configuration is when nobody says otherwise.
 pub(super) const DEFAULT_PATH: &str = "/etc/sandbox-runner/config.toml";
 
+/// Where systemd keeps the credentials of services (systemd.exec(5), `LoadCredential=`).
+pub(super) const CREDENTIALS: &str = "/run/credentials";
+/// The shipped unit, in whose directory there they are while it runs.
+const UNIT: &str = "sandbox-runner.service";
+
 #[derive(Debug, Args)]
 pub(super) struct ConfigArguments {
     /// Configuration file
@@ -148,8 +153,14 @@ fn host(state_directory: Option<&Path>) -> Host {
         free_disk_bytes,
         pids: pids.unwrap_or(32_768),
         hostname: hostname.unwrap_or_else(|| "runner".to_owned()),
-        credentials_directory: std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from),
+        credentials_directory: credentials_directory(),
     }
+}
+
+/// Where the service manager has put credentials; for a command beside the service, such as `doctor`, those of the service.
+fn credentials_directory() -> Option<PathBuf> {
+    let passed = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
+    passed.or_else(|| Some(Path::new(CREDENTIALS).join(UNIT)).filter(|path| path.is_dir()))
 }
 
 #[cfg(test)]

@@ -118,7 +118,7 @@ async fn ending_right_behind_the_list_is_not_missed() {
     let attached = host.attach(id("a"), Receipt::default(), Vec::new()).await.expect("its process 1 answers");
 
     let lost = tokio::time::timeout(Duration::from_secs(20), attached.sandbox.lost()).await.expect("in time");
-    assert_eq!(lost, "process 1 ended with wait status 0x9");
+    assert_eq!(lost, "its process 1 was killed by SIGKILL; 2 processes of it had been killed for want of memory");
 }
 
 #[tokio::test]

@@ -75,6 +75,8 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use proto::launch::v1::InitExit;
+
 use self::slot::{Slots, V1Counters};
 use self::spawner::Spawner;
 
@@ -130,6 +132,21 @@ pub enum ExitReason {
     SpawnerGone,
     /// The loop itself cannot go on.
     Failed(nix::Error),
+}
+
+impl ExitReason {
+    /// As the exit code of process 1.
+    #[must_use]
+    pub fn code(&self) -> u8 {
+        let code = match self {
+            Self::Shutdown => InitExit::Unspecified,
+            Self::DeadlinePassed => InitExit::DeadlinePassed,
+            Self::Orphaned => InitExit::Orphaned,
+            Self::SpawnerGone => InitExit::SpawnerGone,
+            Self::Failed(_) => InitExit::Failed,
+        };
+        u8::try_from(i32::from(code)).unwrap_or(u8::MAX)
+    }
 }
 
 /// Runs process 1 until the sandbox ends.

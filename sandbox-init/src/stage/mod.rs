@@ -55,16 +55,18 @@ const BOOT_BYTES: usize = 128 * 1024;
 
 /// Role `init`: becomes process 1 of a sandbox and serves until it ends.
 ///
+/// Returns its exit code, one of `InitExit` of the schema.
+///
 /// # Errors
 /// What failed; the launcher has been told.
-pub fn main() -> Result<(), String> {
+pub fn main() -> Result<u8, String> {
     run(close)
 }
 
 /// What makes a closed sandbox out of a fresh process 1 with its boot socket.
 type Close = fn(&OwnedFd) -> Result<(Context, Vec<Layer>), StageError>;
 
-fn run(close: Close) -> Result<(), String> {
+fn run(close: Close) -> Result<u8, String> {
     reset_signals();
     // A launcher that was started from a terminal has it as its controlling one, and a copy of it would too.
     nix::unistd::setsid().map_err(|errno| format!("cannot leave the session of the launcher: {errno}"))?;
@@ -75,8 +77,7 @@ fn run(close: Close) -> Result<(), String> {
             // A launcher that is gone by now is no reason to end: its successor adopts.
             let _ = send(&boot, &booted.encode_to_vec(), &[]);
             drop(boot);
-            let _ = init::run(context);
-            Ok(())
+            Ok(init::run(context).code())
         }
         Err(error) => {
             let failure = crate::launcher::background::chain(&error);

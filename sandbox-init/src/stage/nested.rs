@@ -165,7 +165,7 @@ fn become_user(id: u32) -> nix::Result<()> {
 ///
 /// # Errors
 /// What failed; the launcher has been told.
-pub fn main() -> Result<(), String> {
+pub fn main() -> Result<u8, String> {
     super::run(close)
 }
 

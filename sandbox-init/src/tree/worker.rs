@@ -96,10 +96,10 @@ fn owners_below(directory: &File, base: u32, count: u32) -> Option<(u32, u32)> {
     }
 }
 
-/// The one id that the spool belongs to; nobody's while it is still root's, and then there is nothing in it.
+/// The one id that the spool belongs to: 0 where the launcher of an ordinary user shares its only id with its sandboxes. Of
+/// a privileged launcher it is 0 only until it is given away, when nothing is in it.
 fn spool_owner(spool: &OwnedFd) -> Option<(u32, u32)> {
-    let owner = nix::sys::stat::fstat(spool).ok()?.st_uid;
-    (owner != 0 || !nix::unistd::geteuid().is_root()).then_some((owner, 1))
+    nix::sys::stat::fstat(spool).ok().map(|found| (found.st_uid, 1))
 }
 
 /// Runs the removal as root of a user namespace that holds nothing but the range, without network and without a way out of

@@ -143,7 +143,15 @@ async fn answer(shared: Arc<Shared>, request: Request<HyperBody>) -> Result<Resp
         (Ok((route, _)), _) if route.endpoint == Endpoint::Poll => {
             poll(&shared, &route, &incoming).await.map(Reply::Json)
         }
-        (Ok((route, credential)), _) => shared.lock().serve(&route, &incoming, &credential),
+        (Ok((route, credential)), how) => {
+            let mut plane = shared.lock();
+            let outcome = plane.serve(&route, &incoming, &credential);
+            if how.is_none() {
+                // In one step with its effect: who waits for the effect finds the request answered.
+                plane.record[number].fate = Fate::Answered(status(&outcome));
+            }
+            outcome
+        }
     };
     let outcome = match how {
         Some(How::LoseResponse) => return lost(Fate::ResponseLost),
@@ -167,6 +175,14 @@ async fn answer(shared: Arc<Shared>, request: Request<HyperBody>) -> Result<Resp
         _ => None,
     };
     Ok(respond(&shared, number, outcome, retry_after, cut))
+}
+
+fn status(outcome: &Result<Reply, ApiError>) -> u16 {
+    match outcome {
+        Ok(Reply::Json(_) | Reply::Bytes(_) | Reply::Stream { .. }) => 200,
+        Ok(Reply::Empty) => 204,
+        Err(refusal) => refusal.status,
+    }
 }
 
 async fn read(request: Request<HyperBody>) -> Result<Incoming, io::Error> {
@@ -253,18 +269,19 @@ fn respond(
     retry_after: Option<u32>,
     cut: Option<usize>,
 ) -> Response<Outgoing> {
-    let (status, content_type, body) = match outcome {
-        Ok(Reply::Json(value)) => (200, Some("application/json"), Outgoing::whole(value.to_string().into_bytes(), cut)),
-        Ok(Reply::Empty) => (204, None, Outgoing::Whole(None)),
-        Ok(Reply::Bytes(bytes)) => (200, Some("application/octet-stream"), Outgoing::whole(bytes, cut)),
+    let status = status(&outcome);
+    let (content_type, body) = match outcome {
+        Ok(Reply::Json(value)) => (Some("application/json"), Outgoing::whole(value.to_string().into_bytes(), cut)),
+        Ok(Reply::Empty) => (None, Outgoing::Whole(None)),
+        Ok(Reply::Bytes(bytes)) => (Some("application/octet-stream"), Outgoing::whole(bytes, cut)),
         Ok(Reply::Stream { session_id, thread, cursor }) => {
             let (sender, receiver) = mpsc::channel(FRAMES);
             tokio::spawn(stream::feed(Arc::clone(shared), session_id, thread, cursor, sender));
-            (200, Some("text/event-stream"), Outgoing::Stream(receiver))
+            (Some("text/event-stream"), Outgoing::Stream(receiver))
         }
         Err(refusal) => {
             let body = refusal.body().to_string().into_bytes();
-            (refusal.status, Some("application/json"), Outgoing::whole(body, cut))
+            (Some("application/json"), Outgoing::whole(body, cut))
         }
     };
     let mut plane = shared.lock();

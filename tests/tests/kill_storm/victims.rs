@@ -142,7 +142,7 @@ impl<'a> Killer<'a> {
     }
 
     fn helper(&self) -> Option<u32> {
-        host::children_of(self.daemon.launcher_pid()?).into_iter().find(|pid| host::inner_pid(*pid).is_none())
+        host::children_of(self.daemon.launcher_pid()?).into_iter().find(|pid| host::is_outside(*pid))
     }
 
     /// A process of some sandbox.
@@ -157,8 +157,7 @@ impl<'a> Killer<'a> {
             return None;
         }
         if victim == Victim::Workload {
-            let spawner = workspace.spawner()?;
-            return host::children_of(workspace.process_1).into_iter().find(|pid| *pid != spawner);
+            return workspace.worker();
         }
         let pid = if victim == Victim::Process1 { workspace.process_1 } else { workspace.spawner()? };
         self.account.hits(&session_id);

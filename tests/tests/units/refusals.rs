@@ -1,6 +1,7 @@
 //! What does not heal by itself is not tried again.
 
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 use std::time::Duration;
 
@@ -73,4 +74,36 @@ fn runner_that_stands_still_is_replaced_by_the_watchdog() {
     assert!(journal().contains("Watchdog timeout"), "{}", journal());
     fs::remove_file(&drop_in).expect("removed");
     systemctl(&["daemon-reload"]);
+}
+
+#[test]
+#[ignore = "needs the installed units; tests/guest/suite runs it"]
+fn key_that_only_the_service_is_given_is_found_by_doctor_while_it_runs() {
+    let units = Units::with_launcher();
+    let (key, directory) = ("/root/claude.key", "/run/systemd/system/sandbox-runner.service.d");
+    fs::write(key, "sk-ant-oat01-key\n").expect("a key");
+    fs::set_permissions(key, Permissions::from_mode(0o600)).expect("chmod");
+    fs::create_dir_all(directory).expect("a place for a drop-in");
+    let drop_in = format!("{directory}/key.conf");
+    fs::write(&drop_in, format!("[Service]\nLoadCredential=claude:{key}\n")).expect("a drop-in");
+    units.write_config(&format!(
+        "{}\n[[claude]]\nenvironment_id = \"env_1\"\nkey_credential = \"claude\"\nbase_url = \"https://127.0.0.1:9\"\n",
+        units.config()
+    ));
+    systemctl(&["daemon-reload"]);
+    let doctor = || {
+        let finished = Command::new("sandbox-runner").args(["doctor", "--json"]).output().expect("doctor");
+        String::from_utf8_lossy(&finished.stdout).into_owned()
+    };
+
+    let before = doctor();
+    systemctl(&["start", RUNNER]);
+    let beside = doctor();
+
+    fs::remove_file(&drop_in).expect("removed");
+    systemctl(&["daemon-reload"]);
+    assert!(before.contains("beside the service, start it first"), "{before}");
+    assert!(beside.contains("/run/credentials/sandbox-runner.service/claude, mode "), "{beside}");
+    // Of this queue, only that nobody is there is wrong.
+    assert!(beside.contains("127.0.0.1:9") && !beside.contains("cannot read the key file"), "{beside}");
 }

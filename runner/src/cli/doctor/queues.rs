@@ -74,7 +74,9 @@ fn of_section(number: usize, claude: &Claude, runner: Identity) -> Looked {
     if let Ok(metadata) = std::fs::metadata(&claude.key_file) {
         let (mode, uid, gid) = (metadata.mode() & 0o7777, metadata.uid(), metadata.gid());
         found.key = format!("{}, mode {mode:o}, owner {uid}:{gid}", found.key);
-        if !can_read(&metadata, runner) {
+        // Who may read a credential is in its access control list (systemd.exec(5)), which the mode does not show.
+        let is_credential = claude.key_file.starts_with(config::CREDENTIALS);
+        if !is_credential && !can_read(&metadata, runner) {
             found.problems.push(format!(
                 "the runner, uid {}, cannot read the key file: chown it to that user, or give its group {} and mode 640",
                 runner.uid, runner.gid

@@ -172,7 +172,8 @@ fn key_file(
             }
             let Some(directory) = &host.credentials_directory else {
                 let what = "the service manager has passed no credentials (CREDENTIALS_DIRECTORY is not set)";
-                check.report(&key("key_credential"), what, "add LoadCredential= to the unit, or name a key_file");
+                let fix = "add LoadCredential= to the unit, or name a key_file; beside the service, start it first";
+                check.report(&key("key_credential"), what, fix);
                 return None;
             };
             Some(directory.join(name))

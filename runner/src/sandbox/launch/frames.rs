@@ -5,9 +5,10 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use proto::launch::v1 as wire;
 
-use super::{HostReport, InspectedLimits, Inspection, ListedSandbox, MissingLayer, ReportedLayer};
+use super::{Ended, HostReport, InspectedLimits, Inspection, ListedSandbox, MissingLayer, ReportedLayer};
 use crate::sandbox::spec::{Limits, Rootfs, Spec};
 
 pub(super) fn counters(counters: wire::Counters) -> BTreeMap<String, u64> {
@@ -102,6 +103,39 @@ pub(super) fn listed(entry: wire::SandboxEntry) -> ListedSandbox {
     }
 }
 
+/// How a sandbox ended, and in words why.
+pub(super) fn ended(ended: &wire::SandboxEnded) -> Ended {
+    let wait_status = (ended.wait_status != -1).then_some(ended.wait_status);
+    let mut reason = wait_status.map_or_else(|| "its process 1 ended".to_owned(), cause);
+    match ended.oom_kills {
+        0 => {}
+        1 => reason.push_str("; one process of it had been killed for want of memory"),
+        kills => reason.push_str(&format!("; {kills} processes of it had been killed for want of memory")),
+    }
+    Ended { wait_status, oom_kills: ended.oom_kills, reason }
+}
+
+/// A wait status as in wait(2): a signal in the low seven bits, or an exit code in the next eight.
+fn cause(status: i32) -> String {
+    let signal = status & 0x7f;
+    if signal != 0 {
+        let name = Signal::try_from(signal).map_or_else(|_| format!("signal {signal}"), |signal| signal.to_string());
+        return format!("its process 1 was killed by {name}");
+    }
+    let code = (status >> 8) & 0xff;
+    match wire::InitExit::try_from(code) {
+        Ok(wire::InitExit::DeadlinePassed) => "its deadline passed and nobody put it off".to_owned(),
+        Ok(wire::InitExit::Orphaned) => "no runner was connected for as long as it may be without one".to_owned(),
+        Ok(wire::InitExit::SpawnerGone) => {
+            "its spawner was killed or failed, so nothing could be started in it".to_owned()
+        }
+        Ok(wire::InitExit::Failed) => "its process 1 could not go on".to_owned(),
+        Ok(wire::InitExit::Unspecified | wire::InitExit::NotClosed) | Err(_) => {
+            format!("its process 1 ended with code {code}")
+        }
+    }
+}
+
 pub(super) fn inspection(seen: wire::SandboxInspection) -> Inspection {
     let limits = seen.limits.unwrap_or_default();
     Inspection {
@@ -118,5 +152,32 @@ pub(super) fn inspection(seen: wire::SandboxInspection) -> Inspection {
             disk_bytes: limits.disk_bytes,
         },
         host_pids: seen.host_pids,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_sandbox_names_its_cause() {
+        let told = |wait_status, oom_kills| {
+            ended(&wire::SandboxEnded { sandbox_id: "a".to_owned(), wait_status, oom_kills }).reason
+        };
+        let left_with = |exit: wire::InitExit| told(i32::from(exit) << 8, 0);
+
+        assert_eq!(told(9, 0), "its process 1 was killed by SIGKILL");
+        assert_eq!(told(0x8b, 0), "its process 1 was killed by SIGSEGV");
+        assert_eq!(told(40, 0), "its process 1 was killed by signal 40");
+        assert_eq!(told(-1, 0), "its process 1 ended");
+        assert_eq!(
+            told(9, 2),
+            "its process 1 was killed by SIGKILL; 2 processes of it had been killed for want of memory"
+        );
+        assert!(left_with(wire::InitExit::SpawnerGone).contains("spawner"));
+        assert!(left_with(wire::InitExit::Orphaned).contains("no runner was connected"));
+        assert!(left_with(wire::InitExit::DeadlinePassed).contains("deadline"));
+        assert_eq!(told(77 << 8, 0), "its process 1 ended with code 77");
+        assert_eq!(told(i32::MIN, 0), "its process 1 ended with code 0");
     }
 }

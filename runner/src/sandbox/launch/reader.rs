@@ -63,7 +63,7 @@ async fn ask(shared: &Shared, socket: &PacketSocket, body: wire::request::Body) 
         let packet = socket.receive(&mut buffer).await.map_err(|error| error.to_string())?;
         let reply = wire::Reply::decode(packet.bytes).map_err(|error| error.to_string())?;
         match reply.body {
-            Some(wire::reply::Body::SandboxEnded(ended)) => shared.end_sandbox(ended),
+            Some(wire::reply::Body::SandboxEnded(ended)) => shared.end_sandbox(&ended),
             Some(body) if reply.request_id == request_id => return Ok(body),
             _ => return Err("it answered something else".to_owned()),
         }

@@ -12,7 +12,7 @@ use proto::launch::v1 as wire;
 use tokio::sync::{oneshot, watch};
 use tracing::{debug, warn};
 
-use super::{Ended, LaunchError};
+use super::{Ended, LaunchError, frames};
 use crate::sandbox::packet::PacketSocket;
 use crate::telemetry::Counters;
 
@@ -112,7 +112,7 @@ impl Shared {
     pub(super) fn deliver(&self, reply: wire::Reply, descriptors: Vec<OwnedFd>) -> Result<Option<String>, String> {
         let body = reply.body.ok_or("a reply without a body arrived")?;
         if let wire::reply::Body::SandboxEnded(ended) = body {
-            self.end_sandbox(ended);
+            self.end_sandbox(&ended);
             return Ok(None);
         }
         let mut table = self.table();
@@ -137,17 +137,12 @@ impl Shared {
         Ok(unwanted)
     }
 
-    pub(super) fn end_sandbox(&self, ended: wire::SandboxEnded) {
+    pub(super) fn end_sandbox(&self, ended: &wire::SandboxEnded) {
         let Some(watching) = self.table().endings.remove(&ended.sandbox_id) else {
             debug!(sandbox_id = ended.sandbox_id, "ending of a sandbox nobody watches was ignored");
             return;
         };
-        let wait_status = (ended.wait_status != -1).then_some(ended.wait_status);
-        let reason = match wait_status {
-            Some(status) => format!("process 1 ended with wait status {status:#x}"),
-            None => "process 1 ended".to_owned(),
-        };
-        watching.send_replace(Some(Ended { wait_status, oom_kills: ended.oom_kills, reason }));
+        watching.send_replace(Some(frames::ended(ended)));
     }
 
     /// Everybody who waits learns that nothing will come any more.

@@ -18,10 +18,7 @@ impl Slots {
         let Some(slot) = self.slots.get(&id) else { return Vec::new() };
         if let Some(cgroup) = &slot.cgroup {
             // A zombie is listed until it is reaped, and counted until then.
-            return read_text(&cgroup.processes)
-                .lines()
-                .filter_map(|line| line.parse().ok().map(Pid::from_raw))
-                .collect();
+            return listed(&read_text(&cgroup.processes)).collect();
         }
         self.scan_processes(slot)
     }
@@ -110,9 +107,21 @@ impl Slots {
     }
 }
 
+/// The processes in a `cgroup.procs`. One that is reaped while it is read, or that this pid namespace does not have, is there
+/// as 0 (cgroups(7)), and a signal to that would be one to the own group.
+fn listed(processes: &str) -> impl Iterator<Item = Pid> {
+    processes.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid > 0).map(Pid::from_raw)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn entry_of_a_group_that_is_no_process_is_never_signalled() {
+        let found: Vec<i32> = listed("7\n0\n-1\n\n 8\n9\n").map(Pid::as_raw).collect();
+        assert_eq!(found, [7, 9]);
+    }
 
     #[test]
     fn without_cgroups_a_slot_holds_the_descendants_of_its_root_and_nobody_else() {
