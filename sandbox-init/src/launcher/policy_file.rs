@@ -198,7 +198,7 @@ fn default_orphan_timeout() -> u64 {
 }
 
 fn default_pool() -> u32 {
-    2
+    4
 }
 
 /// A policy file is small; anything larger is not one.
