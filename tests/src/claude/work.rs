@@ -125,7 +125,14 @@ impl Work {
 
     pub(super) fn is_due(&self, environment_id: &str, reclaim: Duration, now: Duration) -> bool {
         let waits = |delivered: Duration| now.saturating_sub(delivered) >= reclaim;
-        self.environment_id == environment_id && self.state == WorkState::Queued && self.delivered.is_none_or(waits)
+        // One that is to be delivered twice is so though its first worker was quick.
+        let again = self.deliveries > 0 && self.delivered.is_none();
+        let open = match self.state {
+            WorkState::Queued => true,
+            WorkState::Starting | WorkState::Active => again,
+            _ => false,
+        };
+        self.environment_id == environment_id && open && self.delivered.is_none_or(waits)
     }
 
     pub(super) fn precondition_failed(&self, expected: &str) -> ApiError {

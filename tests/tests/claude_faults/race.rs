@@ -45,7 +45,6 @@ async fn of_two_daemons_that_are_given_one_item_one_serves_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "two workers miss their one item on a busy machine"]
 async fn of_our_daemon_and_the_official_worker_that_are_given_one_item_one_serves_it() {
     let python = needs_official_sdk!();
     needs_root!();

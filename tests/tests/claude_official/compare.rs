@@ -131,7 +131,7 @@ fn compared(scenario: Scenario, python: &Path) -> Vec<Difference> {
 }
 
 #[test]
-#[ignore = "takes minutes, and two workers miss their one item on a busy machine"]
+#[ignore = "takes minutes"]
 fn both_workers_change_the_same_but_for_what_is_meant() {
     let python = needs_official_sdk!();
     needs_root!();
