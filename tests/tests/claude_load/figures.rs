@@ -6,9 +6,6 @@ use std::time::Duration;
 use crate::memory::Memory;
 use crate::scenario::{Load, Measured};
 
-/// Most sessions at once of the official worker. Each is a process that takes seconds of a processor to start.
-pub(crate) const MOST_PROCESSES: usize = 4;
-
 /// One load on both workers.
 #[derive(Debug)]
 pub(crate) struct Row {
@@ -60,23 +57,13 @@ impl Row {
         Self { load, ours: Vec::new(), official: Vec::new() }
     }
 
-    /// The load of the official worker.
-    pub(crate) fn load_of_official(&self) -> Load {
-        let most = if self.load.at_once { MOST_PROCESSES } else { self.load.sessions };
-        Load { sessions: self.load.sessions.min(most), ..self.load }
-    }
-
     pub(crate) fn lines(&self) -> Vec<String> {
         let (ours, official) = (Times::of(&self.ours), Times::of(&self.official));
-        let [of_ours, of_official] = [self.load.sessions, self.load_of_official().sessions];
+        let sessions = self.load.sessions;
         let how = if self.load.at_once { "at once" } else { "one after the other" };
-        let each = if self.load.at_once { ", a process each" } else { "" };
+        let each = if self.load.at_once { ", a process each," } else { "" };
         let mut lines = vec![
-            format!(
-                "sessions {how}: ours {of_ours}, {}; official {of_official}{each}, {}",
-                ours.text(),
-                official.text()
-            ),
+            format!("{sessions} sessions {how}: ours {}; official{each} {}", ours.text(), official.text()),
             format!(
                 "of these, official / ours: p50 {:.2}x, p99 {:.2}x; ours / official: calls per second {:.2}x",
                 official.percentile(50) / ours.percentile(50),
@@ -97,12 +84,11 @@ impl Row {
     /// MiB of a session with either worker, and how many times more the official one takes.
     fn memory(&self, what: &str, of: impl Fn(&Memory) -> f64) -> String {
         #[allow(clippy::cast_precision_loss, reason = "few sessions")]
-        let mean = |turns: &[Measured], load: Load| {
+        let mean = |turns: &[Measured]| {
             let sum: f64 = turns.iter().filter_map(|one| one.memory.as_ref()).map(&of).sum();
-            sum / (turns.len() * load.sessions) as f64
+            sum / (turns.len() * self.load.sessions) as f64
         };
-        let ours = mean(&self.ours, self.load);
-        let official = mean(&self.official, self.load_of_official());
+        let (ours, official) = (mean(&self.ours), mean(&self.official));
         let ratio = official / ours;
         // Where others gave back more than was taken, there is no figure.
         let ratio =

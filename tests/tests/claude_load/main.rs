@@ -3,7 +3,7 @@
 //!
 //! The control plane of the tests takes the time, from the moment at which a tool use is in the log of its session to the one at
 //! which its result is. Each tool use is made as soon as the one before has its result, so a session has always one that
-//! waits. The official worker serves one session at a time: sessions at once are as many processes, and fewer than ours.
+//! waits. The official worker serves one session at a time: sessions at once are as many processes.
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 #![allow(clippy::print_stdout, reason = "the figures of a run belong into its log")]
@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use sandbox_runner_tests::runner::profile_directory;
 use sandbox_runner_tests::{host, needs_official_sdk, needs_root};
 
-use figures::{MOST_PROCESSES, Row};
+use figures::Row;
 use scenario::Load;
 
 /// How often each load is put on each worker, in turns.
@@ -50,15 +50,14 @@ async fn fifty_sessions_at_once_and_few_are_answered_right_by_both_and_measured(
     println!("figures: {}", figures::conditions(program.is_some(), TURNS));
     let loads = [
         Load { sessions: 50, rounds: 3, at_once: true },
-        // As many as the official worker has processes: times below the same load.
-        Load { sessions: MOST_PROCESSES, rounds: 6, at_once: true },
+        Load { sessions: 4, rounds: 6, at_once: true },
         Load { sessions: 5, rounds: 6, at_once: false },
     ];
     let mut rows = loads.map(Row::new);
     for _ in 0..TURNS {
         for row in &mut rows {
             row.ours.push(workers::ours(row.load, program.clone()).await);
-            row.official.push(workers::official(row.load_of_official(), &python).await);
+            row.official.push(workers::official(row.load, &python).await);
             println!("so far: {}", row.lines().join("; "));
         }
     }
