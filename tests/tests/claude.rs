@@ -11,7 +11,7 @@ use sandbox_runner_tests::claude::{
     Credential, Endpoint, Environment, Fault, How, Mock, NewSession, PostedResult, Recorded, ToolUse, Verdict,
     WorkState, ours,
 };
-use sandbox_runner_tests::daemon::{Daemon, MARKER, Workspace, within};
+use sandbox_runner_tests::daemon::{Daemon, MARKER, Options, Workspace, within};
 use sandbox_runner_tests::host;
 use sandbox_runner_tests::needs_root;
 use sandbox_runner_tests::runner::scaled;
@@ -124,6 +124,29 @@ fn file_with(directory: &Path, text: &str) -> Option<PathBuf> {
     host::files_below(directory).into_iter().find(holds)
 }
 
+/// Nobody can know how far it came: that is what the model is told, and it may go on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn command_whose_sandbox_is_killed_is_answered_as_one_that_may_have_run_and_the_session_goes_on() {
+    needs_root!();
+    let _host = host::shared();
+    let site = Site::start(60).await;
+    let session = site.session();
+    let workspace = site.workspace(&session).await;
+    let id = site.use_tool(&session, ToolUse::bash("echo begun; sleep 631.5"));
+    wait_until("the command runs", || runs("631.5")).await;
+
+    host::kill_now(workspace.process_1);
+
+    let result = site.mock.result_of(&session, &id).await;
+    let text = result.text();
+    assert!(result.is_error && text.contains("may have run, but how it ended is not known"), "{text}");
+    assert!(text.contains("its process 1 was killed by SIGKILL"), "{text}");
+    assert!(!runs("631.5"), "it outlived its sandbox");
+    assert_eq!(site.bash(&session, "ls /workspace; echo on").await, "on");
+    site.end_turn(&session);
+    site.end();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn session_uses_all_tools_and_finds_its_workspace_in_the_next_work_item() {
     needs_root!();
@@ -182,6 +205,30 @@ async fn session_uses_all_tools_and_finds_its_workspace_in_the_next_work_item() 
     site.end_turn(&session);
     site.mock.stopped(&session).await;
     assert_eq!(site.mock.lock().work.len(), 2);
+    site.end();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workspace_of_a_session_that_stays_away_for_longer_than_configured_is_removed() {
+    needs_root!();
+    let _host = host::shared();
+    let mock = Mock::start().await;
+    let environment = mock.lock().create_environment("test").expect("an environment");
+    let lines = "max_idle_seconds = 1\nkeep_seconds = 1\n";
+    let daemon = ours::install_with(&[(&mock, &environment)], false, Options::default(), lines).await;
+    let mut site = Site { daemon, mock, environment };
+    site.daemon.start_launcher().await;
+    site.daemon.tend_runner();
+    let session = site.session();
+    assert_eq!(site.bash(&session, "echo kept > /workspace/file").await, "(no output)");
+    site.end_turn(&session);
+    site.mock.stopped(&session).await;
+
+    wait_until("its sandbox is removed", || site.daemon.sandboxes().is_empty()).await;
+
+    site.mock.say(&session, "go on");
+    assert_eq!(site.bash(&session, "ls /workspace; echo anew").await, "anew");
+    site.end_turn(&session);
     site.end();
 }
 

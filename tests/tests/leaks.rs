@@ -161,9 +161,11 @@ fn nothing_is_left_when_a_command_that_took_its_time_ends() {
         let exec = Exec::in_rootfs(caller, rootfs.path());
         let baseline = Baseline::after_one(&exec);
 
-        let finished = exec.prober(["sleep", "1"]);
+        let mut command = exec.command([PROBER, "sleep", "2"]);
+        let mut child = command.stdout(Stdio::null()).spawn().expect("the command starts");
+        wait_for_spool(exec.state_directory());
 
-        assert_eq!(finished.code(), 0, "{caller:?}: {}", finished.errors());
+        assert!(child.wait().expect("own child").success(), "{caller:?}");
         baseline.assert_restored(&[exec.state_directory()]);
     }
 }

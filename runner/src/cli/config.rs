@@ -16,10 +16,8 @@ use crate::config::resolved::{Config, Host};
 /// Where the configuration is when nobody says otherwise.
 pub(super) const DEFAULT_PATH: &str = "/etc/sandbox-runner/config.toml";
 
-/// Where systemd keeps the credentials of services (systemd.exec(5), `LoadCredential=`).
-pub(super) const CREDENTIALS: &str = "/run/credentials";
-/// The shipped unit, in whose directory there they are while it runs.
-const UNIT: &str = "sandbox-runner.service";
+/// Where systemd keeps the credentials of the shipped unit while it runs (systemd.exec(5), `LoadCredential=`).
+pub(super) const UNIT_CREDENTIALS: &str = "/run/credentials/sandbox-runner.service";
 
 #[derive(Debug, Args)]
 pub(super) struct ConfigArguments {
@@ -48,7 +46,7 @@ enum ConfigCommand {
 
 /// Runs the subcommand.
 pub(super) fn run(arguments: &ConfigArguments) -> ExitCode {
-    let loaded = load(&arguments.config);
+    let loaded = load_beside(&arguments.config);
     match (&arguments.command, loaded) {
         (ConfigCommand::Check { json }, Ok(_)) => {
             print(if *json { "[]" } else { "no problem found" });
@@ -73,6 +71,25 @@ pub(super) fn run(arguments: &ConfigArguments) -> ExitCode {
 /// # Errors
 /// Every problem found.
 pub(super) fn load(path: &Path) -> Result<Config, Vec<Problem>> {
+    load_with(path, passed_credentials())
+}
+
+/// The same for a command that only looks, beside the service: what that was given is found where systemd keeps it. Whoever
+/// acts with a key must have been given it.
+///
+/// # Errors
+/// Every problem found.
+pub(super) fn load_beside(path: &Path) -> Result<Config, Vec<Problem>> {
+    let of_service = || Some(PathBuf::from(UNIT_CREDENTIALS)).filter(|directory| directory.is_dir());
+    load_with(path, passed_credentials().or_else(of_service))
+}
+
+/// Where the service manager has put credentials of this process.
+fn passed_credentials() -> Option<PathBuf> {
+    std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from)
+}
+
+fn load_with(path: &Path, credentials: Option<PathBuf>) -> Result<Config, Vec<Problem>> {
     let problem = |what: String, fix: &str| {
         vec![Problem { file: path.to_path_buf(), key: String::new(), what, fix: fix.to_owned() }]
     };
@@ -83,7 +100,7 @@ pub(super) fn load(path: &Path) -> Result<Config, Vec<Problem>> {
         Err(error) => return Err(problem(format!("cannot be read: {error}"), "name a readable file with --config")),
     };
     let (file, mut problems) = ConfigFile::parse_all(path, &text);
-    match resolve(path, &file, &host(file.runner.state_directory.as_deref())) {
+    match resolve(path, &file, &host(file.runner.state_directory.as_deref(), credentials)) {
         Ok(config) => {
             problems.extend(unreadable_files(path, &config));
             if problems.is_empty() { Ok(config) } else { Err(problems) }
@@ -141,7 +158,7 @@ fn unreadable_files(path: &Path, config: &Config) -> Vec<Problem> {
 }
 
 /// What this machine has.
-fn host(state_directory: Option<&Path>) -> Host {
+fn host(state_directory: Option<&Path>, credentials_directory: Option<PathBuf>) -> Host {
     let state = state_directory.unwrap_or_else(|| Path::new("/var/lib/sandbox-runner"));
     let existing = state.ancestors().find(|path| path.exists()).unwrap_or_else(|| Path::new("/"));
     let free_disk_bytes = nix::sys::statvfs::statvfs(existing)
@@ -153,14 +170,8 @@ fn host(state_directory: Option<&Path>) -> Host {
         free_disk_bytes,
         pids: pids.unwrap_or(32_768),
         hostname: hostname.unwrap_or_else(|| "runner".to_owned()),
-        credentials_directory: credentials_directory(),
+        credentials_directory,
     }
-}
-
-/// Where the service manager has put credentials; for a command beside the service, such as `doctor`, those of the service.
-fn credentials_directory() -> Option<PathBuf> {
-    let passed = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
-    passed.or_else(|| Some(Path::new(CREDENTIALS).join(UNIT)).filter(|path| path.is_dir()))
 }
 
 #[cfg(test)]

@@ -44,7 +44,7 @@ const TMPFS_MAGIC: FsWord = 0x0102_1994;
 const RAMFS_MAGIC: FsWord = 0x8584_58f6;
 const OVERLAYFS_MAGIC: FsWord = 0x794c_7630;
 /// Sandboxes kept half-made by a launcher of our own.
-const POOL: u32 = 2;
+const POOL: u32 = 4;
 
 #[derive(Debug, Args)]
 pub(super) struct RunArguments {

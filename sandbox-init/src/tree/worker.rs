@@ -31,7 +31,7 @@ pub fn remove_below(parent: &Path, name: &str, base: u32, count: u32) {
         };
         // The spool belongs to one id and to the runner's group. That group is in no range, and over a directory with an
         // unmapped group the root of a user namespace has no power but its owner's.
-        let owners = if entry == "output" { spool_owner(&inner) } else { owners };
+        let owners = if entry == "output" { spool_owner(&inner, owners) } else { owners };
         if let Some((base, count)) = owners {
             run_in_range(&inner, base, count);
         }
@@ -96,10 +96,12 @@ fn owners_below(directory: &File, base: u32, count: u32) -> Option<(u32, u32)> {
     }
 }
 
-/// The one id that the spool belongs to: 0 where the launcher of an ordinary user shares its only id with its sandboxes. Of
-/// a privileged launcher it is 0 only until it is given away, when nothing is in it.
-fn spool_owner(spool: &OwnedFd) -> Option<(u32, u32)> {
-    nix::sys::stat::fstat(spool).ok().map(|found| (found.st_uid, 1))
+/// The one id that the spool belongs to. That is 0 where the launcher of an ordinary user shares its only id with its
+/// sandboxes; elsewhere what is still root's was not given away yet, and then there is nothing in it.
+fn spool_owner(spool: &OwnedFd, owners: Option<(u32, u32)>) -> Option<(u32, u32)> {
+    let owner = nix::sys::stat::fstat(spool).ok()?.st_uid;
+    let is_shared = owners.is_some_and(|(base, _)| base == 0);
+    (owner != 0 || is_shared).then_some((owner, 1))
 }
 
 /// Runs the removal as root of a user namespace that holds nothing but the range, without network and without a way out of

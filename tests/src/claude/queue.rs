@@ -40,6 +40,7 @@ impl ControlPlane {
             stop_requested_at: None,
             stopped_at: None,
             delivered: None,
+            again: false,
             lease_until: None,
         };
         self.work.push(work);
@@ -107,7 +108,8 @@ impl ControlPlane {
         self.environment(environment_id)?;
         let due = self.work.iter_mut().find(|work| work.is_due(environment_id, reclaim, now));
         let Some(work) = due else { return Ok(Value::Null) };
-        work.delivered = (self.duplicate_deliveries == 0).then_some(now);
+        work.again = self.duplicate_deliveries > 0;
+        work.delivered = (!work.again).then_some(now);
         self.duplicate_deliveries = self.duplicate_deliveries.saturating_sub(1);
         work.deliveries += 1;
         let id = work.id.clone();
@@ -310,7 +312,7 @@ impl ControlPlane {
         work.state = WorkState::Queued;
         work.last_heartbeat = None;
         work.acknowledged_at = None;
-        work.delivered = None;
+        (work.delivered, work.again) = (None, false);
         self.new_token(id);
     }
 

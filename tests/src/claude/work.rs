@@ -86,6 +86,8 @@ pub struct Work {
     pub(super) stop_requested_at: Option<String>,
     pub(super) stopped_at: Option<String>,
     pub(super) delivered: Option<Duration>,
+    /// It is to be delivered once more, whatever its worker has done with it by then.
+    pub(super) again: bool,
     pub(super) lease_until: Option<Duration>,
 }
 
@@ -125,11 +127,9 @@ impl Work {
 
     pub(super) fn is_due(&self, environment_id: &str, reclaim: Duration, now: Duration) -> bool {
         let waits = |delivered: Duration| now.saturating_sub(delivered) >= reclaim;
-        // One that is to be delivered twice is so though its first worker was quick.
-        let again = self.deliveries > 0 && self.delivered.is_none();
         let open = match self.state {
             WorkState::Queued => true,
-            WorkState::Starting | WorkState::Active => again,
+            WorkState::Starting | WorkState::Active => self.again,
             _ => false,
         };
         self.environment_id == environment_id && open && self.delivered.is_none_or(waits)

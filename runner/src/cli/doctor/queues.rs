@@ -47,7 +47,7 @@ impl Found {
 
 /// Reads what is configured, and the keys.
 pub(super) fn look(path: &Path) -> Vec<Looked> {
-    let (config, mut looked) = match config::load(path) {
+    let (config, mut looked) = match config::load_beside(path) {
         Ok(config) => (Some(config), Vec::new()),
         Err(problems) => {
             let problems = problems.iter().map(ToString::to_string).collect();
@@ -75,7 +75,7 @@ fn of_section(number: usize, claude: &Claude, runner: Identity) -> Looked {
         let (mode, uid, gid) = (metadata.mode() & 0o7777, metadata.uid(), metadata.gid());
         found.key = format!("{}, mode {mode:o}, owner {uid}:{gid}", found.key);
         // Who may read a credential is in its access control list (systemd.exec(5)), which the mode does not show.
-        let is_credential = claude.key_file.starts_with(config::CREDENTIALS);
+        let is_credential = claude.key_file.starts_with(config::UNIT_CREDENTIALS);
         if !is_credential && !can_read(&metadata, runner) {
             found.problems.push(format!(
                 "the runner, uid {}, cannot read the key file: chown it to that user, or give its group {} and mode 640",
