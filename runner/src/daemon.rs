@@ -166,7 +166,7 @@ impl Daemon {
             pressure: pressure.pressure.clone(),
         };
         let (mut routes, sessions) = Routes::new();
-        let neighbours = claude::Neighbours { sessions, items: Arc::default() };
+        let neighbours = claude::Neighbours { sessions, claims: Arc::default() };
         let mut queues = Vec::new();
         for settings in parts.queues {
             let environment_id = settings.environment_id.clone();

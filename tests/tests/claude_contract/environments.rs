@@ -6,8 +6,10 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use sandbox_runner_tests::claude::{Endpoint, Fate, Mock, NewSession, Secret, ToolUse, ours};
+use sandbox_runner_tests::daemon::Options;
 use sandbox_runner_tests::launcher::RUNNER_UID;
 use sandbox_runner_tests::{host, needs_root};
+use serde_json::json;
 
 use super::{Site, wait_until};
 
@@ -41,6 +43,41 @@ async fn environments_are_served_beside_each_other_and_a_refused_key_stops_its_o
     assert_eq!(site.text(&other, ToolUse::bash("echo second")).await, "second");
     assert_eq!(site.text(&first, ToolUse::bash("echo still")).await, "still");
     site.end();
+}
+
+/// An item that nobody serves is worse than one that waits in its queue, where another worker may take it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_queues_with_one_place_left_one_is_asked() {
+    needs_root!();
+    let _host = host::shared();
+    let mock = Mock::start().await;
+    let environments = ["first", "second"].map(|name| mock.lock().create_environment(name).expect("an environment"));
+    let waiting = environments.each_ref().map(|environment| {
+        let session = mock.lock().create_session(&environment.id, NewSession::default()).expect("a session");
+        let id = mock.lock().call_tools(&session, vec![ToolUse::bash("sleep 1; echo done")]).remove(0);
+        (session, id)
+    });
+    let queues = environments.each_ref().map(|environment| (&mock, environment));
+    // The place beside it is for the measurement of the next runner.
+    let options = Options { slots: 2, ..Options::default() };
+    let lines = "max_idle_seconds = 1\nkeep_seconds = 1\n";
+    let mut daemon = ours::install_with(&queues, false, options, lines).await;
+    daemon.start_launcher().await;
+    daemon.tend_runner();
+
+    let delivered = || [0, 1].map(|number| mock.lock().work[number].deliveries);
+    wait_until("one of them has been asked", || delivered().contains(&1)).await;
+    let first = usize::from(delivered()[0] == 0);
+    for number in [first, 1 - first] {
+        let (session, id) = &waiting[number];
+        assert_eq!(mock.result_of(session, id).await.text(), "done");
+        if number == first {
+            assert_eq!(delivered().iter().sum::<u32>(), 1, "both were asked");
+        }
+        mock.lock().end_turn(session, json!({"type": "end_turn"}));
+        mock.stopped(session).await;
+    }
+    daemon.end_with_nothing_left();
 }
 
 /// An item without a token of its own is served with the key, and with the one that is in use.

@@ -29,8 +29,7 @@ mod transport_tests;
 mod wire;
 
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
@@ -128,8 +127,8 @@ pub fn scope(environment_id: &str) -> String {
 pub struct Neighbours {
     /// Sessions of the orchestrator.
     pub sessions: watch::Receiver<usize>,
-    /// Work items of all queues together.
-    pub items: Arc<AtomicUsize>,
+    /// Work items of all queues together, and one for each that is being asked for.
+    pub claims: Arc<Mutex<usize>>,
 }
 
 /// Reads the key and begins to ask for work.

@@ -3,8 +3,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use prost::Message;
@@ -91,7 +90,7 @@ struct Loop {
 impl Task {
     pub(super) async fn run(self) {
         let Self { api, key_file, handover, board, machine, ports, neighbours, mut stop, reload, clock } = self;
-        let Neighbours { sessions: mut others, items } = neighbours;
+        let Neighbours { sessions: mut others, claims } = neighbours;
         let mut own = 0;
         let Ports { work, mut updates, outputs, progress, pressure, .. } = ports;
         let (reports, mut done) = mpsc::channel(QUEUED_REPORTS);
@@ -143,12 +142,15 @@ impl Task {
                 Ok(()) = others.changed() => Event::Tick,
             };
             let closed = pressure.borrow().session_refusal().is_some();
-            let of_others = items.load(Ordering::Relaxed).saturating_sub(own) + *others.borrow();
-            state.machine.set_room(Room { others: of_others, closed });
-            state.take(event);
-            let now = state.machine.items();
-            items.fetch_add(now, Ordering::Relaxed);
-            items.fetch_sub(std::mem::replace(&mut own, now), Ordering::Relaxed);
+            {
+                // Deciding and claiming are one step, so that two queues never ask for the one place that is left.
+                let mut claims = claims.lock().unwrap_or_else(PoisonError::into_inner);
+                let of_others = claims.saturating_sub(own);
+                state.machine.set_room(Room { others: of_others + *others.borrow(), closed });
+                state.take(event);
+                own = state.machine.claims();
+                *claims = of_others + own;
+            }
             let nobody_works = work.is_closed();
             if state.machine.is_done() && (state.pending.is_empty() || nobody_works) {
                 return state.handover.end().await;

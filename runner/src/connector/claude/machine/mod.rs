@@ -271,9 +271,9 @@ impl Machine {
         }
     }
 
-    /// Work items that are ours, or about to be.
-    pub(super) fn items(&self) -> usize {
-        self.items.len()
+    /// Work items that are ours, or about to be, and the one that is being asked for.
+    pub(super) fn claims(&self) -> usize {
+        self.items.len() + usize::from(self.poll.in_flight)
     }
 
     /// Nothing is left to do, and nothing will come.

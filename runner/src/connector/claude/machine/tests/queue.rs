@@ -33,6 +33,21 @@ fn polling_stops_without_room_and_goes_on_with_it() {
 }
 
 #[test]
+fn question_that_is_under_way_holds_a_place_until_it_is_answered_with_nothing() {
+    let mut world = World::new();
+    world.handle(Event::Polled(Ok(None)));
+    assert_eq!(world.machine.claims(), 0);
+    world.asked.clear();
+    world.pass(10);
+    assert_eq!((world.asked(|action| matches!(action, Action::Poll)), world.machine.claims()), (1, 1));
+    world.handle(Event::Polled(Err(lost())));
+    assert_eq!(world.machine.claims(), 0, "a failed question holds none");
+    world.pass(10);
+    world.deliver("work_1", Order::Session("sesn_1".into()));
+    assert!(world.machine.claims() >= 1, "what it brought holds the place from then on");
+}
+
+#[test]
 fn failed_polls_come_slower_and_refused_ones_slowest() {
     let mut world = World::new();
     let mut waits = Vec::new();
