@@ -45,9 +45,10 @@ async fn environments_are_served_beside_each_other_and_a_refused_key_stops_its_o
     site.end();
 }
 
-/// An item that nobody serves is worse than one that waits in its queue, where another worker may take it.
+/// An item that nobody serves is worse than one that waits in its queue, where another worker may take it. The workspace that
+/// one queue keeps for a session that nobody wants makes room for a session of the other.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_two_queues_with_one_place_left_one_is_asked() {
+async fn of_two_queues_with_one_place_left_one_is_asked_and_then_the_other_gets_it() {
     needs_root!();
     let _host = host::shared();
     let mock = Mock::start().await;
@@ -60,8 +61,7 @@ async fn of_two_queues_with_one_place_left_one_is_asked() {
     let queues = environments.each_ref().map(|environment| (&mock, environment));
     // The place beside it is for the measurement of the next runner.
     let options = Options { slots: 2, ..Options::default() };
-    let lines = "max_idle_seconds = 1\nkeep_seconds = 1\n";
-    let mut daemon = ours::install_with(&queues, false, options, lines).await;
+    let mut daemon = ours::install_with(&queues, false, options, "max_idle_seconds = 1\n").await;
     daemon.start_launcher().await;
     daemon.tend_runner();
 

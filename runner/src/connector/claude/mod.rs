@@ -127,8 +127,17 @@ pub fn scope(environment_id: &str) -> String {
 pub struct Neighbours {
     /// Sessions of the orchestrator.
     pub sessions: watch::Receiver<usize>,
+    /// What all queues claim together.
+    pub claims: Arc<Mutex<Claims>>,
+}
+
+/// What queues claim of the places for sessions.
+#[derive(Debug, Default)]
+pub struct Claims {
     /// Work items of all queues together, and one for each that is being asked for.
-    pub claims: Arc<Mutex<usize>>,
+    items: usize,
+    /// A queue has a session for which there is no place: whoever keeps one that nobody wants now ends it.
+    is_room_wanted: bool,
 }
 
 /// Reads the key and begins to ask for work.

@@ -145,11 +145,13 @@ impl Task {
             {
                 // Deciding and claiming are one step, so that two queues never ask for the one place that is left.
                 let mut claims = claims.lock().unwrap_or_else(PoisonError::into_inner);
-                let of_others = claims.saturating_sub(own);
+                let of_others = claims.items.saturating_sub(own);
                 state.machine.set_room(Room { others: of_others + *others.borrow(), closed });
+                claims.is_room_wanted = claims.is_room_wanted && !state.machine.make_room();
                 state.take(event);
+                claims.is_room_wanted |= state.machine.wants_room();
                 own = state.machine.claims();
-                *claims = of_others + own;
+                claims.items = of_others + own;
             }
             let nobody_works = work.is_closed();
             if state.machine.is_done() && (state.pending.is_empty() || nobody_works) {

@@ -173,6 +173,8 @@ pub(super) struct Machine {
     rules: Rules,
     draw: fn() -> f64,
     now: u64,
+    /// A session has just found no place, and there was nothing here to end for it.
+    is_room_wanted: bool,
     room: Room,
     poll: Poll,
     /// What an earlier runner has left is known.
@@ -203,6 +205,7 @@ impl Machine {
             rules,
             draw,
             now: 0,
+            is_room_wanted: false,
             room: Room::default(),
             poll: Poll::default(),
             restored: false,
@@ -218,6 +221,11 @@ impl Machine {
             changes: 0,
             actions: Vec::new(),
         }
+    }
+
+    /// Whether a session of this queue has just found no place, and nothing to end for it here.
+    pub(super) fn wants_room(&mut self) -> bool {
+        std::mem::take(&mut self.is_room_wanted)
     }
 
     /// How much room there is for new sessions.

@@ -293,7 +293,7 @@ impl Machine {
         if failure.retryable && failure.code != Code::Draining && now.saturating_sub(since) < ROOM_PATIENCE {
             kept.retry_at = Some(again_at);
             if failure.code == Code::Capacity {
-                self.make_room();
+                self.is_room_wanted = !self.make_room();
             }
             return;
         }
@@ -335,14 +335,16 @@ impl Machine {
         }
     }
 
-    /// Ends the session that nobody has wanted for longest, so that another one has its place.
-    fn make_room(&mut self) {
+    /// Ends the session that nobody has wanted for longest, so that another one has its place. False when there is none.
+    pub(in crate::connector::claude) fn make_room(&mut self) -> bool {
         let may = |(id, kept): &(&SessionId, &Kept)| !kept.is_used && kept.phase == Phase::Open && !self.owes(id);
         let oldest = self.sessions.iter().filter(may).min_by_key(|(_, kept)| kept.used_at).map(|(id, _)| id.clone());
         if let Some(session_id) = oldest {
             info!(session_id = %session_id, "a session that nobody wants now is ended to make room");
             self.close(&session_id);
+            return true;
         }
+        false
     }
 
     /// Does for the sessions what is due.
