@@ -89,6 +89,7 @@ impl Api {
         let body = self.client.send(request).await?;
         wire::delivery(&body, &self.environment_id).map_err(|error| match error {
             wire::BadDelivery::Foreign => Failure::Foreign,
+            wire::BadDelivery::BadId => Failure::BadId,
             wire::BadDelivery::Malformed => Failure::Malformed,
         })
     }

@@ -121,7 +121,7 @@ impl Claim {
         let has_secret = given.is_some() || item.has_secret;
         if let (None, Some(bytes)) = (&token, &handed.item) {
             let delivery = wire::delivery(bytes, &environment_id).map_err(|error| match error {
-                BadDelivery::Malformed | BadDelivery::Foreign => ClaimError::NoItem,
+                BadDelivery::Malformed | BadDelivery::BadId | BadDelivery::Foreign => ClaimError::NoItem,
             })?;
             token = delivery.and_then(|delivery| delivery.token);
         }

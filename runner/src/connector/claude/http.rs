@@ -58,6 +58,8 @@ pub(super) enum Failure {
     Status { status: u16, kind: String, retry_after: Option<Duration> },
     #[error("the answer is not understood")]
     Malformed,
+    #[error("a work item was delivered whose id does not belong into a path")]
+    BadId,
     #[error("a work item of another environment was delivered")]
     Foreign,
     #[error("the answer is larger than {0} bytes")]

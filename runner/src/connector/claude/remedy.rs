@@ -28,6 +28,10 @@ pub(super) fn of_queue(failure: &Failure) -> &'static str {
             "the server, or what is between, has delivered an item of another environment; it was not acknowledged, so its own \
              workers get it. Compare base_url with the environment's server"
         }
+        Failure::BadId => {
+            "the server, or what is between, has delivered an item whose id has other characters than letters, digits, - and _; it \
+             was not acknowledged. Stop that item in the Console"
+        }
         Failure::Malformed | Failure::TooLarge(_) => {
             "base_url names something else than this protocol's server, or a proxy answers"
         }

@@ -41,6 +41,8 @@ pub(super) enum Order {
 pub(super) enum BadDelivery {
     #[error("the answer to a poll is no work item")]
     Malformed,
+    #[error("the id of a work item does not belong into a path")]
+    BadId,
     #[error("a work item of another environment was delivered")]
     Foreign,
 }
@@ -62,7 +64,7 @@ pub(super) fn delivery(body: &[u8], environment_id: &str) -> Result<Option<Deliv
         _ => return Err(BadDelivery::Malformed),
     };
     if !is_id(work_id) {
-        return Err(BadDelivery::Malformed);
+        return Err(BadDelivery::BadId);
     }
     if item.get("environment_id").and_then(Value::as_str) != Some(environment_id) {
         return Err(BadDelivery::Foreign);
@@ -318,7 +320,7 @@ mod tests {
     fn ids_that_do_not_belong_into_a_path_and_other_environments_are_refused() {
         let item = |id: &str, environment: &str| json!({"id": id, "environment_id": environment, "data": {}});
         for id in ["a/b", "..", "a b", "a\u{0}", "é", &"x".repeat(129)] {
-            assert_eq!(delivered(item(id, "env_1")), Err(BadDelivery::Malformed), "{id}");
+            assert_eq!(delivered(item(id, "env_1")), Err(BadDelivery::BadId), "{id}");
         }
         assert_eq!(delivered(item("work_1", "env_2")), Err(BadDelivery::Foreign));
         assert_eq!(delivery(b"[", "env_1"), Err(BadDelivery::Malformed));
