@@ -100,8 +100,8 @@ fn wait_for_spool(state: &Path) {
     }
 }
 
-/// Starts a sandbox, kills what `choose` names, and expects the host as it was and the command to have ended.
-fn assert_clean_after_killing(what: &str, choose: impl Fn(&Sleeping, &SandboxPids) -> Option<u32>) {
+/// Has each caller use a sandbox, and expects the host as it was.
+fn assert_clean_after(used: impl Fn(Caller, &Exec)) {
     for caller in Caller::BOTH {
         if let Some(obstacle) = caller.obstacle() {
             sandbox_runner_tests::skip!("{obstacle}");
@@ -110,8 +110,16 @@ fn assert_clean_after_killing(what: &str, choose: impl Fn(&Sleeping, &SandboxPid
         let rootfs = Rootfs::owned_by(caller.uid());
         let exec = Exec::in_rootfs(caller, rootfs.path());
         let baseline = Baseline::after_one(&exec);
+        used(caller, &exec);
+        baseline.assert_restored(&[exec.state_directory()]);
+    }
+}
+
+/// Starts a sandbox, kills what `choose` names, and expects the host as it was and the command to have ended.
+fn assert_clean_after_killing(what: &str, choose: impl Fn(&Sleeping, &SandboxPids) -> Option<u32>) {
+    assert_clean_after(|caller, exec| {
         let token = format!("sbr-attack-{what}-{}", std::process::id());
-        let mut child = Sleeping::start(&exec, &token);
+        let mut child = Sleeping::start(exec, &token);
         let pids = host::wait_for_sandbox(&token, PATIENCE);
         wait_for_spool(exec.state_directory());
         let victim = choose(&child, &pids).unwrap_or_else(|| panic!("no {what} to kill beside {pids:?}"));
@@ -121,8 +129,7 @@ fn assert_clean_after_killing(what: &str, choose: impl Fn(&Sleeping, &SandboxPid
         let status =
             child.wait().unwrap_or_else(|| panic!("{caller:?}: the command hangs after its {what} was killed"));
         assert!(!status.success(), "{caller:?}: success although the {what} was killed");
-        baseline.assert_restored(&[exec.state_directory()]);
-    }
+    });
 }
 
 #[test]
@@ -152,22 +159,13 @@ fn nothing_is_left_when_the_spawner_is_killed() {
 #[test]
 fn nothing_is_left_when_a_command_that_took_its_time_ends() {
     needs_root!();
-    for caller in Caller::BOTH {
-        if let Some(obstacle) = caller.obstacle() {
-            sandbox_runner_tests::skip!("{obstacle}");
-        }
-        let _host = host::exclusive();
-        let rootfs = Rootfs::owned_by(caller.uid());
-        let exec = Exec::in_rootfs(caller, rootfs.path());
-        let baseline = Baseline::after_one(&exec);
-
+    assert_clean_after(|caller, exec| {
         let mut command = exec.command([PROBER, "sleep", "2"]);
         let mut child = command.stdout(Stdio::null()).spawn().expect("the command starts");
         wait_for_spool(exec.state_directory());
 
         assert!(child.wait().expect("own child").success(), "{caller:?}");
-        baseline.assert_restored(&[exec.state_directory()]);
-    }
+    });
 }
 
 #[test]
