@@ -6,6 +6,7 @@ use sandbox_runner_tests::claude::{
     Breach, ControlPlane, Endpoint, Environment, Fate, Fault, How, Mock, Recorded, Wire, ours,
 };
 use sandbox_runner_tests::daemon::{Daemon, within};
+use sandbox_runner_tests::runner::scaled;
 use sandbox_runner_tests::{host, needs_root};
 use serde_json::json;
 
@@ -86,7 +87,7 @@ async fn call_runs_once_and_is_answered_whatever_is_lost_on_the_wire() {
     let mut planes = Vec::new();
     for (number, row) in ROWS.iter().enumerate() {
         let (mock, environment) = control_plane(number).await;
-        mock.lock().settings.ttl_seconds = row.ttl_seconds;
+        mock.lock().settings.ttl_seconds = scaled(Duration::from_secs(row.ttl_seconds)).as_secs();
         (row.prepare)(&mut mock.lock());
         planes.push((mock, environment));
     }
