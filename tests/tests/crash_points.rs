@@ -54,40 +54,80 @@ const ROWS: &[Row] = &[
     ("F-03", "accepted-write/ID=error", Error, BEHIND_ANOTHER, Once),
     ("F-03", "accepted-sync/ID=end", End, BEHIND_ANOTHER, Once),
     ("F-03", "accepted-sync/ID=delay:300", Delay, BEHIND_ANOTHER, Once),
+    ("F-03", "accepted-sync/ID=error", Error, BEHIND_ANOTHER, Once),
     ("F-04", "accepted-synced/ID=end", End, BEHIND_ANOTHER, Once),
     ("F-04", "accepted-synced/ID=end", End, ALONE, Once),
     ("F-04", "accepted-synced/ID=delay:300", Delay, BEHIND_ANOTHER, Once),
+    ("F-04", "accepted-synced/ID=error", Error, BEHIND_ANOTHER, Once),
     ("F-04", "accepted-told/ID=end", End, BEHIND_ANOTHER, Once),
     ("F-04", "accepted-told/ID=delay:300", Delay, BEHIND_ANOTHER, Once),
     ("F-05", "started-write/ID=delay:1000,gated/ID=end", End, ALONE, Once),
     ("F-05", "started-write/ID=delay:1000,gated/ID=end", End, BEHIND_ANOTHER, Once),
-    ("F-05", "started-sync/ID=end", End, BEHIND_ANOTHER, Once),
+    ("F-05", "gated/ID=delay:300", Delay, ALONE, Once),
+    ("F-05", "started-write/ID=end", End, BEHIND_ANOTHER, Once),
     ("F-05", "started-write/ID=delay:300", Delay, BEHIND_ANOTHER, Once),
     ("F-05", "started-write/ID=error", Error, BEHIND_ANOTHER, Once),
-    ("F-05", "gated/ID=delay:300", Delay, ALONE, Once),
+    ("F-05", "started-sync/ID=end", End, BEHIND_ANOTHER, Once),
+    ("F-05", "started-sync/ID=delay:300", Delay, BEHIND_ANOTHER, Once),
+    ("F-05", "started-sync/ID=error", Error, BEHIND_ANOTHER, Once),
     ("F-06", "started-synced/ID=end", End, BEHIND_ANOTHER, Once),
     ("F-06", "started-synced/ID=delay:300", Delay, ALONE, Once),
+    ("F-06", "started-synced/ID=error", Error, ALONE, Once),
     ("F-06", "go/ID=end", End, ALONE, Once),
     ("F-06", "go/ID=delay:300", Delay, ALONE, Once),
     ("F-07", "gone/ID=end", End, ALONE, Recovered),
     ("F-07", "gone/ID=delay:300", Delay, ALONE, Once),
     ("F-07", "started-told/ID=end", End, ALONE, Recovered),
+    ("F-07", "started-told/ID=delay:300", Delay, ALONE, Once),
     ("F-08", "ended/ID=end", End, ALONE, Recovered),
     ("F-08", "ended/ID=delay:300", Delay, ALONE, Once),
     ("F-08", "finished-write/ID=end", End, ALONE, Recovered),
     ("F-08", "finished-write/ID=delay:300", Delay, ALONE, Once),
     ("F-08", "finished-write/ID=error", Error, ALONE, Once),
     ("F-08", "finished-sync/ID=end", End, ALONE, Once),
+    ("F-08", "finished-sync/ID=delay:300", Delay, ALONE, Once),
+    ("F-08", "finished-sync/ID=error", Error, ALONE, Once),
     ("F-09", "finished-synced/ID=end", End, ALONE, Once),
     ("F-09", "finished-synced/ID=delay:300", Delay, ALONE, Once),
+    ("F-09", "finished-synced/ID=error", Error, ALONE, Once),
     ("F-10", "finished-told/ID=end", End, ALONE, Once),
     ("F-10", "finished-told/ID=delay:300", Delay, ALONE, Once),
     ("F-10", "acknowledged/ID=end", End, ALONE, Once),
+    ("F-10", "acknowledged/ID=delay:300", Delay, ALONE, Once),
     ("F-10", "acknowledged-write/ID=end", End, ALONE, Once),
     ("F-10", "acknowledged-write/ID=delay:300", Delay, ALONE, Once),
     ("F-10", "acknowledged-write/ID=error", Error, ALONE, Once),
     ("F-10", "acknowledged-sync/ID=end", End, ALONE, Once),
+    ("F-10", "acknowledged-sync/ID=delay:300", Delay, ALONE, Once),
+    ("F-10", "acknowledged-sync/ID=error", Error, ALONE, Once),
     ("F-10", "acknowledged-synced/ID=end", End, ALONE, Once),
+    ("F-10", "acknowledged-synced/ID=delay:300", Delay, ALONE, Once),
+    ("F-10", "acknowledged-synced/ID=error", Error, ALONE, Once),
+];
+
+/// Steps in the life of a call, in their order.
+const STEPS: [&str; 21] = [
+    "arrived",
+    "accepted-write",
+    "accepted-sync",
+    "accepted-synced",
+    "accepted-told",
+    "gated",
+    "started-write",
+    "started-sync",
+    "started-synced",
+    "go",
+    "gone",
+    "started-told",
+    "ended",
+    "finished-write",
+    "finished-sync",
+    "finished-synced",
+    "finished-told",
+    "acknowledged",
+    "acknowledged-write",
+    "acknowledged-sync",
+    "acknowledged-synced",
 ];
 
 /// A daemon with one session, and the file in which its calls leave a line each.
@@ -159,6 +199,20 @@ fn assert_ran(what: &str, id: &str, outcome: Result<runner::dev::CallOutcome, De
     assert_eq!(finished.streams[&1].bytes, format!("said by {id}\n").into_bytes(), "{what}");
     assert_eq!(finished.streams[&1].holes, [], "{what}");
     assert!(finished.message.recovered || !recovered, "{what}: nobody is told that another runner saw its beginning");
+}
+
+#[test]
+fn table_has_every_step_with_everything_that_can_happen_at_it() {
+    let is_there = |step: &str, how: How| {
+        let mut of_step = ROWS.iter().filter(|row| row.2 == how);
+        of_step.any(|row| row.1.rsplit(',').next().is_some_and(|rule| rule.starts_with(&format!("{step}/ID="))))
+    };
+    for step in STEPS {
+        assert!(is_there(step, End), "{step}: nobody ends there");
+        assert!(is_there(step, Delay), "{step}: nobody is held up there");
+        let can_fail = ["-write", "-sync", "-synced"].iter().any(|end| step.ends_with(end));
+        assert_eq!(is_there(step, Error), can_fail, "{step}");
+    }
 }
 
 /// F-03 to F-10: a runner that ends at one step of each.
