@@ -12,7 +12,7 @@ use std::time::Duration;
 use proto::runner::v1 as pb;
 use proto::runner::v1::outcome::Kind;
 use runner::dev::{Denied, LinkSettings, Session};
-use sandbox_runner_tests::daemon::{Daemon, Options, bash, copy_directory, within};
+use sandbox_runner_tests::daemon::{Daemon, Options, bash, copy_directory, exec, within};
 use sandbox_runner_tests::host;
 use sandbox_runner_tests::needs_root;
 use sandbox_runner_tests::runner::scaled;
@@ -37,17 +37,30 @@ async fn no_sandbox_is_left(daemon: &Daemon) {
     .await;
 }
 
-/// F-44: a second machine with a copy of the disk of the first one.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn runner_with_a_copied_state_directory_is_refused_and_the_first_one_does_not_notice() {
-    needs_root!();
-    let _host = host::shared();
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Unknown {
+    /// The call that the copy does not know runs while it greets.
+    Runs,
+    /// It has ended, and its end is acknowledged.
+    Ended,
+}
+
+/// A second machine with a copy of the disk of the first one, made before a call.
+async fn assert_copy_is_refused(unknown: Unknown) {
     let mut daemon = Daemon::start(Options::default()).await;
     let session = daemon.session("original").await;
     assert_eq!(printed(&session, "before", "echo begun >> /workspace/count").await, "");
     let mut copy = daemon.copy(Options::default()).await;
-    session.send("runs", bash("echo runs >> /workspace/count; sleep 2; echo end"));
+    session.send("runs", exec("echo runs >> /workspace/count; read line; echo end"));
     within("start", session.started("runs")).await.expect("started");
+    let end = || async {
+        within("stdin", session.stdin("runs", 0, b"go on\n", true)).await.expect("taken");
+        let runs = within("runs", session.outcome("runs")).await.expect("an end");
+        assert_eq!(runs.streams[&1].bytes, b"end\n");
+    };
+    if unknown == Unknown::Ended {
+        end().await;
+    }
 
     copy.start_launcher().await;
     copy.spawn_runner();
@@ -55,8 +68,9 @@ async fn runner_with_a_copied_state_directory_is_refused_and_the_first_one_does_
 
     assert!(copy.log().contains("STATE_ROLLED_BACK") && copy.log().contains("put the newest state directory back"));
     assert!(copy.runner_is_alive(), "a runner that ends would be started again and again");
-    let runs = within("runs", session.outcome("runs")).await.expect("an end");
-    assert_eq!(runs.streams[&1].bytes, b"end\n");
+    if unknown == Unknown::Runs {
+        end().await;
+    }
     assert_eq!(printed(&session, "count", "cat /workspace/count").await, "begun\nruns");
     assert_eq!((daemon.orchestrator.links(), daemon.orchestrator.refused_links().len()), (1, 1));
     within("close", session.close(Duration::ZERO)).await.expect("the session ends");
@@ -65,6 +79,22 @@ async fn runner_with_a_copied_state_directory_is_refused_and_the_first_one_does_
     copy.kill_runner();
     copy.end_with_nothing_left();
     daemon.end_with_nothing_left();
+}
+
+/// F-44: it would run the call a second time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn runner_with_a_copied_state_directory_is_refused_and_the_first_one_does_not_notice() {
+    needs_root!();
+    let _host = host::shared();
+    assert_copy_is_refused(Unknown::Runs).await;
+}
+
+/// F-44: nothing would run twice, but the session of the first one would be told as lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn runner_with_a_copied_state_directory_is_refused_by_the_number_of_calls_that_have_ended_since() {
+    needs_root!();
+    let _host = host::shared();
+    assert_copy_is_refused(Unknown::Ended).await;
 }
 
 /// Three sessions, and a copy of the journal from which much is missing: a call that runs, in a session that is in it; the

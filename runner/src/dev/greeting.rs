@@ -171,6 +171,22 @@ fn may_be_served(
 /// they are told, and stay until its end is acknowledged. Of a call that has not begun an end is told only when it is there as
 /// well.
 fn went_back(state: &State, held: &[&pb::SessionState]) -> Option<String> {
+    // Also of calls that nobody has to list any more it must know how many there were.
+    let heard = |session: &pb::SessionState| {
+        let of_it = state.calls.values().filter(|record| {
+            let request = &record.request;
+            record.accepted && request.session_id == session.session_id && request.epoch == session.epoch
+        });
+        of_it.count() as u64
+    };
+    let behind = |session: &&&pb::SessionState| session.epoch > 0 && session.calls_accepted < heard(session);
+    if let Some(session) = held.iter().find(behind) {
+        let (session_id, known) = (&session.session_id, session.calls_accepted);
+        let heard = heard(session);
+        return Some(format!(
+            "session {session_id} is said to have taken {known} calls, and has told of {heard}: this state was set back"
+        ));
+    }
     let open = |record: &super::state::CallRecord| record.end.is_none() && record.refused.is_none();
     let has_begun =
         |record: &super::state::CallRecord| record.started.is_some() || record.end.as_ref().is_some_and(is_told);

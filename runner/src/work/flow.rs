@@ -278,6 +278,8 @@ pub enum Update {
         epoch: u64,
         /// Its sandbox takes calls; otherwise it is being made anew, and nothing has run in it.
         ready: bool,
+        /// Calls of it whose end was acknowledged.
+        acknowledged: u64,
     },
     /// A call of an earlier runner is known here; whatever it waits for is told as for any other call.
     CallRestored {

@@ -12,6 +12,7 @@ use runner::dev::pki::{Issued, Validity};
 use runner::dev::{Denied, LinkSettings};
 use runner::journal::RecoveredPhase;
 use runner::session::core::CallStage;
+use runner::work::CallId;
 
 use crate::scripted::{self, Script, welcome};
 use crate::world::{Options, Runner, World, boottime_ns, left, within};
@@ -96,6 +97,26 @@ async fn state_in_which_a_call_waits_that_has_ended_is_refused() {
 
     refused(&copy.connector, Refusal::StateRolledBack).await;
     assert_eq!((world.fakes.executions_of("next"), copy.fakes.executions_of("next")), (1, 0));
+}
+
+/// F-44, F-66: nothing of what it does not know could run again, but it would end the session of the runner that does.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn state_that_does_not_know_of_calls_that_have_ended_and_are_acknowledged_is_refused_by_their_number() {
+    let (world, session) = first().await;
+    session.cancel("runs", pb::CancelMode::Kill);
+    within("runs", session.outcome("runs")).await.unwrap();
+    within("after", session.bash("after-the-copy", "print 5")).await.unwrap();
+
+    let mut recovered = left("none", RecoveredPhase::Accepted, Some("sandbox"));
+    recovered.calls.clear();
+    recovered.sessions[0].acknowledged = vec![CallId::new("runs").unwrap()];
+    let options = Options { recovered, ..durable("set back") };
+    let copy = Runner::dial(world.orchestrator.address().port(), world.files.clone(), options);
+
+    refused(&copy.connector, Refusal::StateRolledBack).await;
+    within("next", session.bash("next", "print 5")).await.unwrap();
+    assert_eq!(world.orchestrator.links(), 1);
+    assert_eq!(world.orchestrator.complaints(), Vec::<String>::new());
 }
 
 /// F-44: a copy that is as new as the original cannot be told from the next process of it. It is when the original comes back.

@@ -282,8 +282,8 @@ impl Task {
 
     fn update(&mut self, update: Update) {
         match update {
-            Update::SessionRestored { session_id, epoch, ready } => {
-                self.book.session_restored(session_id, epoch, ready)
+            Update::SessionRestored { session_id, epoch, ready, acknowledged } => {
+                self.book.session_restored(session_id, epoch, ready, acknowledged);
             }
             Update::CallRestored { call_id, session_id, digest, quiet, phase } => {
                 self.book.call_restored(call_id, session_id, (digest, quiet), phase);

@@ -123,10 +123,12 @@ impl Core {
                 ));
             }
         }
-        if session.forgotten.len() >= self.config.forgotten_per_session {
+        // The next runner remembers no more ids either, and counts by them.
+        let served = session.forgotten.len() + session.unacknowledged + session.open;
+        if served >= self.config.forgotten_per_session {
             return Err(ToolFailure::new(
                 Code::Capacity,
-                format!("this session has served {} calls, the most one session can", session.forgotten.len()),
+                format!("this session has taken {served} calls, the most one session can"),
                 "close the session and open a new one",
             ));
         }

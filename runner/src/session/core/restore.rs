@@ -31,9 +31,9 @@ impl Core {
                 (session.sandbox_id, session.receipt) = (Some(sandbox_id.clone()), receipt.clone());
                 (session.recorded, session.unconfirmed) = (true, true);
             }
-            let (epoch, ready) = (session.epoch, sandbox.is_some());
+            let (epoch, ready, acknowledged) = (session.epoch, sandbox.is_some(), session.forgotten.len() as u64);
             self.sessions.insert(session_id.clone(), session);
-            self.tell(Update::SessionRestored { session_id: session_id.clone(), epoch, ready });
+            self.tell(Update::SessionRestored { session_id: session_id.clone(), epoch, ready, acknowledged });
             sandboxes.push((session_id, open, sandbox));
         }
         for call in recovered.calls {

@@ -33,13 +33,15 @@ struct BookSession {
     ready: bool,
     /// It is open: it was opened, or an earlier runner left it.
     held: bool,
+    /// Calls that were accepted, also by earlier runners, and also those that are forgotten here.
+    accepted: u64,
     /// Opens without an answer, by epoch. The first of them may be what it is being made for.
     asked: BTreeMap<u64, u32>,
 }
 
 impl BookSession {
     fn asked_for(epoch: u64) -> Self {
-        Self { epoch, ready: false, held: false, asked: BTreeMap::new() }
+        Self { epoch, ready: false, held: false, accepted: 0, asked: BTreeMap::new() }
     }
 
     fn open(epoch: u64, ready: bool) -> Self {
@@ -89,8 +91,9 @@ impl Book {
         session.asked.retain(|asked, _| *asked > epoch);
     }
 
-    pub(super) fn session_restored(&mut self, session_id: SessionId, epoch: u64, ready: bool) {
-        self.sessions.insert(session_id, BookSession::open(epoch, ready));
+    pub(super) fn session_restored(&mut self, session_id: SessionId, epoch: u64, ready: bool, acknowledged: u64) {
+        let session = BookSession { accepted: acknowledged, ..BookSession::open(epoch, ready) };
+        self.sessions.insert(session_id, session);
     }
 
     pub(super) fn call_restored(
@@ -101,8 +104,9 @@ impl Book {
         phase: CallPhase,
     ) {
         self.call_requested(call_id.clone(), session_id, digest, quiet);
+        self.call_accepted(&call_id);
         if let Some(call) = self.calls.get_mut(&call_id) {
-            (call.accepted, call.phase) = (true, phase);
+            call.phase = phase;
         }
     }
 
@@ -117,7 +121,9 @@ impl Book {
         session.asked.retain(|asked, _| *asked > epoch);
         match session.asked.first_key_value() {
             None => drop(self.sessions.remove(session_id)),
-            Some((asked, _)) => (session.epoch, session.ready, session.held) = (*asked, false, false),
+            Some((asked, _)) => {
+                *session = BookSession { asked: session.asked.clone(), ..BookSession::asked_for(*asked) }
+            }
         }
     }
 
@@ -166,8 +172,11 @@ impl Book {
     }
 
     pub(super) fn call_accepted(&mut self, call_id: &CallId) {
-        if let Some(call) = self.calls.get_mut(call_id) {
-            call.accepted = true;
+        let Some(call) = self.calls.get_mut(call_id) else { return };
+        if !std::mem::replace(&mut call.accepted, true)
+            && let Some(session) = self.sessions.get_mut(&call.session_id)
+        {
+            session.accepted += 1;
         }
     }
 

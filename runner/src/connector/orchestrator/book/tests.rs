@@ -231,7 +231,7 @@ fn end_of_a_placement_leaves_the_one_that_was_asked_for_since() {
 #[test]
 fn repeats_that_are_answered_together_leave_nothing_behind() {
     let mut book = Book::default();
-    book.session_restored(session(), 1, false);
+    book.session_restored(session(), 1, false, 0);
     for epoch in [1, 1, 2, 3] {
         book.session_requested(session(), epoch);
     }
@@ -239,4 +239,26 @@ fn repeats_that_are_answered_together_leave_nothing_behind() {
     assert_eq!(told(&book), [("s".to_owned(), 3, READY, 0)]);
     book.session_ended(&session(), 3);
     assert_eq!(told(&book), []);
+}
+
+#[test]
+fn new_link_is_told_how_many_calls_a_placement_has_accepted_also_when_they_are_forgotten() {
+    let accepted = |book: &Book| book.resume_pages()[0].sessions[0].calls_accepted;
+    let id = |text: &str| CallId::new(text).unwrap();
+    let digest = RequestDigest([1; 32]);
+    let mut book = Book::default();
+    book.session_restored(session(), 1, true, 7);
+    book.call_restored(id("restored"), session(), (digest, false), CallPhase::Started);
+    assert_eq!(accepted(&book), 8);
+    for _ in 0..2 {
+        book.call_requested(id("new"), session(), digest, false);
+        book.call_accepted(&id("new"));
+    }
+    book.call_requested(id("refused"), session(), digest, false);
+    book.call_refused(&id("refused"));
+    assert_eq!(accepted(&book), 9);
+    book.session_requested(session(), 2);
+    book.session_ended(&session(), 1);
+    book.session_opened(session(), 2);
+    assert_eq!(accepted(&book), 0, "another placement");
 }

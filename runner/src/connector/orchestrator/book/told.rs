@@ -25,7 +25,9 @@ impl Book {
         let mut states: BTreeMap<&SessionId, pb::SessionState> = BTreeMap::new();
         for (session_id, session) in &self.sessions {
             let phase = if session.ready { pb::SessionPhase::Ready } else { pb::SessionPhase::Opening };
-            states.insert(session_id, state_of(session_id, session.epoch, phase));
+            let calls_accepted = session.accepted;
+            let state = pb::SessionState { calls_accepted, ..state_of(session_id, session.epoch, phase) };
+            states.insert(session_id, state);
         }
         for (call_id, call) in &self.calls {
             let lost = || state_of(&call.session_id, 0, pb::SessionPhase::Lost);

@@ -45,7 +45,7 @@ fn calls_of_an_earlier_runner_are_found_by_their_ids() {
         quiet: true,
         phase,
     };
-    world.handle(Event::Update(Update::SessionRestored { session_id: core(), epoch: 1, ready: true }));
+    world.handle(Event::Update(Update::SessionRestored { session_id: core(), epoch: 1, ready: true, acknowledged: 0 }));
     assert_eq!(
         world.asked(|action| matches!(action, Action::Work(WorkItem::Suspend { .. }))),
         1,

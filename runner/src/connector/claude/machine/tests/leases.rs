@@ -38,7 +38,7 @@ fn lease_is_taken_up_with_the_text_of_the_last_heartbeat_and_served_at_once() {
 #[test]
 fn nothing_of_an_earlier_runner_begins_before_the_history_says_that_it_is_still_wanted() {
     let mut world = after_a_crash();
-    world.handle(Event::Update(Update::SessionRestored { session_id: core(), epoch: 1, ready: true }));
+    world.handle(Event::Update(Update::SessionRestored { session_id: core(), epoch: 1, ready: true, acknowledged: 0 }));
     world.handle(restored(CallPhase::Accepted));
     world.beat_asked();
     let beat = world.good_beat();
