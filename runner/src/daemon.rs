@@ -155,7 +155,7 @@ impl Daemon {
             clock: settings::boottime_ns,
         };
         let (handle, updates) = sessions.start();
-        let pressure = pressure::watch::start(parts.pressure, handle.work.clone());
+        let pressure = pressure::watch::start(parts.pressure, Arc::clone(&memory), handle.work.clone());
         let (stop, stopped) = watch::channel(Stop::Run);
         let ports = |updates| Ports {
             work: handle.work.clone(),

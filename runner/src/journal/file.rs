@@ -114,7 +114,7 @@ impl FileJournal {
             return Err(OpenError::InUse { path: directory.to_path_buf() });
         }
         let identity = Identity { state_id: state_id.to_owned(), boot_id: boot_id.to_owned() };
-        Self::open_on(disk, identity, SIZES)
+        Self::open_on(disk, identity, SIZES, SPACE_INTERVAL)
     }
 
     /// The same on any disk.
@@ -122,6 +122,7 @@ impl FileJournal {
         disk: D,
         identity: Identity,
         sizes: Sizes,
+        space_interval: Duration,
     ) -> Result<(Self, Recovered), OpenError>
     where
         D::File: 'static,
@@ -134,7 +135,7 @@ impl FileJournal {
         let longest = sizes.longest_payload();
         let shared =
             Arc::new(Shared { queue: Mutex::new(queue), wake: Condvar::new(), longest, counters: Counters::default() });
-        let writer = Writer { shared: Arc::clone(&shared), log };
+        let writer = Writer { shared: Arc::clone(&shared), log, space_interval, looked: Instant::now() };
         let thread = std::thread::Builder::new().name("journal".into()).spawn(move || writer.run());
         Ok((Self { shared, thread: Some(thread.map_err(OpenError::Thread)?) }, recovered))
     }
@@ -295,16 +296,19 @@ impl Shared {
 struct Writer<D: Disk> {
     shared: Arc<Shared>,
     log: Log<D>,
+    space_interval: Duration,
+    /// When the disk was last found full.
+    looked: Instant,
 }
 
 impl<D: Disk> Writer<D> {
     fn run(mut self) {
         while let Some((entries, done)) = self.take() {
             if entries.is_empty() {
-                self.log.make_ballast();
-                self.shared.lock().out_of_space = self.log.is_out_of_space();
+                self.look_for_room();
                 continue;
             }
+            let was_out_of_space = self.log.is_out_of_space();
             let mut done = done.into_iter();
             let result = self.log.append(&entries, |count| {
                 for done in done.by_ref().take(count) {
@@ -316,7 +320,15 @@ impl<D: Disk> Writer<D> {
             let mut queue = self.shared.lock();
             queue.busy_since = None;
             queue.out_of_space = self.log.is_out_of_space();
-            let Some(broken) = broken else { continue };
+            let Some(broken) = broken else {
+                drop(queue);
+                if !was_out_of_space {
+                    self.looked = Instant::now();
+                }
+                // Not only when nobody writes: what ends and is acknowledged meanwhile would keep the journal closed for ever.
+                self.look_for_room();
+                continue;
+            };
             tracing::error!(reason = broken, "the journal is broken, nothing is written down any more");
             queue.broken = Some(broken.clone());
             let waiting = std::mem::take(&mut queue.done);
@@ -329,13 +341,26 @@ impl<D: Disk> Writer<D> {
         }
     }
 
+    /// Sets the ballast aside again when the disk has room, from time to time.
+    fn look_for_room(&mut self) {
+        if self.log.is_out_of_space() && self.looked.elapsed() >= self.space_interval {
+            // A disk may hang here as well, with records waiting.
+            self.shared.lock().busy_since = Some(Instant::now());
+            self.log.make_ballast();
+            self.looked = Instant::now();
+            let mut queue = self.shared.lock();
+            (queue.busy_since, queue.out_of_space) = (None, self.log.is_out_of_space());
+        }
+    }
+
     /// Everything that is queued; `None` when the journal is closed and all is written. Nothing, from time to time, while
     /// the disk is full.
     fn take(&self) -> Option<(Vec<Entry>, Vec<Done>)> {
         let queue = self.shared.lock();
         let waits = |queue: &mut Queue| queue.entries.is_empty() && !queue.closed;
         let mut queue = if queue.out_of_space {
-            let waited = self.shared.wake.wait_timeout_while(queue, SPACE_INTERVAL, waits);
+            let rest = self.space_interval.saturating_sub(self.looked.elapsed());
+            let waited = self.shared.wake.wait_timeout_while(queue, rest, waits);
             waited.unwrap_or_else(PoisonError::into_inner).0
         } else {
             self.shared.wake.wait_while(queue, waits).unwrap_or_else(PoisonError::into_inner)

@@ -18,6 +18,8 @@ use super::{Journal, JournalError, inspect};
 use crate::work::{BoxFuture, CancelMode};
 
 const SIZES: Sizes = Sizes { segment: 4000, ballast: 100, closed: 4 };
+/// Nobody looks for room on a full disk.
+const NEVER: Duration = Duration::MAX;
 
 fn wait<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future)
@@ -25,7 +27,7 @@ fn wait<T>(future: impl Future<Output = T>) -> T {
 
 fn on(disk: &SimulatedDisk) -> (FileJournal, Recovered) {
     let identity = Identity { state_id: "state".into(), boot_id: "boot".into() };
-    FileJournal::open_on(disk.clone(), identity, SIZES).unwrap()
+    FileJournal::open_on(disk.clone(), identity, SIZES, NEVER).unwrap()
 }
 
 fn at(directory: &Path) -> (FileJournal, Recovered) {
@@ -124,7 +126,7 @@ fn bytes_that_wait_are_bounded_and_what_is_refused_for_them_is_counted() {
     let disk = SimulatedDisk::default();
     let identity = Identity { state_id: "state".into(), boot_id: "boot".into() };
     let sizes = Sizes { segment: 8 << 20, ..SIZES };
-    let (journal, _) = FileJournal::open_on(disk.clone(), identity, sizes).unwrap();
+    let (journal, _) = FileJournal::open_on(disk.clone(), identity, sizes, NEVER).unwrap();
     let hold = disk.hold();
     let mut futures: Vec<Appended> = vec![journal.append(Record::Term { term: 1 })];
     let patience = Instant::now();
@@ -215,6 +217,32 @@ fn full_disk_refuses_new_calls_and_takes_results() {
     let (journal, recovered) = on(&disk);
     assert_eq!(journal.state(), Condition::Good);
     assert!(recovered.calls.iter().any(|call| call.call.call_id == call_id(1)));
+}
+
+#[test]
+fn room_that_was_made_is_found_though_records_keep_coming() {
+    let disk = SimulatedDisk::default();
+    let identity = Identity { state_id: "state".into(), boot_id: "boot".into() };
+    let sizes = Sizes { ballast: 6000, ..SIZES };
+    let interval = Duration::from_millis(500);
+    let (journal, _) = FileJournal::open_on(disk.clone(), identity, sizes, interval).unwrap();
+    disk.set_room(Some(disk.used()), false);
+    while journal.state() == Condition::Good {
+        wait(journal.append(Record::Term { term: 1 })).unwrap();
+    }
+    assert_eq!(journal.state(), Condition::OutOfSpace);
+    disk.set_room(None, false);
+
+    // Less than the interval is between two of them.
+    let patience = Instant::now();
+    while journal.state() == Condition::OutOfSpace {
+        wait(journal.append(Record::Term { term: 2 })).unwrap();
+        assert!(patience.elapsed() < Duration::from_secs(60), "nobody looks");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+
+    assert_eq!(journal.state(), Condition::Good);
+    wait(journal.append(accepted(1, 1, 5))).unwrap();
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! Segments on a disk: opened, appended to in batches, begun anew, and copied when most of them is no longer live.
 //!
 //! Nothing here runs by itself and nothing waits; `file` gives it a thread. After an error the log is broken for good: what
-//! a failed sync has left on the disk cannot be known, so it is never repeated. The one exception is a full disk, where the
-//! ballast makes room and the same records go once more to a fresh segment, which makes void whatever the first attempt left.
+//! a failed sync has left on the disk cannot be known, so it is never repeated. The one exception is a full disk, whether a write
+//! or a sync says so: the ballast makes room, and all records of the batch are written and synced once more, in a fresh segment. It
+//! makes void whatever the first attempt left, and before that attempt everything had been synced.
 //!
 //! Opening copies what is live as well, so that nothing is trusted that only an earlier process, or its page cache, had seen.
 
@@ -109,6 +110,7 @@ impl<D: Disk> Log<D> {
             let (now, later) = rest.split_at(fitting);
             match self.write(now) {
                 Err(error) if error.is_full_disk() && self.drop_ballast() => {
+                    // Never the same file: after a failed sync its pages count as written, and the next sync would succeed.
                     self.fresh_segment()?;
                     self.write(now)?;
                 }

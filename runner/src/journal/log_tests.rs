@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::codec;
 use super::live::Step;
-use super::log::{BALLAST, Entry, Log, LogOpenError, Sizes};
+use super::log::{Entry, Log, LogOpenError, Sizes};
 use super::oracle::fold;
 use super::record::{Record, Recovered};
 use super::samples::{accepted, acknowledged, any_record, ended, finished, opening, ready, started};
@@ -15,13 +15,13 @@ use super::segment::Identity;
 use super::simulated::{Fault, SimulatedDisk};
 use crate::work::CancelMode;
 
-const SIZES: Sizes = Sizes { segment: 3000, ballast: 6000, closed: 4 };
+pub(super) const SIZES: Sizes = Sizes { segment: 3000, ballast: 6000, closed: 4 };
 
 fn identity() -> Identity {
     Identity { state_id: "state".into(), boot_id: "boot".into() }
 }
 
-fn open(disk: &SimulatedDisk) -> Result<(Log<SimulatedDisk>, Recovered), LogOpenError> {
+pub(super) fn open(disk: &SimulatedDisk) -> Result<(Log<SimulatedDisk>, Recovered), LogOpenError> {
     open_with(disk, SIZES)
 }
 
@@ -32,13 +32,13 @@ fn open_with(disk: &SimulatedDisk, sizes: Sizes) -> Result<(Log<SimulatedDisk>, 
     Ok((log, recovered))
 }
 
-fn entries(records: &[Record]) -> Vec<Entry> {
+pub(super) fn entries(records: &[Record]) -> Vec<Entry> {
     let entry = |record| Entry { step: Step::of(record), payload: codec::encode(record).unwrap() };
     records.iter().map(entry).collect()
 }
 
 /// Appends in batches of these sizes; how many records are promised to be there.
-fn append(log: &mut Log<SimulatedDisk>, records: &[Record], batches: &[usize]) -> (usize, bool) {
+pub(super) fn append(log: &mut Log<SimulatedDisk>, records: &[Record], batches: &[usize]) -> (usize, bool) {
     let (mut promised, mut rest) = (0, records);
     let mut sizes = batches.iter().copied().cycle();
     while !rest.is_empty() {
@@ -52,7 +52,7 @@ fn append(log: &mut Log<SimulatedDisk>, records: &[Record], batches: &[usize]) -
 }
 
 /// Numbers that look random, the same for the same seed.
-fn chooser(mut seed: u64) -> impl FnMut(usize) -> usize {
+pub(super) fn chooser(mut seed: u64) -> impl FnMut(usize) -> usize {
     move |below| {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         usize::try_from(seed >> 33).unwrap() % below.max(1)
@@ -60,12 +60,16 @@ fn chooser(mut seed: u64) -> impl FnMut(usize) -> usize {
 }
 
 /// The length of a prefix with this meaning, among those that are allowed.
-fn prefix(records: &[Record], recovered: &Recovered, allowed: std::ops::RangeInclusive<usize>) -> Option<usize> {
+pub(super) fn prefix(
+    records: &[Record],
+    recovered: &Recovered,
+    allowed: std::ops::RangeInclusive<usize>,
+) -> Option<usize> {
     allowed.into_iter().find(|length| fold(&records[..*length]) == *recovered)
 }
 
 /// A life of two sessions: enough for two segments.
-fn small_life() -> Vec<Record> {
+pub(super) fn small_life() -> Vec<Record> {
     let mut records = vec![Record::Term { term: 2 }, opening(1, 3), ready(1, 1), opening(2, 4)];
     for call in 1..5 {
         records.extend([accepted(call, 1, 20), started(call), finished(call, 0)]);
@@ -277,62 +281,19 @@ fn failed_sync_is_not_repeated_and_what_was_promised_before_is_there() {
     }
 }
 
+/// F-32
 #[test]
-fn full_disk_costs_the_ballast_and_no_record() {
-    for lazy in [false, true] {
+fn write_that_is_cut_short_or_interrupted_is_gone_on_with() {
+    let records = small_life();
+    for (interrupted, shortest) in (0..30).flat_map(|write| [(write, 1), (write, 13), (write, 700)]) {
         let disk = SimulatedDisk::default();
         let (mut log, _) = open(&disk).unwrap();
-        // Calls that stay live, so copying gains nothing and every segment needs room of its own.
-        let records: Vec<_> = (1..400).map(|call| accepted(call, 1, 40)).collect();
-        disk.set_room(None, lazy);
-        disk.set_room(Some(disk.used() + if lazy { 900 } else { 2000 }), lazy);
-        let (promised, whole) = append(&mut log, &records, &[1]);
-        assert!(!whole && log.is_out_of_space() && promised > 0, "lazy {lazy}: {promised}");
-        assert!(!disk.files().contains_key(BALLAST));
-        disk.set_room(None, lazy);
-        let (log, recovered) = open(&disk.after_power_cut(chooser(1))).unwrap();
-        assert!(prefix(&records, &recovered, promised..=records.len()).is_some(), "lazy {lazy}");
-        assert!(!log.is_out_of_space(), "there is room for ballast again");
+        disk.set_shortest(shortest);
+        disk.set_fault(Fault::InterruptedWrite(interrupted));
+        let (promised, whole) = append(&mut log, &records, &[3]);
+        assert_eq!((promised, whole), (records.len(), true), "write {interrupted} of at most {shortest} bytes");
+        assert_eq!(open(&disk.after_power_cut(chooser(5))).unwrap().1, fold(&records));
     }
-}
-
-#[test]
-fn write_that_met_a_full_disk_is_found_once_in_a_fresh_segment() {
-    let disk = SimulatedDisk::default();
-    let (mut log, _) = open(&disk).unwrap();
-    let records = small_life();
-    assert!(append(&mut log, &records[..5], &[5]).1);
-    let segments = || disk.files().keys().filter(|name| name.ends_with(".wal")).count();
-    let before = segments();
-    // Room for a part of the next write, and after it for what the ballast takes.
-    disk.set_room(None, true);
-    disk.set_room(Some(disk.used() + 100), true);
-    let mut promised = 0;
-    log.append(&entries(&records[5..8]), |count| promised += count).unwrap();
-    assert_eq!((promised, segments()), (3, before + 1));
-    assert!(log.is_out_of_space());
-    for seed in 0..20 {
-        assert_eq!(open(&disk.after_power_cut(chooser(seed))).unwrap().1, fold(&records[..8]));
-    }
-    assert!(append(&mut log, &records[8..], &[1]).1);
-    assert_eq!(open(&disk.after_process_crash()).unwrap().1, fold(&records));
-}
-
-#[test]
-fn start_on_a_full_disk_gives_the_ballast_up() {
-    let disk = SimulatedDisk::default();
-    let records = small_life();
-    let (mut log, _) = open(&disk).unwrap();
-    assert!(append(&mut log, &records, &[5]).1);
-    drop(log);
-    disk.set_room(Some(disk.used()), false);
-    assert_eq!(open(&disk).unwrap().1, fold(&records));
-    // No room at all: the error says so, and nothing is lost.
-    disk.set_room(Some(0), false);
-    let error = open(&disk).map(|_| ()).unwrap_err();
-    assert!(matches!(error, LogOpenError::Log(_)), "{error}");
-    disk.set_room(None, false);
-    assert_eq!(open(&disk).unwrap().1, fold(&records));
 }
 
 /// F-12, F-19: seeds 7271 and 7516 of the simulation. A process dies when its newest segment has a name that is not synced, the next

@@ -32,6 +32,8 @@ pub(crate) mod lossy;
 #[cfg(test)]
 mod oracle;
 #[cfg(test)]
+mod room_tests;
+#[cfg(test)]
 mod samples;
 #[cfg(test)]
 mod simulated;
@@ -46,7 +48,8 @@ pub use memory::JournalMemory;
 pub use record::{MOST_STARTS, Record, Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
 pub use scan::{ScanError, Unreadable};
 
-/// Why a record could not be written. After a failed write or sync nothing is written any more: it is never repeated.
+/// Why a record could not be written. After a failed write or sync nothing is written any more: it is never repeated. A disk without
+/// room is no failure yet while there is ballast.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("journal refused a record ({record}): {reason}")]
 pub struct JournalError {

@@ -34,8 +34,12 @@ enum NameChange {
 pub(super) enum Fault {
     /// The n-th sync of a file from here, once; what it should have synced is lost if the power fails.
     Sync(usize),
+    /// The n-th sync of a file from here, once, with no room as the reason; as above. The process is dead so many operations after it.
+    SyncWithoutRoom(usize, usize),
     /// The n-th write from here, once.
     Write(usize),
+    /// The n-th write from here is interrupted by a signal, once.
+    InterruptedWrite(usize),
     /// The n-th operation of any kind that changes something, once.
     Any(usize),
     /// The n-th operation of any kind that changes something, and all after it: the process is dead from there.
@@ -100,7 +104,12 @@ impl State {
             Some(Fault::Everything(left)) => (left, Some(Fault::Everything(left.saturating_sub(1)))),
             Some(Fault::Any(left)) => (left, left.checked_sub(1).map(Fault::Any)),
             Some(Fault::Sync(left)) if is_sync => (left, left.checked_sub(1).map(Fault::Sync)),
+            Some(Fault::SyncWithoutRoom(left, dies)) if is_sync => {
+                let next = left.checked_sub(1).map(|left| Fault::SyncWithoutRoom(left, dies));
+                (left, next.or(Some(Fault::Everything(dies))))
+            }
             Some(Fault::Write(left)) if is_write => (left, left.checked_sub(1).map(Fault::Write)),
+            Some(Fault::InterruptedWrite(left)) if is_write => (left, left.checked_sub(1).map(Fault::InterruptedWrite)),
             _ => return false,
         };
         self.fault = next;
@@ -298,8 +307,9 @@ impl DiskFile for SimulatedFile {
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
         let offset = usize::try_from(offset).unwrap();
         let mut state = self.disk.state();
+        let is_interrupted = matches!(state.fault, Some(Fault::InterruptedWrite(_)));
         if state.fails(false, true) {
-            return Err(eio());
+            return Err(if is_interrupted { io::ErrorKind::Interrupted.into() } else { eio() });
         }
         let mut length = state.shortest.unwrap_or(bytes.len()).min(bytes.len());
         if state.lazy
@@ -321,8 +331,9 @@ impl DiskFile for SimulatedFile {
     fn sync(&self) -> io::Result<()> {
         drop(self.disk.1.lock().unwrap());
         let mut state = self.disk.state();
-        let failed = state.fails(true, false);
         let is_dead = matches!(state.fault, Some(Fault::Everything(_)));
+        let error = if matches!(state.fault, Some(Fault::SyncWithoutRoom(..))) { enospc() } else { eio() };
+        let failed = state.fails(true, false);
         if state.lies && !failed {
             return Ok(());
         }
@@ -333,7 +344,7 @@ impl DiskFile for SimulatedFile {
             if !is_dead {
                 inode.pending.clear();
             }
-            return Err(eio());
+            return Err(error);
         }
         let pending = std::mem::take(&mut inode.pending);
         pending.iter().for_each(|change| apply(&mut inode.durable, change));

@@ -68,6 +68,8 @@ pub struct Reading {
     pub stalls: Option<Stalls>,
     /// Descriptors in use, and how many there can be.
     pub descriptors: Option<(u64, u64)>,
+    /// The journal has met a full disk and keeps what room it has for the results of calls that were taken.
+    pub journal_is_full: bool,
 }
 
 /// Remembers what is closed.
@@ -91,6 +93,11 @@ impl Judge {
         self.pressure = Pressure::default();
         for disk in &reading.disks {
             self.disk(disk);
+        }
+        if reading.journal_is_full {
+            // Also those that only look: each is written down.
+            let measured = "the disk of the journal is full".to_owned();
+            self.pressure.shortages.push(Shortage { resource: Resource::Disk, closed: Closed::Calls, measured });
         }
         if let Some((used, limit)) = reading.descriptors {
             self.descriptors(used, limit);
@@ -312,6 +319,21 @@ mod tests {
         let stalls = Some(Stalls { memory: clock.1, ..Stalls::default() });
         let pressure = judge.judge(&Reading { at: Duration::from_secs(20), stalls, ..Reading::default() });
         assert!(pressure.gauges.contains(&Gauge { name: "stalled_percent{resource=\"memory\"}".into(), value: 100 }));
+    }
+
+    #[test]
+    fn full_disk_of_the_journal_closes_everything_whatever_the_marks() {
+        let off = Marks { disk_low_bytes: Some(0), disk_critical_bytes: Some(0), ..Marks::default() };
+        let mut judge = Judge::new(off);
+        let mut reading = Reading { journal_is_full: true, ..disk(50 * GIB, 1000) };
+        let refusal = judge.judge(&reading).session_refusal().expect("refused");
+        assert_eq!(
+            refusal.to_string(),
+            "this runner takes no new sessions now: the disk of the journal is full (DISK_LOW)"
+        );
+        assert_eq!(closed(&judge.judge(&reading)), [Closed::Calls]);
+        reading.journal_is_full = false;
+        assert_eq!(closed(&judge.judge(&reading)), []);
     }
 
     #[test]

@@ -26,7 +26,13 @@ pub fn read(at: Duration, places: &[(&'static str, PathBuf)]) -> Reading {
             disks.push(disk);
         }
     }
-    Reading { at, disks, stalls: stalls(Path::new("/proc/pressure")), descriptors: descriptors() }
+    Reading {
+        at,
+        disks,
+        stalls: stalls(Path::new("/proc/pressure")),
+        descriptors: descriptors(),
+        journal_is_full: false,
+    }
 }
 
 fn disk(name: &'static str, path: &Path) -> Option<Disk> {

@@ -11,7 +11,7 @@ use tracing::{info, warn};
 
 use super::judge::{Judge, Marks, Reading};
 use super::read::read;
-use crate::work::{Pressure, Resource, WorkItem};
+use crate::work::{Memory, Pressure, Resource, Trouble, WorkItem};
 
 /// Between two looks.
 const EVERY: Duration = Duration::from_secs(1);
@@ -41,14 +41,14 @@ impl Drop for Watch {
     }
 }
 
-/// Looks once, and then beside the caller. Must be called inside a tokio runtime.
+/// Looks once, and then beside the caller: at the host, and whether `memory` has room. Must be called inside a tokio runtime.
 #[must_use]
-pub fn start(settings: Settings, work: mpsc::Sender<WorkItem>) -> Watch {
+pub fn start(settings: Settings, memory: Arc<dyn Memory>, work: mpsc::Sender<WorkItem>) -> Watch {
     let began = Instant::now();
     let mut looking = Looking { judge: Judge::new(settings.marks), last: Pressure::default(), held: Vec::new() };
     looking.hold();
     // Before anybody can bring work, so the channel has room.
-    let first = looking.take(read(Duration::ZERO, &settings.places));
+    let first = looking.take(look(Duration::ZERO, &settings.places, &*memory));
     let told = first.as_ref().is_none_or(|item| work.try_send(item.clone()).is_ok());
     let (sender, pressure) = watch::channel(Arc::new(looking.last.clone()));
     let task = tokio::spawn(async move {
@@ -59,9 +59,10 @@ pub fn start(settings: Settings, work: mpsc::Sender<WorkItem>) -> Watch {
         }
         loop {
             tokio::time::sleep(EVERY).await;
-            let places = settings.places.clone();
+            let (places, memory) = (settings.places.clone(), Arc::clone(&memory));
             // On a thread of its own: a file system may hang.
-            let Ok(reading) = tokio::task::spawn_blocking(move || read(began.elapsed(), &places)).await else { return };
+            let looked = tokio::task::spawn_blocking(move || look(began.elapsed(), &places, &*memory));
+            let Ok(reading) = looked.await else { return };
             let item = looking.take(reading);
             sender.send_replace(Arc::new(looking.last.clone()));
             if let Some(item) = item
@@ -72,6 +73,11 @@ pub fn start(settings: Settings, work: mpsc::Sender<WorkItem>) -> Watch {
         }
     });
     Watch { pressure, task: task.abort_handle() }
+}
+
+fn look(at: Duration, places: &[(&'static str, PathBuf)], memory: &dyn Memory) -> Reading {
+    let journal_is_full = memory.trouble().0 == Some(Trouble::NoSpace);
+    Reading { journal_is_full, ..read(at, places) }
 }
 
 struct Looking {

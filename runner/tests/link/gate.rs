@@ -17,6 +17,7 @@ use crate::world::{Options, World, within};
 #[derive(Default)]
 struct Slow {
     broken: AtomicBool,
+    full: AtomicBool,
     started: AtomicU64,
     trimmed: AtomicU64,
 }
@@ -44,8 +45,14 @@ impl Journal for Slow {
     }
 
     fn condition(&self) -> (Condition, Duration) {
-        let broken = self.broken.load(Ordering::SeqCst);
-        (if broken { Condition::Broken("disk full".into()) } else { Condition::Good }, Duration::ZERO)
+        let condition = if self.broken.load(Ordering::SeqCst) {
+            Condition::Broken("disk full".into())
+        } else if self.full.load(Ordering::SeqCst) {
+            Condition::OutOfSpace
+        } else {
+            Condition::Good
+        };
+        (condition, Duration::ZERO)
     }
 }
 
@@ -105,6 +112,31 @@ async fn broken_journal_accepts_nothing_and_runs_nothing() {
         }
     })
     .await;
+}
+
+/// F-35
+#[tokio::test]
+async fn runner_whose_journal_has_a_full_disk_says_that_it_is_saturated_and_that_it_is_ready_when_there_is_room() {
+    let journal = Arc::new(Slow::default());
+    let link = LinkSettings { heartbeat_every: Duration::from_millis(50), ..LinkSettings::default() };
+    let journal_of_world = Arc::clone(&journal) as Arc<dyn Journal>;
+    let world = World::new(Options { journal: journal_of_world, link, ..Default::default() }).await;
+    for (full, expected) in [
+        (true, (pb::HealthState::Saturated, vec!["the disk of the journal is full".to_owned()])),
+        (false, (pb::HealthState::Ready, Vec::new())),
+    ] {
+        journal.full.store(full, Ordering::SeqCst);
+        within("heartbeat", async {
+            loop {
+                let last = world.orchestrator.heartbeats().1;
+                if last.is_some_and(|last| (last.health(), last.reasons) == expected) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+    }
 }
 
 /// F-33: a broken journal stays so in this process, and another one reads it again. So it ends when nobody needs it any more.

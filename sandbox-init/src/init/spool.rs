@@ -21,10 +21,13 @@ pub(crate) enum SpoolError {
     /// The budget of the sandbox for kept output is used up.
     #[error("output of this sandbox exceeds its budget of {budget_bytes} bytes")]
     Budget { budget_bytes: u64 },
+    /// The disk of the host has no room.
+    #[error("the disk that keeps it is full")]
+    Full,
     /// The file cannot be made.
     #[error("cannot create spool file {name}")]
     Create { name: String, source: nix::Error },
-    /// The file cannot be written, usually because the disk is full.
+    /// The file cannot be written.
     #[error("cannot write spool file {name}")]
     Write { name: String, source: std::io::Error },
 }
@@ -61,7 +64,10 @@ impl SpoolDirectory {
         let name = file_name(call_id, suffix);
         let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let mode = Mode::S_IRUSR | Mode::S_IWUSR | Mode::S_IRGRP | Mode::S_IROTH;
-        let create = |source| SpoolError::Create { name: name.clone(), source };
+        let create = |source| match source {
+            nix::Error::ENOSPC | nix::Error::EDQUOT => SpoolError::Full,
+            source => SpoolError::Create { name: name.clone(), source },
+        };
         let file = openat(&self.directory, name.as_str(), flags, mode).map_err(create)?;
         // The mode must not depend on an inherited umask: the workload, another user, reads these files.
         fchmod(&file, mode).map_err(create)?;
@@ -87,7 +93,10 @@ impl SpoolDirectory {
         }
         let mut rest = bytes;
         while !rest.is_empty() {
-            let failed = |source| SpoolError::Write { name: file.name.clone(), source };
+            let failed = |source: std::io::Error| match source.kind() {
+                std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => SpoolError::Full,
+                _ => SpoolError::Write { name: file.name.clone(), source },
+            };
             match file.file.write_at(rest, file.length) {
                 Ok(0) => return Err(failed(std::io::Error::from(std::io::ErrorKind::WriteZero))),
                 Ok(written) => {
@@ -180,6 +189,17 @@ mod tests {
         let refused = spool(&directory, 1000).create("call", "stdout").unwrap_err();
         assert!(matches!(refused, SpoolError::Create { source: nix::Error::EEXIST, .. }), "{refused:?}");
         assert_eq!(std::fs::read(&victim).unwrap(), b"before");
+    }
+
+    #[test]
+    fn disk_without_room_is_told_as_that_and_names_no_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut spool = spool(&directory, 100);
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let mut file = SpoolFile { file: full, name: "0123.stdout".into(), length: 0 };
+        let refused = spool.append(&mut file, b"output").unwrap_err();
+        assert_eq!(refused.to_string(), "the disk that keeps it is full");
+        assert_eq!((file.length(), spool.used_bytes), (0, 0));
     }
 
     #[test]

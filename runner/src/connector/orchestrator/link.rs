@@ -330,8 +330,12 @@ impl Task {
         let now_ns = (self.settings.clock)();
         let (sessions, running_calls, queued_calls) = self.book.counts();
         let mut reasons = Vec::new();
-        let short_of: Vec<_> =
+        let mut short_of: Vec<_> =
             self.ports.pressure.borrow().shortages.iter().map(|shortage| shortage.measured.clone()).collect();
+        if trouble == Some(Trouble::NoSpace) && short_of.is_empty() {
+            // Nobody has looked at the host since.
+            short_of.push("the disk of the journal is full".to_owned());
+        }
         let health = if let Some(Trouble::Broken(reason)) = &trouble {
             reasons.push(format!("the journal refuses writes: {reason}"));
             pb::HealthState::ReadOnly
@@ -343,9 +347,6 @@ impl Task {
             }
             reasons.extend(short_of);
             pb::HealthState::Saturated
-        } else if trouble.is_some() {
-            reasons.push("the disk of the journal is full".to_owned());
-            pb::HealthState::Degraded
         } else {
             pb::HealthState::Ready
         };
