@@ -200,6 +200,14 @@ impl ShortOfMemory {
             .or_else(|| make("/sys/fs/cgroup", "launcher", "memory.max"))
     }
 
+    /// The command, in this group from its beginning.
+    fn holding(&self, inner: &std::process::Command) -> std::process::Command {
+        let mut command = std::process::Command::new("sh");
+        command.arg("-c").arg("echo $$ > \"$1\" && shift && exec \"$@\"").arg("sh");
+        command.arg(self.members.join("cgroup.procs")).arg(inner.get_program()).args(inner.get_args());
+        command
+    }
+
     fn limit(&self, bytes: u64) {
         for file in ["memory.limit_in_bytes", "memory.max"] {
             let path = self.directory.join(file);
@@ -241,10 +249,7 @@ fn nothing_is_left_when_the_host_runs_out_of_memory() {
         sandbox_runner_tests::skip!("no group with a memory limit can be made here")
     };
     // More than the host has, and well below the sandbox's own limit.
-    let inner = exec.command([PROBER, "memory", "1500"]);
-    let mut command = std::process::Command::new("sh");
-    command.arg("-c").arg("echo $$ > \"$1\" && shift && exec \"$@\"").arg("sh");
-    command.arg(group.members.join("cgroup.procs")).arg(inner.get_program()).args(inner.get_args());
+    let mut command = group.holding(&exec.command([PROBER, "memory", "1500"]));
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     let mut child = Sleeping(command.spawn().expect("sh starts"));
 
@@ -255,6 +260,31 @@ fn nothing_is_left_when_the_host_runs_out_of_memory() {
     group.limit(1 << 30);
     drop(group);
     baseline.assert_restored(&[exec.state_directory()]);
+}
+
+#[test]
+fn memory_that_is_short_on_the_host_is_not_ascribed_to_the_limit_of_the_sandbox() {
+    needs_root!();
+    let _host = host::exclusive();
+    let rootfs = Rootfs::with_prober();
+    let exec = Exec::in_rootfs(Caller::Root, rootfs.path()).flag("--json").option("--memory", "2G");
+    let Some(group) = ShortOfMemory::new(512 << 20) else {
+        sandbox_runner_tests::skip!("no group with a memory limit can be made here")
+    };
+    let mut command = group.holding(&exec.command([PROBER, "memory", "1500"]));
+    command.stdin(Stdio::null()).stderr(Stdio::piped()).stdout(Stdio::piped());
+
+    let finished = sandbox_runner_tests::runner::finish(command, PATIENCE).expect("the command ends");
+
+    group.limit(1 << 30);
+    let report: serde_json::Value = serde_json::from_slice(&finished.stdout)
+        .unwrap_or_else(|error| panic!("no report ({error}): {} {}", finished.text(), finished.errors()));
+    assert_eq!(report["outcome"]["kind"], "out_of_memory", "{report}");
+    assert_eq!(report["outcome"]["limit_bytes"], 0, "{report}");
+    assert!(
+        report["notes"].to_string().contains("the host or a group around the sandbox ran out of memory"),
+        "{report}"
+    );
 }
 
 #[test]

@@ -49,10 +49,13 @@ pub(super) fn cause(outcome: &Outcome) -> Option<String> {
         Outcome::Cancelled { before_start: true, .. } => "cancelled before it started".to_owned(),
         Outcome::Cancelled { killed, .. } => format!("cancelled{}", killed_suffix(*killed)),
         Outcome::OutOfMemory { limit_bytes, process, .. } => {
-            let limit =
-                if *limit_bytes == 0 { "limit".to_owned() } else { format!("limit {}", display_size(*limit_bytes)) };
             let victim = if process.is_empty() { "a process".to_owned() } else { printable(process) };
-            format!("out of memory: {limit} reached, killed {victim}")
+            // Without a number it is not known to have been that of the sandbox.
+            let limit = match limit_bytes {
+                0 => String::new(),
+                bytes => format!("limit {} reached, ", display_size(*bytes)),
+            };
+            format!("out of memory: {limit}killed {victim}")
         }
         Outcome::ForbiddenSystemCall { .. } => {
             "forbidden system call: the process was killed by its seccomp filter".to_owned()
@@ -196,6 +199,6 @@ mod tests {
     fn names_from_the_sandbox_cannot_steer_the_terminal() {
         let outcome = Outcome::OutOfMemory { limit_bytes: 0, process: "\u{1b}[2Jx\n".into(), kills: 1, code: -1 };
 
-        assert_eq!(cause(&outcome).as_deref(), Some("out of memory: limit reached, killed ?[2Jx?"));
+        assert_eq!(cause(&outcome).as_deref(), Some("out of memory: killed ?[2Jx?"));
     }
 }

@@ -116,9 +116,13 @@ fn verdict(tool: &str, outcome: &Outcome, restarted: bool) -> Option<String> {
         Outcome::Cancelled { .. } => Some(format!("{tool}: command cancelled{again}")),
         Outcome::OutOfMemory { limit_bytes, process, code, .. } => {
             let who = if process.is_empty() { "a process" } else { process };
-            let limit = if *limit_bytes == 0 { String::new() } else { format!(" of {limit_bytes} bytes") };
+            // Without a number it is not known to have been that of the sandbox; a note says more where more is known.
+            let limit = match limit_bytes {
+                0 => String::new(),
+                bytes => format!(" at the memory limit of {bytes} bytes"),
+            };
             let status = if *code >= 0 { format!("; exit code: {code}") } else { String::new() };
-            Some(format!("{tool}: out of memory: {who} was killed at the memory limit{limit}{status}{again}"))
+            Some(format!("{tool}: out of memory: {who} was killed{limit}{status}{again}"))
         }
         Outcome::ForbiddenSystemCall { code } => Some(format!(
             "{tool}: a process was killed for a system call that is not allowed in this sandbox; exit code: {code}{again}"
@@ -296,7 +300,9 @@ mod tests {
     #[test]
     fn every_bad_end_is_an_error_and_names_its_cause() {
         let memory = Outcome::OutOfMemory { limit_bytes: 1024, process: "node".into(), kills: 1, code: 137 };
+        let outside = Outcome::OutOfMemory { limit_bytes: 0, process: String::new(), kills: 1, code: 137 };
         let rows = [
+            (outside, "bash: out of memory: a process was killed; exit code: 137"),
             (memory, "bash: out of memory: node was killed at the memory limit of 1024 bytes; exit code: 137"),
             (Outcome::Signaled { signal: 11, core_dumped: false }, "bash: killed by signal 11 (SIGSEGV)"),
             (

@@ -44,7 +44,7 @@ pub enum Outcome {
     },
     /// A process of it was killed by the kernel for memory.
     OutOfMemory {
-        /// The limit that was reached; 0 when unknown.
+        /// The limit of the sandbox that was reached; 0 when unknown or when the memory was short outside.
         limit_bytes: u64,
         /// Name of the process, when it could be seen.
         process: String,

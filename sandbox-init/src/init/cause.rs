@@ -92,7 +92,7 @@ fn kind(facts: &Facts<'_>) -> Kind {
     if kills > 0 && was_killed {
         let is_victim = matches!(facts.end, End::Process(Exit::Signal { .. }));
         return Kind::OutOfMemory(OutOfMemory {
-            limit_bytes: facts.used.memory_limit.unwrap_or(0),
+            limit_bytes: facts.used.memory_limit.filter(|_| starvation(&facts.used) == Starvation::Own).unwrap_or(0),
             process: facts.program.filter(|_| is_victim).unwrap_or_default().to_owned(),
             kills,
             code: if is_victim { -1 } else { code },
@@ -123,15 +123,46 @@ fn status_as_shells_say(end: &End) -> i32 {
     }
 }
 
+/// Whose memory was at its end when a process was killed for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Starvation {
+    /// The sandbox had reached its own limit.
+    Own,
+    /// It had not: the host had none left, or a group around the sandbox.
+    Outside,
+    /// This host does not count it.
+    Unknown,
+}
+
+fn starvation(used: &Counters) -> Starvation {
+    match used.limit_hits {
+        Some(0) => Starvation::Outside,
+        Some(_) => Starvation::Own,
+        None => Starvation::Unknown,
+    }
+}
+
 /// Notes that follow from the numbers of the slot.
 pub(crate) fn notes_of_usage(outcome: &Outcome, used: &Counters) -> Vec<Note> {
     let mut notes = Vec::new();
     let kills = used.memory_kills.unwrap_or(0);
-    if kills > 0 && !matches!(outcome.kind, Some(Kind::OutOfMemory(_))) {
-        notes.push(note(
+    let is_outcome = matches!(outcome.kind, Some(Kind::OutOfMemory(_)));
+    match starvation(used) {
+        _ if kills == 0 => {}
+        Starvation::Outside => notes.push(note(
+            NoteKind::MemoryKills,
+            format!(
+                "killed for memory: {kills}; the host or a group around the sandbox ran out of memory, not the sandbox at \
+                 its own limit; trying again may help"
+            ),
+        )),
+        Starvation::Own | Starvation::Unknown if is_outcome => {}
+        Starvation::Own => notes.push(note(
             NoteKind::MemoryKills,
             format!("{kills} processes of this call were killed because the sandbox ran out of memory"),
-        ));
+        )),
+        Starvation::Unknown => notes
+            .push(note(NoteKind::MemoryKills, format!("{kills} processes of this call were killed for want of memory"))),
     }
     let refused = used.forks_refused.unwrap_or(0);
     if refused > 0 {
@@ -164,10 +195,34 @@ mod tests {
     fn a_kill_without_a_memory_event_is_a_signal_and_with_one_is_out_of_memory() {
         let plain = facts(killed());
         assert_eq!(kind(&plain), Kind::Signaled(Signaled { signal: 9, core_dumped: false }));
-        let used = Counters { memory_kills: Some(2), memory_limit: Some(4096), ..Counters::default() };
+        let used =
+            Counters { memory_kills: Some(2), memory_limit: Some(4096), limit_hits: Some(1), ..Counters::default() };
         let starved = Facts { used, ..facts(killed()) };
         let expected = OutOfMemory { limit_bytes: 4096, process: "eater".to_owned(), kills: 2, code: -1 };
         assert_eq!(kind(&starved), Kind::OutOfMemory(expected));
+    }
+
+    #[test]
+    fn a_kill_while_the_own_limit_was_not_reached_names_no_limit_and_says_that_the_reason_is_outside() {
+        let used =
+            Counters { memory_kills: Some(1), memory_limit: Some(4096), limit_hits: Some(0), ..Counters::default() };
+        for end in [killed(), End::Claimed(137), End::Claimed(0)] {
+            let outcome = outcome(&Facts { used, ..facts(end) });
+            if let Some(Kind::OutOfMemory(memory)) = &outcome.kind {
+                assert_eq!(memory.limit_bytes, 0);
+            }
+            let notes = notes_of_usage(&outcome, &used);
+            assert_eq!(notes.len(), 1, "{notes:?}");
+            assert!(notes.iter().all(|note| note.text.contains("the host or a group around the sandbox")), "{notes:?}");
+        }
+    }
+
+    #[test]
+    fn a_kill_that_nobody_can_ascribe_names_no_limit_and_accuses_nobody() {
+        let used = Counters { memory_kills: Some(1), memory_limit: Some(4096), ..Counters::default() };
+        let outcome = outcome(&Facts { used, ..facts(killed()) });
+        assert!(matches!(&outcome.kind, Some(Kind::OutOfMemory(memory)) if memory.limit_bytes == 0), "{outcome:?}");
+        assert_eq!(notes_of_usage(&outcome, &used), []);
     }
 
     #[test]

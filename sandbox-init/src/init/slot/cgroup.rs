@@ -45,6 +45,7 @@ impl Cgroup {
             memory_kills: field(&text(&self.memory_events), "oom_kill"),
             memory_peak: number(&text(&self.memory_peak)),
             memory_limit: None,
+            limit_hits: None,
             cpu_usec: field(&text(&self.cpu_stat), "usage_usec"),
             forks_refused: None,
             shared: false,

@@ -29,6 +29,8 @@ pub(crate) struct Counters {
     pub(crate) memory_peak: Option<u64>,
     /// Memory limit that applies, bytes.
     pub(crate) memory_limit: Option<u64>,
+    /// How often the sandbox's own memory limit was in the way. A kill during which this stood still has its reason outside.
+    pub(crate) limit_hits: Option<u64>,
     /// Processor time, microseconds.
     pub(crate) cpu_usec: Option<u64>,
     /// Forks refused because of the process limit.
@@ -43,6 +45,8 @@ pub(super) struct V1Files {
     memory_kills: Option<File>,
     memory_peak: Option<File>,
     memory_limit: Option<File>,
+    memory_failures: Option<File>,
+    swap_failures: Option<File>,
     cpu_usage: Option<File>,
     forks_refused: Option<File>,
 }
@@ -64,6 +68,7 @@ impl Slots {
             // The peak cannot be taken apart: it is that of this call only if it has grown during it.
             memory_peak: now.memory_peak.filter(|peak| mark.memory_peak.is_none_or(|before| *peak > before)),
             memory_limit: now.memory_limit,
+            limit_hits: difference(now.limit_hits, mark.limit_hits),
             cpu_usec: difference(now.cpu_usec, mark.cpu_usec),
             forks_refused: difference(now.forks_refused, mark.forks_refused),
             shared: now.shared && self.slots.len() > 1,
@@ -79,7 +84,15 @@ impl Slots {
         // Only asked for after a kill, because it costs an open.
         let work = self.work.as_ref().filter(|_| of_slot.memory_kills > Some(0));
         let memory_limit = work.and_then(|work| number(&read_at(work, "memory.max")));
-        Counters { memory_limit, forks_refused: self.forks_refused(slot), ..of_slot }
+        // After the kills: the kernel counts the limit first, so every kill that was read has its reason in what is read now.
+        let limit_hits = self.limit_hits();
+        Counters { memory_limit, limit_hits, forks_refused: self.forks_refused(slot), ..of_slot }
+    }
+
+    /// How often the limit of the work cgroup ended in the search for a victim. The kernel counts `oom` where the limit is and
+    /// `oom_kill` where the victim is; the file of the cgroup alone leaves out what slots and enclosing groups have counted.
+    pub(super) fn limit_hits(&self) -> Option<u64> {
+        of_the_limit(&read_text(self.starved.as_ref()?))
     }
 
     /// Forks refused so far. Up to Linux 6.10 the kernel counts them where the fork was tried, in the slot; from 6.11 on where
@@ -90,6 +103,17 @@ impl Slots {
         let (own, shared) = (max(&cgroup.pids_events), max(&self.refused));
         own.map_or(shared, |own| Some(own.saturating_add(shared.unwrap_or(0))))
     }
+}
+
+/// Reads `memory.events.local` of the cgroup that has the limit.
+fn of_the_limit(text: &str) -> Option<u64> {
+    field(text, "oom")
+}
+
+/// Charges that failed at the limit of a v1 group. Where swap is counted with memory, its limit is the same number and is asked
+/// first. Necessary for a kill at that limit, not sufficient: a charge may have found room at the second try.
+fn charges_failed(memory: Option<u64>, with_swap: Option<u64>) -> Option<u64> {
+    memory.map(|failed| failed.saturating_add(with_swap.unwrap_or(0)))
 }
 
 impl Slot {
@@ -108,6 +132,8 @@ impl V1Files {
             memory_kills: open_read(&directories.memory, "memory.oom_control"),
             memory_peak: open_read(&directories.memory, "memory.max_usage_in_bytes"),
             memory_limit: open_read(&directories.memory, "memory.limit_in_bytes"),
+            memory_failures: open_read(&directories.memory, "memory.failcnt"),
+            swap_failures: open_read(&directories.memory, "memory.memsw.failcnt"),
             cpu_usage: open_read(&directories.cpuacct, "cpuacct.usage"),
             forks_refused: open_read(&directories.pids, "pids.events"),
         }
@@ -121,9 +147,34 @@ impl V1Files {
             memory_peak: number(&text(&self.memory_peak)),
             // Only told after a kill.
             memory_limit: memory_kills.filter(|kills| *kills > 0).and_then(|_| number(&text(&self.memory_limit))),
+            limit_hits: charges_failed(number(&text(&self.memory_failures)), number(&text(&self.swap_failures))),
             cpu_usec: number(&text(&self.cpu_usage)).map(|nanoseconds| nanoseconds / 1000),
             forks_refused: field(&text(&self.forks_refused), "max"),
             shared: true,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limit_of_the_work_group_is_counted_by_oom_and_not_by_victims_or_refused_memory() {
+        let enclosing = "low 0\nhigh 0\nmax 0\noom 0\noom_kill 1\noom_group_kill 0\nsock_throttled 0\n";
+        let reclaimed = "low 0\nhigh 0\nmax 812\noom 0\noom_kill 0\noom_group_kill 0\n";
+        let own = "low 0\nhigh 0\nmax 31\noom 2\noom_kill 0\noom_group_kill 0\n";
+
+        assert_eq!(of_the_limit(enclosing), Some(0));
+        assert_eq!(of_the_limit(reclaimed), Some(0));
+        assert_eq!(of_the_limit(own), Some(2));
+        assert_eq!(of_the_limit(""), None);
+    }
+
+    #[test]
+    fn charges_that_fail_at_either_limit_of_a_v1_group_count_and_a_host_may_count_no_swap() {
+        assert_eq!(charges_failed(Some(0), Some(3)), Some(3));
+        assert_eq!(charges_failed(Some(2), None), Some(2));
+        assert_eq!(charges_failed(None, None), None);
     }
 }

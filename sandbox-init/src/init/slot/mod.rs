@@ -38,6 +38,8 @@ pub struct Slots {
     work: Option<OwnedFd>,
     /// Refused forks of the whole sandbox, where the unified tree has the process limit.
     refused: Option<File>,
+    /// What the memory limit of the sandbox has done, where the unified tree has it.
+    starved: Option<File>,
     v1: Option<V1Files>,
     /// Orphans in this pid namespace become our children, so a child we did not start is an orphan of some call.
     sees_orphans: bool,
@@ -70,7 +72,12 @@ struct Slot {
 impl Slots {
     /// Slots are directories in `work`, in which this process may make directories.
     pub fn cgroup(work: OwnedFd) -> Self {
-        Self { refused: open_read(&work, "pids.events"), work: Some(work), ..Self::scan() }
+        Self {
+            refused: open_read(&work, "pids.events"),
+            starved: open_read(&work, "memory.events.local"),
+            work: Some(work),
+            ..Self::scan()
+        }
     }
 
     /// No cgroups: slots are read from /proc.
@@ -78,6 +85,7 @@ impl Slots {
         Self {
             work: None,
             refused: None,
+            starved: None,
             v1: None,
             sees_orphans: false,
             next: 0,
@@ -134,8 +142,10 @@ impl Slots {
             self.mark(id, None);
         } else {
             let refused = self.slots.get(&id).and_then(|slot| self.forks_refused(slot));
+            let limit_hits = self.limit_hits();
             if let Some(slot) = self.slots.get_mut(&id) {
                 slot.mark.forks_refused = refused;
+                slot.mark.limit_hits = limit_hits;
             }
         }
         Ok(id)
