@@ -164,6 +164,7 @@ impl Daemon {
             progress: handle.progress.clone(),
             memory: Arc::clone(&memory),
             pressure: pressure.pressure.clone(),
+            counters: handle.counters.clone(),
         };
         let (mut routes, sessions) = Routes::new();
         let neighbours = claude::Neighbours { sessions, claims: Arc::default() };

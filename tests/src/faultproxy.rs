@@ -1,5 +1,7 @@
 //! The wire between a runner and its orchestrator: a TCP proxy that breaks it in the ways in which networks do.
 
+mod weather;
+
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -9,6 +11,8 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{broadcast, watch};
+
+pub use weather::Weather;
 
 /// How a connection breaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +47,8 @@ struct Shared {
     kept: watch::Sender<u64>,
     /// Rest after each piece that the runner has sent.
     rest: watch::Sender<Duration>,
+    /// Of connections that are made from here on.
+    weather: watch::Sender<Weather>,
 }
 
 /// Pieces in which bytes pass.
@@ -65,6 +71,7 @@ impl FaultProxy {
             held: watch::channel(0).0,
             kept: watch::channel(0).0,
             rest: watch::channel(Duration::ZERO).0,
+            weather: watch::channel(Weather::default()).0,
         });
         let accepting = tokio::spawn(accept(listener, target, Arc::clone(&shared)));
         Self { port, shared, accepting }
@@ -96,6 +103,11 @@ impl FaultProxy {
     /// Makes the way from the runner slow: this much time for each 16 KiB.
     pub fn rest_after_each_piece(&self, rest: Duration) {
         self.shared.rest.send_replace(rest);
+    }
+
+    /// Connections that are made from here on have this weather, in both directions.
+    pub fn set_weather(&self, weather: Weather) {
+        self.shared.weather.send_replace(weather);
     }
 
     /// Breaks what is connected now, and returns when it is broken.
@@ -146,9 +158,18 @@ async fn pass(
         let (far_reads, far_writes) = far.split();
         let up_waits = Wait { rest: Some(shared.rest.subscribe()), held: shared.kept.subscribe(), number };
         let down_waits = Wait { rest: None, held: shared.held.subscribe(), number };
-        let up = pump(near_reads, far_writes, &allowed, up_waits);
-        let down = pump(far_reads, near_writes, &UNBOUNDED, down_waits);
-        let both = async { tokio::join!(up, down) };
+        let weather = *shared.weather.borrow();
+        let both = async {
+            if weather.is_calm() {
+                let up = pump(near_reads, far_writes, &allowed, up_waits);
+                let down = pump(far_reads, near_writes, &UNBOUNDED, down_waits);
+                tokio::join!(up, down);
+            } else {
+                let up = weather::pump(near_reads, far_writes, up_waits, weather);
+                let back = Weather { seed: !weather.seed, ..weather };
+                tokio::join!(up, weather::pump(far_reads, near_writes, down_waits, back));
+            }
+        };
         tokio::pin!(both);
         let how = tokio::select! {
             _ = &mut both => return,
@@ -179,6 +200,14 @@ struct Wait {
     number: u64,
 }
 
+impl Wait {
+    /// Nothing is held here.
+    async fn until_free(&mut self) {
+        // The sender outlives the connection, so waiting cannot fail.
+        drop(self.held.wait_for(|held| *held < self.number).await.map(|_| ()));
+    }
+}
+
 /// Copies until the end of the source or of what is allowed.
 async fn pump(
     mut source: impl AsyncRead + Unpin,
@@ -192,8 +221,7 @@ async fn pump(
         if !rest.is_zero() {
             tokio::time::sleep(rest).await;
         }
-        // The sender outlives the connection, so waiting cannot fail.
-        drop(wait.held.wait_for(|held| *held < wait.number).await.map(|_| ()));
+        wait.until_free().await;
         let left = allowed.load(Ordering::SeqCst);
         let length = length.min(usize::try_from(left).unwrap_or(usize::MAX));
         if left != u64::MAX {

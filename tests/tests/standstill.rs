@@ -3,6 +3,7 @@
 //!
 //! The built daemon beside a launcher of its own, real sandboxes, and an orchestrator that gives short leases.
 #![forbid(unsafe_code)]
+#![allow(clippy::print_stdout, reason = "the seed of a run belongs into its log")]
 #![allow(clippy::await_holding_lock, reason = "a test that needs the host alone keeps it to its end")]
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,7 +12,8 @@ use std::time::{Duration, Instant};
 use proto::runner::v1 as pb;
 use proto::runner::v1::outcome::Kind;
 use runner::dev::{LinkSettings, Session};
-use sandbox_runner_tests::daemon::{Daemon, MARKER, Options, Workspace, bash, within};
+use sandbox_runner_tests::daemon::{Daemon, MARKER, Options, Workspace, bash, seed, within};
+use sandbox_runner_tests::faultproxy::Weather;
 use sandbox_runner_tests::host::{self, Stopped};
 use sandbox_runner_tests::needs_root;
 use sandbox_runner_tests::runner::scaled;
@@ -219,6 +221,51 @@ async fn black_hole_that_is_shorter_than_the_lease_costs_neither_lease_nor_link(
     assert!(!daemon.log().contains("lease lapsed"), "{}", daemon.end_of_log());
     assert_eq!(daemon.orchestrator.links(), 1);
     end(daemon, &[&site.session]).await;
+}
+
+/// F-25: 30 of 100 pieces are lost, the rest takes 300 ms and up to 200 ms more or less, each way.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn delay_jitter_and_loss_cost_neither_lease_nor_link_nor_a_byte() {
+    needs_root!();
+    let _host = host::shared();
+    let link = LinkSettings {
+        lease_ttl: scaled(Duration::from_secs(12)),
+        heartbeat_every: Duration::from_secs(2),
+        ..LinkSettings::default()
+    };
+    let mut daemon = Daemon::install(Options { link, ..Options::default() }).await;
+    let seed = seed();
+    println!("SEED={seed}");
+    daemon.wire.set_weather(Weather {
+        delay: Duration::from_millis(300),
+        jitter: Duration::from_millis(200),
+        lost_percent: 30,
+        seed,
+    });
+    daemon.start_launcher().await;
+    daemon.start_runner().await;
+    let (talks, asks) = (daemon.session("talks").await, daemon.session("asks").await);
+    talks.send("talks", bash("for i in $(seq 10); do seq -f \"$i %06.0f\" 4000; sleep 1; done"));
+    let (before, _) = daemon.orchestrator.heartbeats();
+
+    for number in 0..5 {
+        let id = format!("asks-{number}");
+        let finished = within(&id, asks.bash(&id, &format!("echo {id} >> asked; echo {id}"))).await.expect("an end");
+        assert_eq!(finished.streams[&1].bytes, format!("{id}\n").into_bytes());
+    }
+    let talked = within("talks", talks.outcome("talks")).await.expect("an end");
+    let expected: String = (1..=10).flat_map(|i| (1..=4000).map(move |line| format!("{i} {line:06}\n"))).collect();
+    assert!(
+        talked.streams[&1].bytes == expected.into_bytes() && talked.streams[&1].holes.is_empty(),
+        "output is wrong"
+    );
+    let asked = within("asked", asks.bash("asked", "cat asked")).await.expect("an end");
+    assert_eq!(asked.streams[&1].bytes, b"asks-0\nasks-1\nasks-2\nasks-3\nasks-4\n");
+
+    assert!(daemon.orchestrator.heartbeats().0 > before + 2, "no heartbeats");
+    assert!(!daemon.log().contains("lease lapsed"), "{}", daemon.end_of_log());
+    assert_eq!(daemon.orchestrator.links(), 1);
+    end(daemon, &[&talks, &asks]).await;
 }
 
 /// F-24: what the runner says does not arrive, and it hears everything.

@@ -3,6 +3,7 @@
 //! A unix socket, mode 0600, whose peers are also checked by user id. It looks at sessions and puts work into the same
 //! channel as any connector; it has no power of its own over a sandbox.
 
+mod peer;
 mod present;
 mod service;
 mod socket;

@@ -70,12 +70,12 @@ impl std::fmt::Debug for Counted {
 pub fn serve(parts: Parts) -> Result<tokio::task::JoinHandle<()>, SocketError> {
     let listener = bind(&parts.path)?;
     let (sender, peers) = mpsc::channel(16);
-    let own_uid = parts.own_uid;
+    let (own_uid, counters) = (parts.own_uid, parts.sessions.counters.clone());
     let service = AdminServiceServer::new(Admin(parts));
     Ok(tokio::spawn(async move {
         let serving = tonic::transport::Server::builder().serve_with_incoming(service, ReceiverStream::new(peers));
         tokio::select! {
-            () = accept(listener, own_uid, sender) => {}
+            () = accept(listener, own_uid, sender, counters) => {}
             served = serving => {
                 if let Err(error) = served {
                     tracing::warn!(error = &error as &dyn std::error::Error, "administration service ended");
@@ -212,6 +212,14 @@ impl AdminService for Admin {
         let ends = u64::try_from(status.certificate.not_after).ok().filter(|ends| *ends > 0);
         let certificate = ends.map(|ends| number(("certificate_not_after_seconds".to_owned(), ends)));
         let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        let calls = view.sessions.iter().flat_map(|session| &session.calls).chain(&view.leftover);
+        let unacknowledged = calls.filter(|call| matches!(call.stage, CallStage::Finished(_))).count();
+        let of_calls = [
+            ("calls_queued", view.queued_calls),
+            ("calls_running", view.running_calls),
+            ("results_unacknowledged", unacknowledged),
+        ];
+        let of_calls = of_calls.map(|(name, value)| number((name.to_owned(), value as u64)));
         Ok(Response::new(pb::StatusResponse {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
@@ -223,7 +231,7 @@ impl AdminService for Admin {
             draining: view.draining,
             receipt: Some(present::receipt(&self.0.receipt)),
             short_of: pressure.shortages.iter().map(|shortage| shortage.measured.clone()).collect(),
-            numbers: gauges.chain(certificate).chain(counters).chain(of_queues).collect(),
+            numbers: gauges.chain(certificate).chain(of_calls).chain(counters).chain(of_queues).collect(),
             certificate_not_after: status.certificate.not_after,
             certificate_alarms: alarms,
             queues: queues.iter().map(present::queue).collect(),

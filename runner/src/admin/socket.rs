@@ -3,10 +3,17 @@
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tracing::warn;
+
+use super::peer::Peer;
+use crate::telemetry::Counters;
+
+/// Connections at once; each costs a descriptor and what its requests hold.
+const MAX_CONNECTIONS: usize = 64;
 
 /// Why there is no socket.
 #[derive(Debug, thiserror::Error)]
@@ -47,8 +54,14 @@ pub(super) fn bind(path: &Path) -> Result<UnixListener, SocketError> {
     made().map_err(|source| SocketError::Make { path: path.to_owned(), source })
 }
 
-/// Accepts peers of `own_uid` and root until nobody takes them any more.
-pub(super) async fn accept(listener: UnixListener, own_uid: u32, peers: mpsc::Sender<io::Result<UnixStream>>) {
+/// Accepts peers of `own_uid` and root until nobody takes them any more. A peer that is one too many is hung up on.
+pub(super) async fn accept(
+    listener: UnixListener,
+    own_uid: u32,
+    peers: mpsc::Sender<io::Result<Peer>>,
+    counters: Counters,
+) {
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -61,12 +74,47 @@ pub(super) async fn accept(listener: UnixListener, own_uid: u32, peers: mpsc::Se
         };
         match stream.peer_cred() {
             Ok(peer) if peer.uid() == own_uid || peer.uid() == 0 => {
-                if peers.send(Ok(stream)).await.is_err() {
+                let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+                    counters.add("admin_connections_refused_total", &[]);
+                    warn!(limit = MAX_CONNECTIONS, "administration socket has as many connections as it takes");
+                    continue;
+                };
+                if peers.send(Ok(Peer::new(stream, place))).await.is_err() {
                     return;
                 }
             }
             Ok(peer) => warn!(uid = peer.uid(), "administration socket refused a user"),
             Err(error) => warn!(%error, "administration socket cannot tell its peer"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncReadExt;
+
+    #[tokio::test]
+    async fn connection_that_is_one_too_many_is_closed_and_counted_until_another_has_gone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let listener = bind(&path).unwrap();
+        let (sender, mut accepted) = mpsc::channel(MAX_CONNECTIONS + 1);
+        let counters = Counters::default();
+        let own_uid = rustix::process::getuid().as_raw();
+        let accepting = tokio::spawn(accept(listener, own_uid, sender, counters.clone()));
+        let mut served = Vec::new();
+        for _ in 0..MAX_CONNECTIONS {
+            served.push((UnixStream::connect(&path).await.unwrap(), accepted.recv().await.unwrap().unwrap()));
+        }
+
+        let mut refused = UnixStream::connect(&path).await.unwrap();
+        assert_eq!(refused.read(&mut [0; 1]).await.unwrap(), 0, "it is not closed");
+        assert_eq!(counters.all(), [("admin_connections_refused_total".to_owned(), 1)].into());
+
+        served.pop();
+        let _next = UnixStream::connect(&path).await.unwrap();
+        assert!(accepted.recv().await.unwrap().is_ok());
+        accepting.abort();
     }
 }

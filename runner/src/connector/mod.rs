@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 
+use crate::telemetry::Counters;
 use crate::work::{Memory, OutputSource, Pressure, Progress, Update, WorkItem};
 
 /// The joints between a connector and the rest of the runner.
@@ -32,6 +33,8 @@ pub struct Ports {
     pub memory: Arc<dyn Memory>,
     /// How the host stands.
     pub pressure: watch::Receiver<Arc<Pressure>>,
+    /// How often a bound was reached.
+    pub counters: Counters,
 }
 
 impl std::fmt::Debug for Ports {

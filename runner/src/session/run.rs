@@ -318,6 +318,12 @@ impl Loop {
             let labels = [("request", request.as_str()), ("code", failure.code.as_str())];
             self.counters.add("refused_total", &labels);
         }
+        if let Update::CallFinished { result, .. } = &update {
+            let dropped = result.end.streams.iter().map(StreamSummary::dropped_bytes).sum();
+            if dropped > 0 {
+                self.counters.add_many("output_dropped_bytes_total", &[], dropped);
+            }
+        }
         if self.updates.send(update).await.is_err() {
             // Without a connector results are kept until somebody asks again; that is what the journal is for.
             tracing::debug!("no connector takes updates");

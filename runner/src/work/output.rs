@@ -94,6 +94,17 @@ pub struct StreamSummary {
     pub spool_path: String,
 }
 
+impl StreamSummary {
+    /// Bytes that are kept nowhere, because there were more than may be kept or room for.
+    #[must_use]
+    pub fn dropped_bytes(&self) -> u64 {
+        match &self.inline {
+            Some(_) => 0,
+            None => self.total_bytes.saturating_sub(self.head_bytes).saturating_sub(self.tail_bytes),
+        }
+    }
+}
+
 /// Retained output of calls, by offset.
 pub trait OutputSource: Send + Sync {
     /// Reads at most `max_bytes` (and at most 64 KiB) of `stream` from `offset`.

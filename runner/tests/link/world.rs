@@ -114,6 +114,7 @@ impl Runner {
             progress: sessions.progress.clone(),
             memory,
             pressure: calm(),
+            counters: sessions.counters.clone(),
         };
         let plain = settings(port, files);
         let (instance_id, state_id) = (options.instance.into(), options.state.into());

@@ -213,6 +213,7 @@ impl Task {
         if !self.outbox.is_full() {
             return Ok(());
         }
+        self.ports.counters.add("requests_refused_for_events_total", &[]);
         Err(ToolFailure::new(
             Code::QueueFull,
             format!("{} events are not acknowledged, which is as much as this runner keeps", self.outbox.len()),

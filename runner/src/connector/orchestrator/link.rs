@@ -9,6 +9,7 @@ use futures_util::stream::FuturesUnordered;
 use proto::runner::v1 as pb;
 use proto::runner::v1::runner_frame::Body;
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::time::Instant;
 use tonic::Streaming;
 use tracing::{debug, info, warn};
@@ -16,7 +17,7 @@ use tracing::{debug, info, warn};
 use super::book::{Next, Piece};
 use super::codec::Incoming;
 use super::encode::stream_to_wire;
-use super::outgoing::Lanes;
+use super::outgoing::{CONTROL, Lanes};
 use super::rotation::{Successor, Turn, connected};
 use super::task::{Ended, Event, PENDING, Task};
 use super::{LinkError, Stop};
@@ -66,6 +67,8 @@ pub(super) struct Link {
     pub(super) reads: FuturesUnordered<Pin<Box<dyn Future<Output = Read> + Send>>>,
     output_wait: Option<Instant>,
     output_full: bool,
+    /// What waited when it was last looked at: orders, events, output.
+    waits: [bool; 3],
     progress: (u64, Instant),
 }
 
@@ -107,6 +110,7 @@ impl Link {
             reads: FuturesUnordered::new(),
             output_wait: None,
             output_full: false,
+            waits: [false; 3],
             progress: (progress, now),
         }
     }
@@ -167,6 +171,7 @@ impl Task {
             let (live, reading) = (link.live, self.pending.len() < PENDING);
             let (wait, output_full, next_try) = (link.output_wait, link.output_full, link.next_try);
             let events_full = live && self.outbox.has_unsent();
+            self.count_waits(link, [!reading, events_full, output_full]);
             tokio::select! {
                 _ = link.heartbeat.tick(), if live => self.beat(link)?,
                 event = self.next_event() => self.take_on_link(event, link),
@@ -193,6 +198,17 @@ impl Task {
                     return Err(LinkError::Ended("the orchestrator did not finish the handshake in time".to_owned()));
                 }
             }
+        }
+    }
+
+    /// Counts how often one of the bounded ways has begun to wait: orders for the sessions, so that nothing is read; events
+    /// and output for the transport.
+    fn count_waits(&self, link: &mut Link, waits: [bool; 3]) {
+        for ((what, waits), waited) in ["orders", "events", "output"].into_iter().zip(waits).zip(&mut link.waits) {
+            if waits && !*waited {
+                self.ports.counters.add("link_waits_total", &[("what", what)]);
+            }
+            *waited = waits;
         }
     }
 
@@ -412,7 +428,11 @@ fn told(body: &Body) -> Option<(Kind, String)> {
 
 /// Puts a control frame into its lane. A full lane means that the peer has stopped reading.
 pub(super) fn control(lanes: &Lanes, body: Body) -> Result<(), LinkError> {
-    lanes.control.try_send(body).map_err(|_| LinkError::Ended("the orchestrator does not read".to_owned()))
+    lanes.control.try_send(body).map_err(|error| match error {
+        TrySendError::Full(_) => LinkError::Unread(CONTROL),
+        // Whoever reads for the transport has gone with it.
+        TrySendError::Closed(_) => LinkError::Ended("the transport has ended".to_owned()),
+    })
 }
 
 /// Waits until a lane has room, or nobody empties it any more.

@@ -203,11 +203,24 @@ enum LinkError {
     Refused { host: String, code: tonic::Code, refusal: Option<Refusal>, message: String },
     #[error("link ended: {0}")]
     Ended(String),
+    #[error("link given up: {0} frames wait, and the orchestrator does not read")]
+    Unread(usize),
     #[error("orchestrator broke the protocol: {0}")]
     Violation(String),
 }
 
 impl LinkError {
+    /// What kind of an end this is, for whoever counts them.
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Dial(_) | Self::Transport { .. } => "unreachable",
+            Self::Refused { .. } => "refused",
+            Self::Ended(_) => "ended",
+            Self::Unread(_) => "unread",
+            Self::Violation(_) => "violation",
+        }
+    }
+
     /// The orchestrator refuses the link, or ends it as if it had.
     fn refused(host: &str, status: &tonic::Status) -> Self {
         let (code, refusal, message) = (status.code(), Refusal::of(status), with_source(status));

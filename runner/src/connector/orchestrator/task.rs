@@ -147,6 +147,7 @@ impl Task {
     fn tell_of(&self, error: &LinkError, delay: Duration) {
         let (problem, refusal) = (error.to_string(), error.refusal());
         let delay_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
+        self.ports.counters.add("links_lost_total", &[("reason", error.reason())]);
         match refusal {
             Some(refusal) => error!(
                 refusal = refusal.name(),

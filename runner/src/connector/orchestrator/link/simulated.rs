@@ -18,6 +18,7 @@ use crate::connector::Ports;
 use crate::connector::backoff::Backoff;
 use crate::connector::dial::Target;
 use crate::connector::tls::{Credentials, TlsFiles};
+use crate::telemetry::Counters;
 use crate::work::{Memory, OutputSource, Pressure, Progress, RunnerId, Update, WorkItem};
 
 /// More than any step of the simulation tells.
@@ -92,6 +93,7 @@ impl Connector {
             progress: progress_of_sessions,
             memory,
             pressure,
+            counters: Counters::default(),
         };
         let mut task = Task::new(settings(instance, clock), ports, stopped, credentials, status_sender);
         task.reserve_events();
