@@ -12,7 +12,7 @@ use std::time::Duration;
 use proto::runner::v1 as pb;
 use proto::runner::v1::outcome::Kind;
 use runner::dev::{Denied, LinkSettings, Session};
-use sandbox_runner_tests::daemon::{Daemon, Options, bash, copy_directory, exec, within};
+use sandbox_runner_tests::daemon::{Daemon, Options, bash, copy_directory, within};
 use sandbox_runner_tests::host;
 use sandbox_runner_tests::needs_root;
 use sandbox_runner_tests::runner::scaled;
@@ -45,13 +45,19 @@ enum Unknown {
     Ended,
 }
 
+/// A command with a standard input.
+fn reading(script: &str) -> pb::call::Input {
+    let argv = vec![b"/bin/sh".to_vec(), b"-c".to_vec(), script.into()];
+    pb::call::Input::Exec(pb::ExecInput { argv, cwd: Some("/workspace".into()), stdin: true, ..Default::default() })
+}
+
 /// A second machine with a copy of the disk of the first one, made before a call.
 async fn assert_copy_is_refused(unknown: Unknown) {
     let mut daemon = Daemon::start(Options::default()).await;
     let session = daemon.session("original").await;
     assert_eq!(printed(&session, "before", "echo begun >> /workspace/count").await, "");
     let mut copy = daemon.copy(Options::default()).await;
-    session.send("runs", exec("echo runs >> /workspace/count; read line; echo end"));
+    session.send("runs", reading("echo runs >> /workspace/count; read line; echo end"));
     within("start", session.started("runs")).await.expect("started");
     let end = || async {
         within("stdin", session.stdin("runs", 0, b"go on\n", true)).await.expect("taken");
