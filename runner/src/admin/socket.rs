@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, mpsc};
 use tracing::warn;
 
@@ -93,6 +93,7 @@ pub(super) async fn accept(
 mod tests {
     use super::*;
     use tokio::io::AsyncReadExt;
+    use tokio::net::UnixStream;
 
     #[tokio::test]
     async fn connection_that_is_one_too_many_is_closed_and_counted_until_another_has_gone() {
@@ -101,7 +102,7 @@ mod tests {
         let listener = bind(&path).unwrap();
         let (sender, mut accepted) = mpsc::channel(MAX_CONNECTIONS + 1);
         let counters = Counters::default();
-        let own_uid = rustix::process::getuid().as_raw();
+        let own_uid = nix::unistd::getuid().as_raw();
         let accepting = tokio::spawn(accept(listener, own_uid, sender, counters.clone()));
         let mut served = Vec::new();
         for _ in 0..MAX_CONNECTIONS {

@@ -28,7 +28,7 @@ use crate::journal::{Journal, Recovered};
 use crate::telemetry::Counters;
 use crate::work::{
     Attached, BoxFuture, CallEnd, CallId, CallResult, Outcome, Progress, Sandbox, SandboxId, Sandboxes, SessionId,
-    ToolFailure, Update, WorkItem,
+    StreamSummary, ToolFailure, Update, WorkItem,
 };
 use board::{Board, Line};
 use result::presented;
