@@ -45,8 +45,8 @@ pub(super) struct V1Files {
     memory_kills: Option<File>,
     memory_peak: Option<File>,
     memory_limit: Option<File>,
-    memory_failures: Option<File>,
-    swap_failures: Option<File>,
+    /// Where swap is counted with memory, its limit is the same number and is asked first.
+    swap_peak: Option<File>,
     cpu_usage: Option<File>,
     forks_refused: Option<File>,
 }
@@ -110,10 +110,19 @@ fn of_the_limit(text: &str) -> Option<u64> {
     field(text, "oom")
 }
 
-/// Charges that failed at the limit of a v1 group. Where swap is counted with memory, its limit is the same number and is asked
-/// first. Necessary for a kill at that limit, not sufficient: a charge may have found room at the second try.
-fn charges_failed(memory: Option<u64>, with_swap: Option<u64>) -> Option<u64> {
-    memory.map(|failed| failed.saturating_add(with_swap.unwrap_or(0)))
+/// The kernel charges so many bytes at once when there is room, and fewer before it gives up (MEMCG_CHARGE_BATCH, 64 pages).
+const CHARGED_AT_ONCE: u64 = 64 * 4096;
+
+/// Kills of a v1 group, as far as it has ever been at its limit; else they came from outside. `memory.failcnt` would be the answer, but
+/// Linux 6.18 does not count it. Necessary for a kill at that limit, not sufficient: the group may have been there before.
+fn kills_at_the_limit(kills: Option<u64>, peaks: [Option<u64>; 2], limit: Option<u64>) -> Option<u64> {
+    match kills? {
+        0 => Some(0),
+        kills => {
+            let peak = peaks.into_iter().flatten().max()?;
+            Some(if peak.saturating_add(CHARGED_AT_ONCE) >= limit? { kills } else { 0 })
+        }
+    }
 }
 
 impl Slot {
@@ -132,8 +141,7 @@ impl V1Files {
             memory_kills: open_read(&directories.memory, "memory.oom_control"),
             memory_peak: open_read(&directories.memory, "memory.max_usage_in_bytes"),
             memory_limit: open_read(&directories.memory, "memory.limit_in_bytes"),
-            memory_failures: open_read(&directories.memory, "memory.failcnt"),
-            swap_failures: open_read(&directories.memory, "memory.memsw.failcnt"),
+            swap_peak: open_read(&directories.memory, "memory.memsw.max_usage_in_bytes"),
             cpu_usage: open_read(&directories.cpuacct, "cpuacct.usage"),
             forks_refused: open_read(&directories.pids, "pids.events"),
         }
@@ -142,12 +150,16 @@ impl V1Files {
     fn counters(&self) -> Counters {
         let text = |file: &Option<File>| file.as_ref().map(read_text).unwrap_or_default();
         let memory_kills = field(&text(&self.memory_kills), "oom_kill");
+        let memory_peak = number(&text(&self.memory_peak));
+        // Only told, and only of interest, after a kill.
+        let after_a_kill = |file| memory_kills.filter(|kills| *kills > 0).and_then(|_| number(&text(file)));
+        let memory_limit = after_a_kill(&self.memory_limit);
+        let peaks = [memory_peak, after_a_kill(&self.swap_peak)];
         Counters {
             memory_kills,
-            memory_peak: number(&text(&self.memory_peak)),
-            // Only told after a kill.
-            memory_limit: memory_kills.filter(|kills| *kills > 0).and_then(|_| number(&text(&self.memory_limit))),
-            limit_hits: charges_failed(number(&text(&self.memory_failures)), number(&text(&self.swap_failures))),
+            memory_peak,
+            memory_limit,
+            limit_hits: kills_at_the_limit(memory_kills, peaks, memory_limit),
             cpu_usec: number(&text(&self.cpu_usage)).map(|nanoseconds| nanoseconds / 1000),
             forks_refused: field(&text(&self.forks_refused), "max"),
             shared: true,
@@ -172,9 +184,17 @@ mod tests {
     }
 
     #[test]
-    fn charges_that_fail_at_either_limit_of_a_v1_group_count_and_a_host_may_count_no_swap() {
-        assert_eq!(charges_failed(Some(0), Some(3)), Some(3));
-        assert_eq!(charges_failed(Some(2), None), Some(2));
-        assert_eq!(charges_failed(None, None), None);
+    fn kills_of_a_v1_group_count_as_its_own_only_when_it_was_at_its_limit() {
+        let limit = Some(1 << 30);
+        let near = Some((1 << 30) - 4096);
+        let far = Some((1 << 30) - (1 << 20));
+        assert_eq!(kills_at_the_limit(Some(2), [limit, None], limit), Some(2));
+        assert_eq!(kills_at_the_limit(Some(2), [near, None], limit), Some(2));
+        assert_eq!(kills_at_the_limit(Some(2), [far, limit], limit), Some(2), "with swap");
+        assert_eq!(kills_at_the_limit(Some(2), [far, far], limit), Some(0));
+        assert_eq!(kills_at_the_limit(Some(0), [limit, None], None), Some(0));
+        assert_eq!(kills_at_the_limit(Some(1), [None, None], limit), None);
+        assert_eq!(kills_at_the_limit(Some(1), [limit, None], None), None);
+        assert_eq!(kills_at_the_limit(None, [limit, None], limit), None);
     }
 }
