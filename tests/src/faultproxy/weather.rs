@@ -102,7 +102,8 @@ mod tests {
         let begin = Instant::now();
         let mut received = vec![0; sent.len()];
         let (written, read) = tokio::join!(from.write_all(sent), to.read_exact(&mut received));
-        (written.unwrap(), read.unwrap());
+        written.unwrap();
+        read.unwrap();
         assert!(received == sent, "bytes have changed on the way");
         begin.elapsed()
     }
