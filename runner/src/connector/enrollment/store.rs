@@ -150,6 +150,10 @@ fn about_set(set: &Path) -> Result<Option<About>, StoreError> {
     Ok(Some(about))
 }
 
+/// How often the lock is asked for before somebody counts as having it, and the rest between: a fifth of a second in all.
+const LOCK_ATTEMPTS: u32 = 10;
+const LOCK_REST: std::time::Duration = std::time::Duration::from_millis(20);
+
 /// The directory, while nobody else changes it.
 #[derive(Debug)]
 pub(super) struct Store {
@@ -169,11 +173,16 @@ impl Store {
         let path = directory.join(".lock");
         let lock = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
         let lock = lock.map_err(step("open", &path))?;
-        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Self { directory: directory.to_owned(), _lock: lock }),
-            Err(Errno::WOULDBLOCK) => Err(StoreError::Busy { path: directory.to_owned() }),
-            Err(errno) => Err(StoreError::Step { step: "lock", path, source: errno.into() }),
+        for attempt in 1.. {
+            match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => break,
+                // A process that another thread of the last holder was just starting has its descriptors until it executes.
+                Err(Errno::WOULDBLOCK) if attempt < LOCK_ATTEMPTS => std::thread::sleep(LOCK_REST),
+                Err(Errno::WOULDBLOCK) => return Err(StoreError::Busy { path: directory.to_owned() }),
+                Err(errno) => return Err(StoreError::Step { step: "lock", path, source: errno.into() }),
+            }
         }
+        Ok(Self { directory: directory.to_owned(), _lock: lock })
     }
 
     pub(super) fn directory(&self) -> &Path {
