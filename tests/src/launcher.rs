@@ -13,7 +13,9 @@ use anyhow::{Context, bail, ensure};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, setsockopt, socket, sockopt};
 use nix::sys::time::TimeVal;
 use prost::Message;
-use proto::launch::v1::{CreateSandbox, Failure, Hello, HostRootfs, Reply, Request, create_sandbox, reply, request};
+use proto::launch::v1::{
+    CreateSandbox, Failure, Hello, HostRootfs, Reply, Request, SandboxCreated, create_sandbox, reply, request,
+};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
@@ -319,6 +321,17 @@ impl Connection {
             if reply.request_id == 7 {
                 return Ok(reply);
             }
+        }
+    }
+
+    /// Makes a sandbox.
+    ///
+    /// # Errors
+    /// When it is not made, with the answer.
+    pub fn create(&self, sandbox: CreateSandbox) -> anyhow::Result<SandboxCreated> {
+        match self.ask(request::Body::CreateSandbox(sandbox))?.body {
+            Some(reply::Body::SandboxCreated(created)) => Ok(created),
+            other => bail!("not created: {other:?}"),
         }
     }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use proto::launch::v1::{ListSandboxes, SandboxCreated, reply, request};
+use proto::launch::v1::{ListSandboxes, reply, request};
 use sandbox_runner_tests::launcher::{Connection, Launcher, Setup, plain_sandbox};
 use sandbox_runner_tests::needs_root;
 use sandbox_runner_tests::rootfs::{Rootfs, shared_directory};
@@ -53,13 +53,6 @@ fn start_installed(slots: u32, rootfs: &Rootfs) -> (Launcher, TempDir) {
     (setup.start_with(start).expect("the launcher starts"), installed)
 }
 
-fn create(connection: &Connection, id: &str) -> SandboxCreated {
-    match connection.ask(request::Body::CreateSandbox(plain_sandbox(id))).expect("an answer").body {
-        Some(reply::Body::SandboxCreated(created)) => created,
-        other => panic!("{id}: {other:?}"),
-    }
-}
-
 fn pid_of(process: u32) -> Pid {
     Pid::from_raw(i32::try_from(process).expect("a pid"))
 }
@@ -84,7 +77,7 @@ fn a_launcher_replaced_by_the_installed_command_keeps_pid_and_sandboxes() {
     let rootfs = Rootfs::with_prober();
     let (mut launcher, _installed) = start_installed(1, &rootfs);
     let connection = Connection::greeted(&launcher.setup().socket()).expect("served");
-    create(&connection, "kept");
+    connection.create(plain_sandbox("kept")).expect("made");
 
     kill(pid_of(launcher.pid()), Signal::SIGHUP).expect("signalled");
 
@@ -105,8 +98,8 @@ fn a_sandbox_that_ends_while_the_launcher_is_replaced_is_reaped_by_the_next_prog
     let rootfs = Rootfs::with_prober();
     let (mut launcher, _installed) = start_installed(2, &rootfs);
     let connection = Connection::greeted(&launcher.setup().socket()).expect("served");
-    create(&connection, "kept");
-    let ends = create(&connection, "ends");
+    connection.create(plain_sandbox("kept")).expect("made");
+    let ends = connection.create(plain_sandbox("ends")).expect("made");
     let launcher_pid = pid_of(launcher.pid());
 
     // Both wait for the launcher, and the signal that replaces it comes first, because its number is lower.
@@ -127,7 +120,7 @@ fn a_sandbox_that_ends_while_the_launcher_is_replaced_is_reaped_by_the_next_prog
     }
     assert!(!is_zombie(ends.pid), "nobody has waited for it");
     let next = Connection::greeted(&launcher.setup().socket()).expect("served");
-    assert_ne!(create(&next, "next").pid, ends.pid);
+    assert_ne!(next.create(plain_sandbox("next")).expect("made").pid, ends.pid);
 }
 
 #[test]

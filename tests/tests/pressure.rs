@@ -346,6 +346,9 @@ async fn output_that_meets_a_full_disk_is_a_declared_hole_and_the_command_goes_o
     let told = "not all output could be kept: the disk that keeps it is full";
     assert_eq!(notes_about_the_disk(message), [told]);
 
+    let dropped: u64 = stream.holes.iter().map(|hole| hole.1).sum();
+    assert_eq!(status(&daemon)["numbers"]["output_dropped_bytes_total"], dropped);
+
     assert_eq!(call(&session, "while-full", bash("echo yes")).await, Ok(b"yes\n".to_vec()));
     disk.make_room();
     let finished = within("later", session.run("later", bash("seq 300000"))).await.expect("an end");

@@ -172,19 +172,14 @@ fn may_be_served(
 /// well.
 fn went_back(state: &State, held: &[&pb::SessionState]) -> Option<String> {
     // Also of calls that nobody has to list any more it must know how many there were.
-    let heard = |session: &pb::SessionState| {
-        let of_it = state.calls.values().filter(|record| {
-            let request = &record.request;
-            record.accepted && request.session_id == session.session_id && request.epoch == session.epoch
-        });
-        of_it.count() as u64
-    };
-    let behind = |session: &&&pb::SessionState| session.epoch > 0 && session.calls_accepted < heard(session);
-    if let Some(session) = held.iter().find(behind) {
-        let (session_id, known) = (&session.session_id, session.calls_accepted);
-        let heard = heard(session);
+    let behind = held.iter().find_map(|session| {
+        let is_of_it = |request: &pb::Call| request.session_id == session.session_id && request.epoch == session.epoch;
+        let told = state.calls.values().filter(|record| record.accepted && is_of_it(&record.request)).count() as u64;
+        (session.calls_accepted < told).then_some((session, told))
+    });
+    if let Some((pb::SessionState { session_id, calls_accepted, .. }, told)) = behind {
         return Some(format!(
-            "session {session_id} is said to have taken {known} calls, and has told of {heard}: this state was set back"
+            "session {session_id} is said to have taken {calls_accepted} calls, and has told of {told}: this state was set back"
         ));
     }
     let open = |record: &super::state::CallRecord| record.end.is_none() && record.refused.is_none();

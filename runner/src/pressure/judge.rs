@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use crate::work::{Closed, Gauge, Pressure, Resource, Shortage};
+use crate::work::{Closed, Gauge, Pressure, Resource, Shortage, Trouble};
 
 /// Time over which waiting is averaged. Shorter, and one large file that is written closes a healthy host.
 pub const WINDOW: Duration = Duration::from_secs(10);
@@ -96,7 +96,7 @@ impl Judge {
         }
         if reading.journal_is_full {
             // Also those that only look: each is written down.
-            let measured = "the disk of the journal is full".to_owned();
+            let measured = Trouble::NO_SPACE.to_owned();
             self.pressure.shortages.push(Shortage { resource: Resource::Disk, closed: Closed::Calls, measured });
         }
         if let Some((used, limit)) = reading.descriptors {

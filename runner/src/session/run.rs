@@ -28,7 +28,7 @@ use crate::journal::{Journal, Recovered};
 use crate::telemetry::Counters;
 use crate::work::{
     Attached, BoxFuture, CallEnd, CallId, CallResult, Outcome, Progress, Sandbox, SandboxId, Sandboxes, SessionId,
-    StreamSummary, ToolFailure, Update, WorkItem,
+    ToolFailure, Update, WorkItem,
 };
 use board::{Board, Line};
 use result::presented;
@@ -317,12 +317,6 @@ impl Loop {
         if let Update::Refused { request, failure, .. } = &update {
             let labels = [("request", request.as_str()), ("code", failure.code.as_str())];
             self.counters.add("refused_total", &labels);
-        }
-        if let Update::CallFinished { result, .. } = &update {
-            let dropped = result.end.streams.iter().map(StreamSummary::dropped_bytes).sum();
-            if dropped > 0 {
-                self.counters.add_many("output_dropped_bytes_total", &[], dropped);
-            }
         }
         if self.updates.send(update).await.is_err() {
             // Without a connector results are kept until somebody asks again; that is what the journal is for.

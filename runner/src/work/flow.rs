@@ -94,6 +94,11 @@ pub enum Trouble {
     Broken(String),
 }
 
+impl Trouble {
+    /// What people are told of a full disk.
+    pub const NO_SPACE: &'static str = "the disk of the journal is full";
+}
+
 /// What a connector has remembered beyond the process.
 pub trait Memory: Send + Sync {
     /// Highest number of an event that an earlier process may have used.

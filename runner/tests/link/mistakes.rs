@@ -64,6 +64,12 @@ async fn every_mistake_is_answered_and_the_link_goes_on() {
         assert!(failure.message.starts_with(text), "{} does not start with {text}", failure.message);
         assert!(!failure.remediation.is_empty());
     }
+    let counted = world.sessions.counters.all();
+    let refused: u64 =
+        counted.iter().filter(|(name, _)| name.starts_with("refused_total{")).map(|(_, count)| count).sum();
+    assert_eq!(refused, 11, "each is counted once, here or by the sessions: {counted:?}");
+    assert_eq!(counted["refused_total{request=\"call\",code=\"TOO_LARGE\"}"], 2);
+    assert_eq!(counted["refused_total{request=\"open\",code=\"INVALID_FIELD\"}"], 1);
     within("last", session.bash("after", "exit 0")).await.unwrap();
     assert_eq!(world.orchestrator.links(), 1);
     assert_eq!(world.orchestrator.complaints(), Vec::<String>::new());

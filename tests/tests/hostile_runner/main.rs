@@ -51,10 +51,7 @@ impl Bench {
 }
 
 fn create(connection: &Connection, sandbox: CreateSandbox) -> SandboxCreated {
-    match connection.ask(request::Body::CreateSandbox(sandbox)).expect("an answer").body {
-        Some(reply::Body::SandboxCreated(created)) => created,
-        other => panic!("not created: {other:?}"),
-    }
+    connection.create(sandbox).expect("a sandbox")
 }
 
 fn kill(connection: &Connection, id: &str) {

@@ -142,10 +142,7 @@ pub(crate) fn connect() -> Connection {
 }
 
 pub(crate) fn create(connection: &Connection, sandbox: CreateSandbox) -> SandboxCreated {
-    match connection.ask(request::Body::CreateSandbox(sandbox)).expect("an answer").body {
-        Some(reply::Body::SandboxCreated(created)) => created,
-        other => panic!("not created: {other:?}\n{}", journal()),
-    }
+    connection.create(sandbox).unwrap_or_else(|error| panic!("{error}\n{}", journal()))
 }
 
 pub(crate) fn create_plain(sandbox_id: &str) -> SandboxCreated {

@@ -344,6 +344,19 @@ mod tests {
     }
 
     #[test]
+    fn lock_that_is_about_to_be_let_go_is_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(2 * LOCK_REST);
+                drop(store);
+            });
+            Store::open(directory.path()).unwrap();
+        });
+    }
+
+    #[test]
     fn what_was_never_finished_does_not_get_in_the_way_and_is_removed() {
         let directory = tempfile::tempdir().unwrap();
         let store = Store::open(directory.path()).unwrap();

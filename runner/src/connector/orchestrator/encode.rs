@@ -18,15 +18,27 @@ pub(super) fn refused(
     epoch: u64,
     failure: &ToolFailure,
 ) -> Body {
-    let kind = match request {
+    let kind = kind_of_request(request);
+    refused_frame(0, kind, session_id, call_id, epoch, failure)
+}
+
+/// Field number of a request in its frame.
+const fn kind_of_request(request: RequestKind) -> u32 {
+    match request {
         RequestKind::Open => 13,
         RequestKind::Close => 14,
         RequestKind::Call => 15,
         RequestKind::Cancel => 16,
         RequestKind::Stdin => 23,
         RequestKind::Resize => 24,
-    };
-    refused_frame(0, kind, session_id, call_id, epoch, failure)
+    }
+}
+
+/// Name of a request by its field number, for whoever counts; one name for all that sessions never see.
+pub(super) fn request_name(kind: u32) -> &'static str {
+    use RequestKind::{Call, Cancel, Close, Open, Resize, Stdin};
+    let known = [Open, Close, Call, Cancel, Stdin, Resize];
+    known.into_iter().find(|request| kind_of_request(*request) == kind).map_or("other", RequestKind::as_str)
 }
 
 /// A refusal of a frame.

@@ -68,10 +68,17 @@ impl Task {
         let subject = subject_of(&request, frame.frame_no, frame.kind);
         if let Err(failure) = self.request(request, link)? {
             debug!(kind = subject.kind, error = %failure, "request refused");
-            let Subject { frame_no, kind, session_id, call_id, epoch } = subject;
-            self.reply(encode::refused_frame(frame_no, kind, session_id, call_id, epoch, &failure));
+            self.refuse(subject, &failure);
         }
         Ok(())
+    }
+
+    /// Refuses what has not come as far as the sessions, which count what they refuse.
+    fn refuse(&mut self, subject: Subject, failure: &ToolFailure) {
+        let Subject { frame_no, kind, session_id, call_id, epoch } = subject;
+        let labels = [("request", encode::request_name(kind)), ("code", failure.code.as_str())];
+        self.ports.counters.add("refused_total", &labels);
+        self.reply(encode::refused_frame(frame_no, kind, session_id, call_id, epoch, failure));
     }
 
     fn bad_frame(&mut self, bad: BadFrame) {
@@ -89,7 +96,8 @@ impl Task {
         // Calls and cancels begin with call_id, sessions with session_id.
         let [first, second] = bad.ids;
         let (call_id, session_id) = if matches!(bad.kind, 13 | 14) { (String::new(), first) } else { (first, second) };
-        self.reply(encode::refused_frame(bad.frame_no, bad.kind, session_id, call_id, 0, &failure));
+        let subject = Subject { frame_no: bad.frame_no, kind: bad.kind, session_id, call_id, epoch: 0 };
+        self.refuse(subject, &failure);
     }
 
     /// The outer result ends the link, the inner one refuses the request.
@@ -213,7 +221,6 @@ impl Task {
         if !self.outbox.is_full() {
             return Ok(());
         }
-        self.ports.counters.add("requests_refused_for_events_total", &[]);
         Err(ToolFailure::new(
             Code::QueueFull,
             format!("{} events are not acknowledged, which is as much as this runner keeps", self.outbox.len()),

@@ -350,7 +350,7 @@ impl Task {
             self.ports.pressure.borrow().shortages.iter().map(|shortage| shortage.measured.clone()).collect();
         if trouble == Some(Trouble::NoSpace) && short_of.is_empty() {
             // Nobody has looked at the host since.
-            short_of.push("the disk of the journal is full".to_owned());
+            short_of.push(Trouble::NO_SPACE.to_owned());
         }
         let health = if let Some(Trouble::Broken(reason)) = &trouble {
             reasons.push(format!("the journal refuses writes: {reason}"));

@@ -94,6 +94,7 @@ pub(super) fn kind_of(body: &Body) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::link::control;
     use super::*;
     use prost::Message;
     use proto::runner::v1::{CallStarted, Heartbeat, OutputChunk};
@@ -111,6 +112,18 @@ mod tests {
             seen.push((frame.frame_no, frame.kind));
         }
         assert_eq!(seen, [(1, 12), (2, 16), (3, 17)]);
+    }
+
+    #[test]
+    fn lane_of_control_that_nobody_empties_gives_the_link_up_and_is_told_apart_from_a_transport_that_has_ended() {
+        let heartbeat = || Body::Heartbeat(Heartbeat::default());
+        let (lanes, outgoing) = lanes();
+        for _ in 0..CONTROL {
+            control(&lanes, heartbeat()).unwrap();
+        }
+        assert_eq!(control(&lanes, heartbeat()).unwrap_err().reason(), "unread");
+        drop(outgoing);
+        assert_eq!(control(&lanes, heartbeat()).unwrap_err().reason(), "ended");
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::session::core::{Action, Input};
 use crate::session::present;
 use crate::work::{
     BoxFuture, CallId, Code, ExpectedCall, Gate, Receipt, RequestKind, SandboxId, SandboxRequest, SessionId,
-    SessionOpen, ToolFailure, Update,
+    SessionOpen, StreamSummary, ToolFailure, Update,
 };
 
 impl Loop {
@@ -117,6 +117,10 @@ impl Loop {
             Action::WriteFinished { call_id, result } => {
                 self.deadlines.remove(&call_id);
                 crash_point::pass(Point::Ended, call_id.as_str());
+                let dropped = result.end.streams.iter().map(StreamSummary::dropped_bytes).sum();
+                if dropped > 0 {
+                    self.counters.add_many("output_dropped_bytes_total", &[], dropped);
+                }
                 let written = self.journal.append(Record::Finished { call_id: call_id.clone(), result });
                 self.beside(written, |r| Done::Input(Input::EndWritten { call_id, durable: written_down(&r) }));
             }

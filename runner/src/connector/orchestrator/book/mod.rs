@@ -122,7 +122,8 @@ impl Book {
         match session.asked.first_key_value() {
             None => drop(self.sessions.remove(session_id)),
             Some((asked, _)) => {
-                *session = BookSession { asked: session.asked.clone(), ..BookSession::asked_for(*asked) }
+                let next = BookSession::asked_for(*asked);
+                *session = BookSession { asked: std::mem::take(&mut session.asked), ..next };
             }
         }
     }
