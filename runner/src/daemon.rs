@@ -309,6 +309,7 @@ impl Daemon {
 
     /// The same, and what still runs is ended when `hurry` says so. Its results are delivered all the same.
     async fn end_within(self, patience: Duration, hurry: &Notify) {
+        self.queues.iter().for_each(|queue| queue.ending.notify_one());
         if !patience.is_zero() {
             tokio::select! {
                 () = self.drain(DrainMode::FinishCalls, patience) => {}

@@ -8,14 +8,18 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use sandbox_runner_tests::claude::{
-    Credential, Endpoint, Environment, Fault, How, Mock, NewSession, PostedResult, Recorded, ToolUse, Verdict,
-    WorkState, ours,
+    ControlPlane, Credential, Endpoint, Environment, Fault, How, Mock, NewSession, PostedResult, Recorded, ToolUse,
+    Verdict, WorkState, ours,
 };
 use sandbox_runner_tests::daemon::{Daemon, MARKER, Options, Workspace, within};
 use sandbox_runner_tests::host;
 use sandbox_runner_tests::needs_root;
 use sandbox_runner_tests::runner::scaled;
 use serde_json::{Value, json};
+
+/// What the first result of a new sandbox says where the session has run something before.
+const NEW_SANDBOX: &str =
+    "[note: this call ran in a new sandbox: files, processes and variables of earlier calls are not here]";
 
 /// A daemon and the control plane that it serves.
 struct Site {
@@ -142,7 +146,8 @@ async fn command_whose_sandbox_is_killed_is_answered_as_one_that_may_have_run_an
     assert!(result.is_error && text.contains("may have run, but how it ended is not known"), "{text}");
     assert!(text.contains("its process 1 was killed by SIGKILL"), "{text}");
     assert!(!runs("631.5"), "it outlived its sandbox");
-    assert_eq!(site.bash(&session, "ls /workspace; echo on").await, "on");
+    assert_eq!(site.bash(&session, "ls /workspace; echo on").await, format!("on\n{NEW_SANDBOX}"));
+    assert_eq!(site.bash(&session, "echo on").await, "on");
     site.end_turn(&session);
     site.end();
 }
@@ -227,7 +232,8 @@ async fn workspace_of_a_session_that_stays_away_for_longer_than_configured_is_re
     wait_until("its sandbox is removed", || site.daemon.sandboxes().is_empty()).await;
 
     site.mock.say(&session, "go on");
-    assert_eq!(site.bash(&session, "ls /workspace; echo anew").await, "anew");
+    assert_eq!(site.bash(&session, "ls /workspace; echo anew").await, format!("anew\n{NEW_SANDBOX}"));
+    assert_eq!(site.bash(&session, "echo again").await, "again");
     site.end_turn(&session);
     site.end();
 }
@@ -340,6 +346,105 @@ async fn item_that_is_asked_to_stop_is_answered_with_an_error_and_then_stopped()
     let place = |endpoint| record.iter().rposition(|request| request.endpoint == Some(endpoint));
     assert!(place(Endpoint::SendEvents) < place(Endpoint::Stop), "it was stopped before it was answered");
     assert_eq!(site.mock.lock().item(&work).state, WorkState::Stopped);
+    site.end();
+}
+
+/// Whoever deletes a session wants nothing of it any more: no result, and no workspace.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn session_that_is_deleted_or_terminated_is_ended_with_its_command_and_its_workspace_and_nothing_is_posted() {
+    needs_root!();
+    let _host = host::shared();
+    let site = Site::start(300).await;
+    for deleted in [true, false] {
+        let session = site.session();
+        site.workspace(&session).await;
+        site.use_tool(&session, ToolUse::bash("echo part; sleep 614.5"));
+        wait_until("the command runs", || runs("614.5")).await;
+        let (posted, work) = (site.results_posted(), site.work(&session));
+
+        let end = if deleted { ControlPlane::delete_session } else { ControlPlane::terminate_session };
+        end(&mut site.mock.lock(), &session);
+
+        wait_until("the command is ended", || !runs("614.5")).await;
+        wait_until("its sandbox is removed", || site.daemon.sandboxes().is_empty()).await;
+        wait_until("the item is given back", || site.mock.lock().item(&work).state == WorkState::Stopped).await;
+        assert_eq!(site.results_posted(), posted);
+    }
+    let other = site.session();
+    assert_eq!(site.bash(&other, "echo on").await, "on");
+    site.end_turn(&other);
+    site.end();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn command_that_runs_out_of_memory_is_answered_with_the_limit_and_the_session_goes_on() {
+    needs_root!();
+    let _host = host::shared();
+    let site = Site::start(300).await;
+    let session = site.session();
+    let workspace = site.workspace(&session).await;
+
+    let result = site.result(&session, ToolUse::bash("echo part; head -c 2000000000 /dev/zero | tail")).await;
+
+    let text = result.text();
+    assert!(result.is_error && text.starts_with("part\n"), "{text}");
+    assert!(text.contains("bash: out of memory: ") && text.contains(" at the memory limit of "), "{text}");
+    assert_eq!(site.bash(&session, "cd /workspace; echo on").await, "on");
+    assert!(workspace.lives(), "the sandbox is another one");
+    site.end_turn(&session);
+    site.end();
+}
+
+/// A supervisor that has asked for the end kills after some time: 45 s is what the contract gives.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn command_that_runs_when_the_runner_is_told_to_end_is_ended_answered_and_its_item_given_back() {
+    needs_root!();
+    let _host = host::shared();
+    let mut site = Site::start(300).await;
+    let session = site.session();
+    let short = site.session();
+    let call = site.use_tool(&session, ToolUse::bash("echo part; sleep 615.5"));
+    let finishes = site.use_tool(&short, ToolUse::bash("sleep 2; echo over"));
+    wait_until("the command runs", || runs("615.5")).await;
+    wait_until("the other one is begun", || site.daemon.sandboxes().len() == 2).await;
+    let begun = Instant::now();
+
+    let status = site.daemon.stop_runner();
+
+    assert!(status.is_some_and(|status| status.success()), "{status:?}: {}", site.daemon.end_of_log());
+    assert!(begun.elapsed() < scaled(Duration::from_secs(45)), "it would have been killed");
+    let result = site.mock.result_of(&session, &call).await;
+    assert!(result.is_error && result.text().starts_with("part\n"), "{result:?}");
+    assert_eq!(site.mock.result_of(&short, &finishes).await.text(), "over", "it had time to finish");
+    assert!(!runs("615.5"));
+    for session in [&session, &short] {
+        assert!(site.mock.lock().live_item(session).is_none(), "the item was not given back");
+    }
+    site.end();
+}
+
+/// Otherwise a person who does not decide keeps a place for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn item_that_waits_longer_than_configured_for_a_confirmation_is_given_back_and_its_call_runs_when_that_comes() {
+    needs_root!();
+    let _host = host::shared();
+    let mock = Mock::start().await;
+    let environment = mock.lock().create_environment("test").expect("an environment");
+    let lines = "max_idle_seconds = 1\nmax_wait_seconds = 1\n";
+    let daemon = ours::install_with(&[(&mock, &environment)], false, Options::default(), lines).await;
+    let mut site = Site { daemon, mock, environment };
+    site.daemon.start_launcher().await;
+    site.daemon.tend_runner();
+    let session = site.session();
+    assert_eq!(site.bash(&session, "echo kept > /workspace/file").await, "(no output)");
+    let asked = site.use_tool(&session, ToolUse::bash("cat /workspace/file").permission(Some("ask")));
+
+    site.mock.stopped(&session).await;
+    assert_eq!(site.mock.lock().session(&session).waiting(), [asked.clone()]);
+
+    site.mock.confirm(&session, &asked, Verdict::Allow);
+    assert_eq!(site.mock.result_of(&session, &asked).await.text(), "kept");
+    site.end_turn(&session);
     site.end();
 }
 

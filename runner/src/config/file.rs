@@ -71,6 +71,8 @@ pub struct ClaudeSection {
     pub proxy: Option<String>,
     /// Value of the header `anthropic-version`.
     pub api_version: Option<String>,
+    /// Value of the header `anthropic-workspace-id`; not sent when absent.
+    pub workspace_id: Option<String>,
     /// What stands between the base URL and `/environments` or `/sessions`.
     pub api_path: Option<String>,
     /// Name of the header that says who asks for work.
@@ -79,6 +81,10 @@ pub struct ClaudeSection {
     pub max_sessions: Option<u64>,
     /// Seconds after the end of a turn until the work item is given back; 0: never.
     pub max_idle_seconds: Option<u64>,
+    /// Seconds for which a work item is held whose session waits for somebody else; 0: for ever.
+    pub max_wait_seconds: Option<u64>,
+    /// Whether tool uses of different threads of a session run beside each other.
+    pub parallel_threads: Option<bool>,
     /// Seconds for which the sandbox of a session is kept after its work item.
     pub keep_seconds: Option<u64>,
     /// Longest time in seconds that a command may ask for.
@@ -226,10 +232,13 @@ impl ClaudeSection {
             ca_file: section.take("ca_file", "an absolute path"),
             proxy: section.take("proxy", "a text such as \"http://proxy.example:3128\""),
             api_version: section.take("api_version", "a date such as \"2023-06-01\""),
+            workspace_id: section.take("workspace_id", "the id of a workspace, such as \"wrkspc_01\""),
             api_path: section.take("api_path", "a path such as \"/v1\""),
             worker_id_header: section.take("worker_id_header", "the name of a header"),
             max_sessions: section.take("max_sessions", NUMBER),
             max_idle_seconds: section.take("max_idle_seconds", NUMBER),
+            max_wait_seconds: section.take("max_wait_seconds", NUMBER),
+            parallel_threads: section.take("parallel_threads", "true or false"),
             keep_seconds: section.take("keep_seconds", NUMBER),
             max_command_seconds: section.take("max_command_seconds", NUMBER),
         }
@@ -366,7 +375,10 @@ mod tests {
             proxy = "http://q:1"
             api_version = "2026-10-21"
             max_sessions = 21
+            workspace_id = "wrkspc_1"
+            parallel_threads = true
             max_idle_seconds = 22
+            max_wait_seconds = 25
             keep_seconds = 23
             max_command_seconds = 24
             [[claude]]
@@ -416,6 +428,8 @@ mod tests {
         assert_eq!((first.allow_plain_http, first.api_version.as_deref()), (Some(true), Some("2026-10-21")));
         let numbers = [first.max_sessions, first.max_idle_seconds, first.keep_seconds, first.max_command_seconds];
         assert_eq!(numbers, [21, 22, 23, 24].map(Some));
+        assert_eq!((first.max_wait_seconds, first.parallel_threads), (Some(25), Some(true)));
+        assert_eq!(first.workspace_id.as_deref(), Some("wrkspc_1"));
         assert_eq!(second.key_credential.as_deref(), Some("second"));
         assert_eq!(read.runner.labels["zone"], "a");
         assert_eq!(read.runner.launcher_socket.as_deref(), Some(Path::new("/r/l")));

@@ -11,7 +11,7 @@ use super::resolved::{Capacity, CertificateFiles, Config, Host, Idle, Orchestrat
 use crate::sandbox::receipt::Tier;
 use crate::work::RunnerId;
 
-pub use claude::{LONGEST_ENVIRONMENT_ID, handed_on};
+pub use claude::{Given, GivenError, LONGEST_ENVIRONMENT_ID, handed_on};
 
 /// As long as the longest time that a session may ask for.
 const LONGEST_IDLE_SECONDS: u64 = 30 * 24 * 3600;

@@ -75,6 +75,9 @@ pub struct Claude {
     pub proxy: Option<String>,
     /// Value of the header `anthropic-version`.
     pub api_version: String,
+    /// Value of the header `anthropic-workspace-id`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub workspace_id: Option<String>,
     /// What stands between the base URL and `/environments` or `/sessions`.
     pub api_path: String,
     /// Name of the header that says who asks for work.
@@ -83,6 +86,10 @@ pub struct Claude {
     pub max_sessions: u64,
     /// Seconds after the end of a turn until the work item is given back; 0: never.
     pub max_idle_seconds: u64,
+    /// Seconds for which a work item is held whose session waits for somebody else; 0: for ever.
+    pub max_wait_seconds: u64,
+    /// Whether tool uses of different threads of a session run beside each other.
+    pub parallel_threads: bool,
     /// Seconds for which the sandbox of a session is kept after its work item.
     pub keep_seconds: u64,
     /// Longest time in seconds that a command may ask for.

@@ -44,6 +44,7 @@ mod error;
 mod event;
 mod fault;
 mod history;
+pub mod hunt;
 mod memory;
 pub mod official;
 pub mod ours;
@@ -65,6 +66,8 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
+
+use crate::runner::scaled;
 
 pub use error::ApiError;
 pub use event::{Confirmation, Expect, Posted, PostedResult, ToolUse, Verdict, Wire};
@@ -143,7 +146,7 @@ impl Mock {
     /// # Panics
     /// With `what` and the last requests when it does not within a minute.
     pub async fn until<T>(&self, what: &str, mut find: impl FnMut(&ControlPlane) -> Option<T>) -> T {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + scaled(PATIENCE);
         let mut changed = self.shared.changed();
         loop {
             changed.mark_unchanged();

@@ -80,6 +80,24 @@ async fn of_two_queues_with_one_place_left_one_is_asked_and_then_the_other_gets_
     daemon.end_with_nothing_left();
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workspace_of_the_section_is_named_in_every_request() {
+    needs_root!();
+    let _host = host::shared();
+    let site = Site::start_with("workspace_id = \"wrkspc_1\"\nmax_idle_seconds = 1\n").await;
+    let session = site.session();
+    assert_eq!(site.text(&session, ToolUse::bash("echo hi")).await, "hi");
+    site.mock.lock().end_turn(&session, json!({"type": "end_turn"}));
+    site.mock.stopped(&session).await;
+    let record = site.mock.lock().record.clone();
+    for endpoint in [Endpoint::Poll, Endpoint::Ack, Endpoint::Heartbeat, Endpoint::SendEvents, Endpoint::Stop] {
+        assert!(record.iter().any(|request| request.endpoint == Some(endpoint)), "no {endpoint:?}");
+    }
+    let named = record.iter().all(|request| request.incoming.header("anthropic-workspace-id") == Some("wrkspc_1"));
+    assert!(named, "{record:?}");
+    site.end();
+}
+
 /// An item without a token of its own is served with the key, and with the one that is in use.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn item_without_a_token_goes_on_with_a_key_that_was_replaced() {

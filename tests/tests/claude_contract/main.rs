@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 use sandbox_runner_tests::claude::{Environment, Mock, NewSession, ToolUse, ours};
-use sandbox_runner_tests::daemon::Daemon;
+use sandbox_runner_tests::daemon::{Daemon, Options};
 use sandbox_runner_tests::host;
 use sandbox_runner_tests::runner::scaled;
 
@@ -25,9 +25,16 @@ struct Site {
 impl Site {
     /// Leases last for five minutes: what waits for one to run out does not end in time.
     async fn start() -> Self {
+        Self::start_with("").await
+    }
+
+    /// With these lines in the section of the queue.
+    async fn start_with(lines: &str) -> Self {
         let mock = Mock::start().await;
         let environment = mock.lock().create_environment("test").expect("an environment");
-        let daemon = ours::start(&mock, &environment).await;
+        let mut daemon = ours::install_with(&[(&mock, &environment)], false, Options::default(), lines).await;
+        daemon.start_launcher().await;
+        daemon.tend_runner();
         Self { daemon, mock, environment }
     }
 

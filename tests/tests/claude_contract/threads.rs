@@ -11,7 +11,7 @@ use super::{Site, runs, wait_until};
 async fn threads_run_beside_each_other_and_each_result_goes_to_its_call() {
     needs_root!();
     let _host = host::shared();
-    let site = Site::start().await;
+    let site = Site::start_with("parallel_threads = true\n").await;
     let session = site.session();
     let thread = site.mock.lock().spawn_thread(&session, "reviewer");
     let waits = "while [ ! -e /workspace/go ]; do sleep 0.05; done; cat /workspace/go";

@@ -5,21 +5,10 @@
 
 use std::process::Command;
 
+use sandbox_runner_tests::claude::hunt::{HUNT, PLANT, assert_only_planted, found};
 use sandbox_runner_tests::claude::{Mock, NewSession, PostedResult, ToolUse, ours};
 use sandbox_runner_tests::{host, needs_root};
 use serde_json::json;
-
-const HUNT: &str = include_str!("hunt.sh");
-/// What is planted in the sandbox begins so; the hunter must find that.
-const CANARY: &str = "sk-ant-canary-";
-
-/// What a hunt found, each with its place.
-fn found(hunt: &str) -> Vec<(String, String)> {
-    assert!(hunt.trim_end().ends_with("HUNTED to the end"), "the hunt did not end:\n{hunt}");
-    let lines = hunt.lines().filter_map(|line| line.strip_prefix("FOUND "));
-    let split = |line: &str| line.rsplit_once(": ").map(|(place, secret)| (place.to_owned(), secret.to_owned()));
-    lines.filter_map(split).collect()
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tool_call_that_hunts_for_credentials_finds_what_was_planted_for_it_and_nothing_else() {
@@ -33,9 +22,7 @@ async fn tool_call_that_hunts_for_credentials_finds_what_was_planted_for_it_and_
         let id = mock.lock().call_tools(&session, vec![tool_use]).remove(0);
         mock.result_of(&session, &id).await
     };
-    let plant = "export PLANTED=$(printf 'sk-an%s' t-canary-memory); sleep 600 & \
-                 printf 'sk-an%s' t-canary-file > .token; exec 9< .token";
-    assert_eq!(call(ToolUse::bash(plant)).await.text(), "(no output)");
+    assert_eq!(call(ToolUse::bash(PLANT)).await.text(), "(no output)");
     let script = json!({"file_path": "hunt.sh", "content": HUNT});
     assert!(!call(ToolUse::new("write", script)).await.is_error);
 
@@ -46,15 +33,7 @@ async fn tool_call_that_hunts_for_credentials_finds_what_was_planted_for_it_and_
     let inside = call(ToolUse::bash(&format!("bash /workspace/hunt.sh {places}"))).await.text();
     let other = call(ToolUse::bash(". /workspace/hunt.sh")).await.text();
     for hunt in [&inside, &other] {
-        let found = found(hunt);
-        let planted =
-            |place: &str| found.iter().any(|(found, secret)| found.starts_with(place) && secret.starts_with(CANARY));
-        for place in ["environment of ", "memory of ", "descriptor ", "file /workspace/.token"] {
-            assert!(planted(place), "the hunter is blind to {place}\n{hunt}");
-        }
-        let foreign: Vec<_> = found.iter().filter(|(_, secret)| !secret.starts_with(CANARY)).collect();
-        assert!(foreign.is_empty(), "credentials are in the sandbox: {foreign:?}");
-        assert!(hunt.contains("REFUSED memory of 1\n"), "process 1 let itself be read\n{hunt}");
+        assert_only_planted(hunt);
     }
     for path in ["/proc/1/environ", "/proc/self/environ", "/etc/sandbox-runner/claude.key", &key.display().to_string()]
     {

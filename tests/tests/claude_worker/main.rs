@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::await_holding_lock, reason = "a test that needs the host alone keeps it to its end")]
 
+mod credentials;
 mod poller;
 
 use std::fs;
@@ -90,6 +91,35 @@ async fn item_that_was_not_acknowledged_is_acknowledged_and_served() {
     poller.end_turn(&session);
     script.ends_with(0);
     poller.end();
+}
+
+/// Without it nothing is sent, and no server has to know it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workspace_that_is_given_is_named_in_every_request() {
+    needs_root!();
+    let _host = host::shared();
+    for (flags, variable, expected) in [
+        (vec![], None, None),
+        (vec![], Some("wrkspc_1"), Some("wrkspc_1")),
+        (vec!["--workspace-id", "wrkspc_2"], Some("wrkspc_1"), Some("wrkspc_2")),
+    ] {
+        let poller = Poller::new(Caller::Root, 300).await;
+        let session = poller.session(Secret::Token);
+        let item = poller.claim().await;
+        let before = poller.mock.lock().record.len();
+        let script = poller.start(Some(&item), &flags, |name| match name {
+            "ANTHROPIC_WORKSPACE_ID" => variable.map(ToOwned::to_owned),
+            _ => None,
+        });
+        assert_eq!(poller.result(&session, ToolUse::bash("echo hi")).await.text(), "hi");
+        poller.end_turn(&session);
+        script.ends_with(0);
+        let record = poller.mock.lock().record[before..].to_vec();
+        assert!(record.len() > 4, "heartbeat, session, stream, history and result at least");
+        let named = record.iter().map(|request| request.incoming.header("anthropic-workspace-id"));
+        assert!(named.into_iter().all(|named| named == expected), "{flags:?}, {variable:?}");
+        poller.end();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -307,6 +337,7 @@ async fn bad_input_is_refused_by_its_field_before_anything_is_asked() {
             vec!["--base-url", "http://10.1.2.3"],
             vec![key],
         ),
+        ("--workspace-id \"a b\" is not the id of a workspace", None, vec!["--workspace-id", "a b"], vec![key]),
         ("unexpected argument '--frobnicate'", None, vec!["--frobnicate"], vec![key]),
         ("\"soon\" is not a duration", None, vec!["--max-idle", "soon"], vec![key]),
     ];

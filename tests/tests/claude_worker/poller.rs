@@ -140,6 +140,7 @@ impl Poller {
             "ANTHROPIC_SESSION_ID",
             "ANTHROPIC_WORK_SECRET",
             "ANTHROPIC_WORK_SECRET_FILE",
+            "ANTHROPIC_WORKSPACE_ID",
         ] {
             match variable(name) {
                 Some(value) => command.env(name, value),

@@ -11,7 +11,7 @@ use crate::cli::outcome::printable;
 use crate::cli::worker::leads_here;
 use crate::cli::{config, describe};
 use crate::config::launcher_policy::IdRanges;
-use crate::config::resolve::handed_on;
+use crate::config::resolve::{Given, GivenError, handed_on};
 use crate::config::resolved::{Claude, Config};
 use crate::connector::claude::{Checked, Question, check};
 use crate::daemon::settings;
@@ -85,7 +85,9 @@ fn of_section(number: usize, claude: &Claude, runner: Identity) -> Looked {
     }
     let question = settings::base(claude).map_err(|error| describe(&error)).and_then(|base| {
         let (id, version) = (claude.environment_id.clone(), claude.api_version.clone());
-        Question::with_key_file(base, id, version, &claude.key_file).map_err(|error| describe(&error))
+        Question::with_key_file(base, id, version, &claude.key_file)
+            .map(|question| question.in_workspace(claude.workspace_id.clone()))
+            .map_err(|error| describe(&error))
     });
     let question = question.map_err(|problem| found.problems.push(problem)).ok();
     Looked { found, question }
@@ -101,16 +103,22 @@ fn of_variables(sections: &[Claude]) -> Option<Looked> {
         key: "ANTHROPIC_ENVIRONMENT_KEY".to_owned(),
         ..Found::default()
     };
-    let base_url = variable("ANTHROPIC_BASE_URL");
+    let (base_url, workspace_id) = (variable("ANTHROPIC_BASE_URL"), variable("ANTHROPIC_WORKSPACE_ID"));
     let question = || -> Result<Question, String> {
         let key = variable("ANTHROPIC_ENVIRONMENT_KEY").ok_or(
             "ANTHROPIC_ENVIRONMENT_KEY is not set, so the queue cannot be asked; the secret of a work item is good for that item only",
         )?;
-        let plain = base_url.as_deref().is_some_and(leads_here);
-        let claude = handed_on(sections, &environment_id, base_url.as_deref(), plain)
-            .map_err(|(what, fix)| format!("ANTHROPIC_BASE_URL {what}; {fix}"))?;
+        let given = Given {
+            base_url: base_url.as_deref(),
+            allow_plain_http: base_url.as_deref().is_some_and(leads_here),
+            workspace_id: workspace_id.as_deref(),
+        };
+        let claude = handed_on(sections, &environment_id, given).map_err(|GivenError { name, what, fix }| {
+            format!("ANTHROPIC_{} {what}; {fix}", name.replace('-', "_").to_uppercase())
+        })?;
         let base = settings::base(&claude).map_err(|error| describe(&error))?;
-        Question::with_key(base, environment_id.clone(), claude.api_version, &key).ok_or_else(|| {
+        let question = Question::with_key(base, environment_id.clone(), claude.api_version, &key);
+        question.map(|question| question.in_workspace(claude.workspace_id)).ok_or_else(|| {
             "ANTHROPIC_ENVIRONMENT_ID is no id of the server, or ANTHROPIC_ENVIRONMENT_KEY is not one line of printable characters"
                 .to_owned()
         })

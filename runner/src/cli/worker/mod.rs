@@ -21,7 +21,7 @@ use super::embedded::{self, Wishes};
 use super::run::{self, RunError};
 use super::{code, complain, say};
 use crate::config::problem::Problem;
-use crate::config::resolve::handed_on;
+use crate::config::resolve::{Given, GivenError, handed_on};
 use crate::config::units::{UnitError, parse_duration};
 use crate::connector::claude::{Claim, ClaimError, Reason, Settings};
 use crate::daemon::settings::{self, SettingsError};
@@ -63,6 +63,9 @@ struct ItemArguments {
     /// Where the server is [default: that of the environment's section in the configuration, else the public one]
     #[arg(long, value_name = "URL", env = "ANTHROPIC_BASE_URL")]
     base_url: Option<String>,
+    /// Workspace of the environment, for a credential that is good for several
+    #[arg(long, value_name = "ID", env = "ANTHROPIC_WORKSPACE_ID")]
+    workspace_id: Option<String>,
     /// From the end of a turn until the item is given back, such as 60s or 1m30s; 0: never
     #[arg(long, value_name = "TIME", default_value = "60s")]
     max_idle: MaxIdle,
@@ -160,8 +163,8 @@ enum WorkerError {
     Handed(#[from] HandedError),
     #[error(transparent)]
     Claim(#[from] ClaimError),
-    #[error("--base-url {what}; {fix}")]
-    Url { what: String, fix: String },
+    #[error("--{name} {what}; {fix}")]
+    Given { name: &'static str, what: String, fix: String },
     #[error("--state-dir {} cannot be made absolute", path.display())]
     StateDirectory { path: PathBuf, source: std::io::Error },
     #[error(transparent)]
@@ -192,7 +195,7 @@ pub(super) fn run(arguments: &WorkerArguments, log_level: Option<LogLevel>) -> E
         Err(error) => {
             complain(&error);
             match error {
-                WorkerError::Handed(_) | WorkerError::Claim(_) | WorkerError::Url { .. } => ExitCode::from(2),
+                WorkerError::Handed(_) | WorkerError::Claim(_) | WorkerError::Given { .. } => ExitCode::from(2),
                 WorkerError::Settings(_) => ExitCode::from(code::CONFIGURATION),
                 _ => ExitCode::FAILURE,
             }
@@ -203,9 +206,9 @@ pub(super) fn run(arguments: &WorkerArguments, log_level: Option<LogLevel>) -> E
 /// Success is an item that was given back, or taken back, in order.
 fn ended(reason: Option<Reason>) -> ExitCode {
     let why = match reason {
-        Some(Reason::Idle | Reason::SessionOver | Reason::Stopping | Reason::Shutdown | Reason::Nothing) => {
-            return ExitCode::SUCCESS;
-        }
+        Some(
+            Reason::Idle | Reason::Waited | Reason::SessionOver | Reason::Stopping | Reason::Shutdown | Reason::Nothing,
+        ) => return ExitCode::SUCCESS,
         Some(Reason::LeaseLost) => "its lease was lost: another worker may hold it",
         Some(Reason::Refused) => "the server refuses this worker; the log says why",
         Some(Reason::NotClaimed) => "it could not be acknowledged; the log says why",
@@ -222,9 +225,15 @@ fn try_run(arguments: &ItemArguments) -> Result<Option<Reason>, WorkerError> {
     let mut config = config::load(&arguments.config).map_err(WorkerError::Config)?;
     let claim = Claim::read(handed::read(arguments)?)?;
     let plain = arguments.allow_plain_http || arguments.base_url.as_deref().is_some_and(leads_here);
-    let claude = handed_on(&config.claude, claim.environment_id(), arguments.base_url.as_deref(), plain).map_err(
-        |(what, fix)| WorkerError::Url { what, fix: fix.replace("allow_plain_http = true", "--allow-plain-http") },
-    )?;
+    let given = Given {
+        base_url: arguments.base_url.as_deref(),
+        allow_plain_http: plain,
+        workspace_id: arguments.workspace_id.as_deref(),
+    };
+    let claude =
+        handed_on(&config.claude, claim.environment_id(), given).map_err(|GivenError { name, what, fix }| {
+            WorkerError::Given { name, what, fix: fix.replace("allow_plain_http = true", "--allow-plain-http") }
+        })?;
     let given = arguments.state_dir.as_ref().map(std::path::absolute).transpose().map_err(|source| {
         WorkerError::StateDirectory { path: arguments.state_dir.clone().unwrap_or_default(), source }
     })?;

@@ -32,6 +32,9 @@ const KEEP_SECONDS: u64 = 1800;
 const COMMAND_SECONDS: u64 = 3600;
 /// Longest id of an environment: with a session's behind it, it is still an id.
 pub const LONGEST_ENVIRONMENT_ID: usize = 64;
+/// Longest id of a workspace, as of everything else that the server names.
+const LONGEST_ID: usize = 128;
+const WORKSPACE_FIX: &str = "write the id as the Console shows it, at most 128 of [A-Za-z0-9_-]";
 /// Times that the operator may choose; a month is as long as a session may be idle elsewhere.
 const LONGEST_SECONDS: u64 = 30 * 24 * 3600;
 
@@ -50,17 +53,34 @@ pub(super) fn resolve(check: &mut Check<'_>, sections: &[ClaudeSection], host: &
     resolved
 }
 
-/// What is in force for an environment whose key comes from elsewhere: its section, where there is one, with this address in
-/// place of that of the section.
+/// What was given on a command line or in variables, in place of what a section says.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Given<'g> {
+    /// Where the server is.
+    pub base_url: Option<&'g str>,
+    /// Whether that may be `http://`.
+    pub allow_plain_http: bool,
+    /// Value of the header `anthropic-workspace-id`.
+    pub workspace_id: Option<&'g str>,
+}
+
+/// Something that was given and does not hold.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GivenError {
+    /// Which of them: `base-url` or `workspace-id`, as the flags are called.
+    pub name: &'static str,
+    /// What is wrong with it.
+    pub what: String,
+    /// What to do.
+    pub fix: String,
+}
+
+/// What is in force for an environment whose key comes from elsewhere: its section, where there is one, with what was given in
+/// place of what the section says.
 ///
 /// # Errors
-/// What is wrong with the address, and the fix.
-pub fn handed_on(
-    sections: &[Claude],
-    environment_id: &str,
-    base_url: Option<&str>,
-    allow_plain_http: bool,
-) -> Result<Claude, (String, String)> {
+/// What is wrong with what was given, and the fix.
+pub fn handed_on(sections: &[Claude], environment_id: &str, given: Given<'_>) -> Result<Claude, GivenError> {
     let section = sections.iter().find(|section| section.environment_id == environment_id).cloned();
     let mut claude = section.unwrap_or_else(|| Claude {
         environment_id: environment_id.to_owned(),
@@ -70,14 +90,25 @@ pub fn handed_on(
         proxy: None,
         api_path: API_PATH.to_owned(),
         api_version: API_VERSION.to_owned(),
+        workspace_id: None,
         worker_id_header: WORKER_ID_HEADER.to_owned(),
         max_sessions: 1,
         max_idle_seconds: IDLE_SECONDS,
+        max_wait_seconds: 0,
+        parallel_threads: false,
         keep_seconds: KEEP_SECONDS,
         max_command_seconds: COMMAND_SECONDS,
     });
-    if let Some(url) = base_url.filter(|url| !url.is_empty()) {
-        claude.base_url = checked_url(url, allow_plain_http)?;
+    if let Some(url) = given.base_url.filter(|url| !url.is_empty()) {
+        claude.base_url = checked_url(url, given.allow_plain_http).map_err(|(what, fix)| GivenError {
+            name: "base-url",
+            what,
+            fix,
+        })?;
+    }
+    if let Some(id) = given.workspace_id.filter(|id| !id.is_empty()) {
+        let wrong = || GivenError { name: "workspace-id", what: not_an_id(id), fix: WORKSPACE_FIX.to_owned() };
+        claude.workspace_id = Some(Some(id.to_owned()).filter(|id| is_id(id)).ok_or_else(wrong)?);
     }
     Ok(claude)
 }
@@ -104,6 +135,10 @@ fn one(
     if api_version.is_empty() || !api_version.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-') {
         check.report(&key("api_version"), format!("{api_version:?} is no version"), "write for example \"2023-06-01\"");
     }
+    let workspace_id = section.workspace_id.clone();
+    if let Some(id) = workspace_id.as_deref().filter(|id| !is_id(id)) {
+        check.report(&key("workspace_id"), not_an_id(id), WORKSPACE_FIX);
+    }
     let api_path = section.api_path.as_deref().unwrap_or(API_PATH).trim_end_matches('/').to_owned();
     if !(api_path.is_empty() || api_path.starts_with('/')) || !is_path(&api_path) {
         check.report(&key("api_path"), format!("{api_path:?} is not a path"), "write for example \"/v1\"");
@@ -126,6 +161,7 @@ fn one(
     };
     let max_sessions = number("max_sessions", section.max_sessions, most.max(1), 1, most.max(1));
     let max_idle_seconds = number("max_idle_seconds", section.max_idle_seconds, IDLE_SECONDS, 0, LONGEST_SECONDS);
+    let max_wait_seconds = number("max_wait_seconds", section.max_wait_seconds, 0, 0, LONGEST_SECONDS);
     let keep_seconds = number("keep_seconds", section.keep_seconds, KEEP_SECONDS, 1, LONGEST_SECONDS);
     let max_command_seconds =
         number("max_command_seconds", section.max_command_seconds, COMMAND_SECONDS, 1, LONGEST_SECONDS);
@@ -136,18 +172,30 @@ fn one(
         ca_file,
         proxy,
         api_version,
+        workspace_id,
         api_path,
         worker_id_header,
         max_sessions,
         max_idle_seconds,
+        max_wait_seconds,
+        parallel_threads: section.parallel_threads == Some(true),
         keep_seconds,
         max_command_seconds,
     })
 }
 
-fn environment(check: &mut Check<'_>, key: &str, id: String) -> Option<String> {
+/// As the server's ids are.
+fn is_id(id: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
-    if !id.is_empty() && id.len() <= LONGEST_ENVIRONMENT_ID && id.bytes().all(allowed) {
+    (1..=LONGEST_ID).contains(&id.len()) && id.bytes().all(allowed)
+}
+
+fn not_an_id(id: &str) -> String {
+    format!("{id:?} is not the id of a workspace")
+}
+
+fn environment(check: &mut Check<'_>, key: &str, id: String) -> Option<String> {
+    if id.len() <= LONGEST_ENVIRONMENT_ID && is_id(&id) {
         return Some(id);
     }
     let fix = format!("write the id as the Console shows it, at most {LONGEST_ENVIRONMENT_ID} of [A-Za-z0-9_-]");
@@ -248,6 +296,26 @@ mod tests {
             ("https://api.anthropic.com", "2023-06-01")
         );
         assert_eq!((claude.max_sessions, claude.max_idle_seconds, claude.keep_seconds), (64, 60, 1800));
+        // As the official worker does it.
+        assert_eq!((claude.max_wait_seconds, claude.parallel_threads, &claude.workspace_id), (0, false, &None));
+    }
+
+    #[test]
+    fn what_is_given_stands_in_place_of_what_the_section_says_and_is_refused_by_its_name() {
+        let section = format!("{GOOD}workspace_id = \"wrkspc_1\"\nparallel_threads = true\n");
+        let sections = resolved(&section).expect("good").claude;
+        let given = |workspace_id| super::Given { workspace_id, ..super::Given::default() };
+        let workspace = |id: &str, given| super::handed_on(&sections, id, given).map(|claude| claude.workspace_id);
+        assert_eq!(workspace("env_1", given(None)), Ok(Some("wrkspc_1".to_owned())));
+        assert_eq!(workspace("env_1", given(Some(""))), Ok(Some("wrkspc_1".to_owned())), "a variable that is empty");
+        assert_eq!(workspace("env_1", given(Some("wrkspc_2"))), Ok(Some("wrkspc_2".to_owned())));
+        assert_eq!(workspace("env_2", given(None)), Ok(None));
+        let long = "x".repeat(129);
+        for bad in ["a b", "a\nb", "\u{e9}", &long] {
+            assert_eq!(workspace("env_1", given(Some(bad))).expect_err("refused").name, "workspace-id", "{bad:?}");
+        }
+        let plain = super::Given { base_url: Some("http://h"), ..super::Given::default() };
+        assert_eq!(workspace("env_1", plain).expect_err("refused").name, "base-url");
     }
 
     #[test]

@@ -47,6 +47,8 @@ pub(super) struct Api {
 pub(super) struct Presented<'p> {
     /// Value of `anthropic-version`.
     pub(super) version: &'p str,
+    /// Value of `anthropic-workspace-id`, for credentials that are good for several workspaces.
+    pub(super) workspace_id: Option<&'p str>,
     /// Name of the header that carries the next one.
     pub(super) worker_id_header: &'p str,
     pub(super) worker_id: &'p str,
@@ -58,6 +60,9 @@ impl Api {
         let mut headers = HeaderMap::new();
         headers.insert("anthropic-version", HeaderValue::from_str(presented.version).ok()?);
         headers.insert("anthropic-beta", HeaderValue::from_static(BETA));
+        if let Some(id) = presented.workspace_id {
+            headers.insert("anthropic-workspace-id", HeaderValue::from_str(id).ok()?);
+        }
         let name = HeaderName::from_bytes(presented.worker_id_header.as_bytes()).ok()?;
         let worker = (name, HeaderValue::from_str(presented.worker_id).ok()?);
         Some(Self { client, environment_id, key: ArcSwap::from_pointee(key), headers, worker })

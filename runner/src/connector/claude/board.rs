@@ -16,6 +16,8 @@ pub(super) const STAGES: [&str; 5] = ["acknowledging", "claimed", "serving", "en
 pub enum Reason {
     /// The turn is over, and nothing has come for long enough.
     Idle,
+    /// Somebody else, who was waited for, has not answered for long enough.
+    Waited,
     /// The session is over for good.
     SessionOver,
     /// The server takes it back.
@@ -38,6 +40,7 @@ impl Reason {
     pub fn name(self) -> &'static str {
         match self {
             Self::Idle => "idle",
+            Self::Waited => "waited",
             Self::SessionOver => "session_over",
             Self::Stopping => "stopping",
             Self::Refused => "refused",

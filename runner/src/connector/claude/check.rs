@@ -21,6 +21,8 @@ pub struct Question {
     pub environment_id: String,
     /// Value of the header `anthropic-version`.
     pub api_version: String,
+    /// Value of the header `anthropic-workspace-id`; `None`: not sent.
+    pub workspace_id: Option<String>,
     /// Its key.
     key: Secret,
 }
@@ -55,25 +57,36 @@ impl Question {
         api_version: String,
         key_file: &Path,
     ) -> Result<Self, super::SecretError> {
-        Ok(Self { base, environment_id, api_version, key: Secret::read(key_file)? })
+        Ok(Self { base, environment_id, api_version, workspace_id: None, key: Secret::read(key_file)? })
     }
 
     /// With a key that was given in another way; `None` when that is none, or the environment has no id.
     #[must_use]
     pub fn with_key(base: Base, environment_id: String, api_version: String, key: &str) -> Option<Self> {
         let key = Secret::new(key).filter(|_| is_id(&environment_id))?;
-        Some(Self { base, environment_id, api_version, key })
+        Some(Self { base, environment_id, api_version, workspace_id: None, key })
+    }
+
+    /// The same for one workspace of several.
+    #[must_use]
+    pub fn in_workspace(self, workspace_id: Option<String>) -> Self {
+        Self { workspace_id, ..self }
     }
 }
 
 /// Asks for the figures of the queue. Nothing is claimed and nothing changes.
 pub async fn check(question: Question) -> Checked {
-    let Question { base, environment_id, api_version, key } = question;
+    let Question { base, environment_id, api_version, workspace_id, key } = question;
     let client = Client::new(base);
     // It asks for no work, so its name is sent to nobody.
-    let presented = Presented { version: &api_version, worker_id_header: "worker-id", worker_id: "doctor" };
+    let presented = Presented {
+        version: &api_version,
+        workspace_id: workspace_id.as_deref(),
+        worker_id_header: "worker-id",
+        worker_id: "doctor",
+    };
     let Some(api) = Api::new(client, environment_id, key, presented) else {
-        let problem = "claude.api_version cannot stand in a header".to_owned();
+        let problem = "claude.api_version or claude.workspace_id cannot stand in a header".to_owned();
         return Checked { problem, ..Checked::default() };
     };
     let began = Instant::now();

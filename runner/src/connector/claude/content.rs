@@ -16,6 +16,19 @@ const NO_OUTPUT: &str = "(no output)";
 /// What is told of a call that was ended because the user said so.
 pub(super) const INTERRUPTED: &str = "interrupted by user";
 
+/// What is told with the first result of a sandbox whose session has done something before.
+const IS_NEW: &str =
+    "[note: this call ran in a new sandbox: files, processes and variables of earlier calls are not here]";
+
+/// What a result is told with, beyond what the call itself says.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Told {
+    /// The user has ended it.
+    pub(super) interrupted: bool,
+    /// Its sandbox has nothing of what the session has done before.
+    pub(super) is_new: bool,
+}
+
 /// The answer to one tool use.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Blocks {
@@ -29,7 +42,7 @@ pub(super) fn text(is_error: bool, text: &str) -> Blocks {
 }
 
 /// `result` of a call that ended as `end` says.
-pub(super) fn blocks(end: &CallEnd, result: &ToolResult, interrupted: bool) -> Blocks {
+pub(super) fn blocks(end: &CallEnd, result: &ToolResult, told: Told) -> Blocks {
     let mut is_error = result.is_error;
     let mut content: Vec<Value> = Vec::new();
     for block in &result.content {
@@ -55,9 +68,12 @@ pub(super) fn blocks(end: &CallEnd, result: &ToolResult, interrupted: bool) -> B
     if let Some(line) = kept_elsewhere(end) {
         add_line(&mut content, &line);
     }
-    if interrupted {
+    if told.interrupted {
         is_error = true;
         add_line(&mut content, INTERRUPTED);
+    }
+    if told.is_new {
+        add_line(&mut content, IS_NEW);
     }
     if content.is_empty() {
         content.push(text_block(""));
@@ -132,7 +148,7 @@ mod tests {
     }
 
     fn shown(end: &CallEnd, result: &ToolResult, interrupted: bool) -> (String, bool) {
-        let blocks = blocks(end, result, interrupted);
+        let blocks = blocks(end, result, Told { interrupted, is_new: false });
         assert_eq!(blocks.content.len(), 1, "{blocks:?}");
         (blocks.content[0]["text"].as_str().expect("a text").to_owned(), blocks.is_error)
     }
@@ -178,11 +194,11 @@ mod tests {
             let (media_type, data) = media("application/pdf", size);
             ToolResult { is_error: false, content: vec![Content::Document { media_type, data }] }
         };
-        let picture = blocks(&nothing(), &image(3), false);
+        let picture = blocks(&nothing(), &image(3), Told::default());
         let expected =
             json!({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}});
         assert_eq!(picture, Blocks { is_error: false, content: vec![expected] });
-        let paper = blocks(&nothing(), &document(3), false);
+        let paper = blocks(&nothing(), &document(3), Told::default());
         assert_eq!(paper.content[0]["type"], "document");
         let (text, is_error) = shown(&nothing(), &image(4 * 1024 * 1024), false);
         assert!(is_error && text.starts_with("the image has 5592408 bytes"), "{text}");

@@ -85,6 +85,12 @@ pub(super) struct Conversation {
     /// The turn has ended, and nothing has come since.
     turn_ended: bool,
     idle_since: Option<u64>,
+    /// Everything that is open waits for somebody else.
+    waits_since: Option<u64>,
+    /// A call of it has been answered before.
+    has_run: bool,
+    /// Threads do not wait for each other.
+    parallel: bool,
     /// Events that were known when the stream was last whole; a history of so many has nothing new.
     known_events: usize,
     /// Since when it was idle before the stream broke.
@@ -94,6 +100,11 @@ pub(super) struct Conversation {
 }
 
 impl Conversation {
+    /// Whether tool uses of different threads run beside each other, or all of them in the order in which they came.
+    pub(super) fn set_parallel(&mut self, parallel: bool) {
+        self.parallel = parallel;
+    }
+
     /// A stream is open, and the history is about to be read.
     pub(super) fn connected(&mut self) {
         // A stream that breaks is no sign of life.
@@ -164,6 +175,12 @@ impl Conversation {
 
     /// What the history says regardless of order.
     fn learn(&mut self, history: &[Event]) {
+        let told =
+            |event: &Event| if let Event::Answered { tool_use_id } = event { Some(tool_use_id.clone()) } else { None };
+        let told: HashSet<String> = history.iter().filter_map(told).collect();
+        let has_run =
+            |event: &Event| matches!(event, Event::Use(tool_use) if runs_here(tool_use) && told.contains(&tool_use.id));
+        self.has_run |= history.iter().any(has_run);
         for event in history {
             self.threads.learn(event);
             match event {
@@ -213,7 +230,7 @@ impl Conversation {
             (_, Some(true)) | (Permission::Allowed, None) => Stage::Waiting,
             (Permission::Asked, None) => Stage::Held,
         };
-        if tool_use.is_custom || !TOOLS.contains(&tool_use.name.as_str()) {
+        if !runs_here(&tool_use) {
             self.foreign.insert(id);
             return;
         }
@@ -308,7 +325,7 @@ impl Conversation {
 
     /// Hands on what has its turn.
     fn hand_on(&mut self) {
-        while let Some(id) = self.turns.next(&self.pending, &self.threads) {
+        while let Some(id) = self.turns.next(&self.pending, &self.threads, self.parallel) {
             let Some(pending) = self.pending.get_mut(&id) else { continue };
             pending.stage = Stage::Running;
             let (tool_use, interrupted) = (pending.tool_use.clone(), pending.interrupted);
@@ -324,6 +341,10 @@ impl Conversation {
         self.hand_on();
         let quiet = self.turn_ended && self.reconciled && self.pending.is_empty() && self.foreign.is_empty();
         self.idle_since = if quiet { self.idle_since.or(Some(now)) } else { None };
+        let is_open = !(self.pending.is_empty() && self.foreign.is_empty());
+        // A stream that breaks is no answer of those that are waited for.
+        let waits = is_open && self.is_quiet();
+        self.waits_since = if waits { self.waits_since.or(Some(now)) } else { None };
     }
 
     /// What it wants, in this order.
@@ -386,6 +407,21 @@ impl Conversation {
         self.idle_since
     }
 
+    /// Since when everything that is open waits for a verdict, or for the owner of a tool that does not run here.
+    pub(super) fn waits_since(&self) -> Option<u64> {
+        self.waits_since
+    }
+
+    /// A call of it has run.
+    pub(super) fn ran(&mut self) {
+        self.has_run = true;
+    }
+
+    /// Whether a call of it has run before, here or elsewhere.
+    pub(super) fn has_run(&self) -> bool {
+        self.has_run
+    }
+
     /// The session is over for good.
     pub(super) fn has_ended(&self) -> bool {
         self.ended
@@ -401,4 +437,9 @@ impl Conversation {
     pub(super) fn must_read_again(&self) -> bool {
         self.overflowed && self.reconciled && self.pending.len() < MOST_PENDING / 2
     }
+}
+
+/// Whether this runner has a tool. Others are left to whoever has them.
+fn runs_here(tool_use: &ToolUse) -> bool {
+    !tool_use.is_custom && TOOLS.contains(&tool_use.name.as_str())
 }

@@ -62,6 +62,8 @@ pub struct Settings {
     pub board: Board,
     /// Value of the header `anthropic-version`.
     pub api_version: String,
+    /// Value of the header `anthropic-workspace-id`; `None`: not sent.
+    pub workspace_id: Option<String>,
     /// Name of the header that says who asks for work.
     pub worker_id_header: String,
     /// Who asks for work; unique among all workers of the environment.
@@ -72,6 +74,10 @@ pub struct Settings {
     pub max_sessions: usize,
     /// From the end of a turn until a work item is given back; `None`: never.
     pub max_idle: Option<Duration>,
+    /// How long a work item is held whose session waits for somebody else; `None`: for ever.
+    pub max_wait: Option<Duration>,
+    /// Whether tool uses of different threads of a session run beside each other.
+    pub parallel_threads: bool,
     /// How long the sandbox of a session is kept after its work item.
     pub keep: Duration,
     /// Longest time that a command may ask for.
@@ -99,7 +105,9 @@ pub enum QueueError {
     #[error(transparent)]
     Key(#[from] SecretError),
     /// A text that has no place in a header.
-    #[error("claude.api_version, claude.worker_id_header or the id of this runner cannot stand in a header")]
+    #[error(
+        "claude.api_version, claude.workspace_id, claude.worker_id_header or the id of this runner cannot stand in a header"
+    )]
     Header,
 }
 
@@ -108,6 +116,8 @@ pub enum QueueError {
 pub struct Handle {
     /// Read the key again.
     pub reload: Arc<Notify>,
+    /// The process was told to end: nothing new is taken, and what runs may go on for a little.
+    pub ending: Arc<Notify>,
     /// Told when the one item that was to be served is over.
     pub over: Option<Arc<Notify>>,
     /// How the queue stands.
@@ -159,6 +169,7 @@ pub fn start(
     let environment_id = settings.environment_id;
     let presented = api::Presented {
         version: &settings.api_version,
+        workspace_id: settings.workspace_id.as_deref(),
         worker_id_header: &settings.worker_id_header,
         worker_id: &settings.worker_id,
     };
@@ -170,10 +181,12 @@ pub fn start(
         max_items: if is_single { 0 } else { settings.max_items },
         max_sessions: settings.max_sessions,
         max_idle: settings.max_idle,
+        max_wait: settings.max_wait,
+        parallel_threads: settings.parallel_threads,
         keep: settings.keep,
         longest_command: settings.longest_command,
     };
-    let reload = Arc::new(Notify::new());
+    let (reload, ending) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
     let left = settings.handover.as_deref().map(Handover::read).unwrap_or_default();
     let mut machine = Machine::new(rules, draw, left);
     if let Some(delivery) = claimed {
@@ -189,6 +202,7 @@ pub fn start(
         neighbours,
         stop,
         reload: Arc::clone(&reload),
+        ending: Arc::clone(&ending),
         clock: settings.clock,
     };
     let over = is_single.then(Arc::<Notify>::default);
@@ -199,5 +213,5 @@ pub fn start(
             over.notify_one();
         }
     });
-    Ok(Handle { reload, over, board: settings.board, task })
+    Ok(Handle { reload, ending, over, board: settings.board, task })
 }

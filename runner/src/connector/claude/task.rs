@@ -51,6 +51,8 @@ pub(super) struct Task {
     pub(super) neighbours: Neighbours,
     pub(super) stop: watch::Receiver<Stop>,
     pub(super) reload: Arc<Notify>,
+    /// The process was told to end.
+    pub(super) ending: Arc<Notify>,
     pub(super) clock: fn() -> u64,
 }
 
@@ -89,7 +91,7 @@ struct Loop {
 
 impl Task {
     pub(super) async fn run(self) {
-        let Self { api, key_file, handover, board, machine, ports, neighbours, mut stop, reload, clock } = self;
+        let Self { api, key_file, handover, board, machine, ports, neighbours, mut stop, reload, ending, clock } = self;
         let Neighbours { sessions: mut others, claims } = neighbours;
         let mut own = 0;
         let Ports { work, mut updates, outputs, progress, pressure, .. } = ports;
@@ -139,6 +141,7 @@ impl Task {
                 () = reload.notified() => {
                     key_file.as_deref().map_or(Event::Tick, |key_file| state.read_key(key_file))
                 }
+                () = ending.notified() => Event::Ending,
                 Ok(()) = others.changed() => Event::Tick,
             };
             let closed = pressure.borrow().session_refusal().is_some();
@@ -353,12 +356,13 @@ fn event_of(frame: &Frame) -> Result<Option<wire::Event>, Failure> {
 async fn blocks(answer: Answer, outputs: &dyn OutputSource) -> Blocks {
     match answer {
         Answer::Text(text) => content::text(true, &text),
-        Answer::Result { call_id, result, interrupted } => {
+        Answer::Result { call_id, result, interrupted, is_new } => {
+            let told = content::Told { interrupted, is_new };
             if !result.presented.content.is_empty() {
-                return content::blocks(&result.end, &result.presented, interrupted);
+                return content::blocks(&result.end, &result.presented, told);
             }
             match read_result(&call_id, &result, outputs).await {
-                Some(presented) => content::blocks(&result.end, &presented, interrupted),
+                Some(presented) => content::blocks(&result.end, &presented, told),
                 None => {
                     error!(tool_call_id = %call_id, "a result that was kept in its sandbox cannot be read");
                     content::text(true, "the call has ended, and its result is not kept any more; ask for less at once")

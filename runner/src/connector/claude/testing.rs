@@ -150,6 +150,11 @@ pub(super) fn secret() -> Secret {
 }
 
 pub(super) fn api(base: Base) -> Api {
-    let presented = Presented { version: "2023-06-01", worker_id_header: "worker-id", worker_id: "w-1" };
+    let presented = Presented {
+        version: "2023-06-01",
+        workspace_id: Some("wrkspc_1"),
+        worker_id_header: "worker-id",
+        worker_id: "w-1",
+    };
     Api::new(Client::new(base), "env_1".to_owned(), secret(), presented).expect("good headers")
 }

@@ -1,5 +1,5 @@
-//! Whose turn it is: tool uses of one thread run one after the other and those of different threads beside each other,
-//! except that commands run one at a time. All threads of a session share its shell, as they do with the official worker: a
+//! Whose turn it is: all tool uses one after the other, in the order in which they came, as with the official worker; or those
+//! of different threads beside each other, except that commands run one at a time. All threads of a session share its shell, as they do with the official worker: a
 //! directory that one of them changes to is where the next command begins.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -29,19 +29,25 @@ impl Turns {
     }
 
     /// The next one that may be handed on.
-    pub(super) fn next(&mut self, pending: &BTreeMap<String, Pending>, threads: &Threads) -> Option<String> {
-        let place = self.place(pending, threads)?;
+    pub(super) fn next(
+        &mut self,
+        pending: &BTreeMap<String, Pending>,
+        threads: &Threads,
+        parallel: bool,
+    ) -> Option<String> {
+        let place = self.place(pending, threads, parallel)?;
         self.0.remove(place)
     }
 
-    fn place(&self, pending: &BTreeMap<String, Pending>, threads: &Threads) -> Option<usize> {
+    fn place(&self, pending: &BTreeMap<String, Pending>, threads: &Threads, parallel: bool) -> Option<usize> {
         // What was interrupted does not begin, so it waits for nobody.
         let interrupted = |id: &String| pending.get(id).is_none_or(|pending| pending.interrupted);
         if let Some(place) = self.0.iter().position(interrupted) {
             return Some(place);
         }
         let running: Vec<_> = pending.values().filter(|pending| pending.stage == Stage::Running).collect();
-        if running.len() >= usize::from(MOST_RUNNING) {
+        let most = if parallel { usize::from(MOST_RUNNING) } else { 1 };
+        if running.len() >= most {
             return None;
         }
         let shell_is_taken = running.iter().any(|pending| pending.tool_use.is_command());

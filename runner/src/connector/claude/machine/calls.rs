@@ -114,10 +114,15 @@ impl Machine {
 
     fn answer(&mut self, work_id: &str, tool_use_id: &str, call_id: CallId, result: Arc<CallResult>) {
         let now = self.now;
+        let is_new = match self.calls.get(&call_id).map(|known| known.session_id.clone()) {
+            Some(session_id) => self.take_is_new(&session_id),
+            None => false,
+        };
         let Some(item) = self.items.get_mut(work_id) else { return };
         match item.conversation.finished(now, tool_use_id) {
             Fate::Post { interrupted } => {
-                let answer = Answer::Result { call_id, result, interrupted };
+                item.conversation.ran();
+                let answer = Answer::Result { call_id, result, interrupted, is_new };
                 self.deliver(work_id, tool_use_id.to_owned(), answer);
             }
             Fate::Drop => self.stored(tool_use_id),

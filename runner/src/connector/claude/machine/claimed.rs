@@ -16,7 +16,7 @@ impl Machine {
             return;
         }
         let Some(delivery) = self.claimed.take() else { return };
-        if self.draining || self.finish.is_some() {
+        if self.takes_no_more() {
             return;
         }
         let (session_id, core) = match &delivery.order {
@@ -24,7 +24,7 @@ impl Machine {
             Order::Nothing(_) => (String::new(), None),
         };
         let item = Item::claimed(session_id, core, self.now);
-        self.items.insert(delivery.work_id.clone(), item);
+        self.add_item(delivery.work_id.clone(), item);
         self.actions.push(Action::Take(delivery));
     }
 }

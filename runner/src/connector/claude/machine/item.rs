@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use tracing::{info, warn};
 
-use super::{Action, Beat, Failure, Machine, SECOND, nanoseconds};
+use super::{Action, Beat, Failure, Machine, Rules, SECOND, nanoseconds};
 use crate::connector::claude::board::{Happening, Reason};
 use crate::connector::claude::conversation::Conversation;
 use crate::connector::claude::handover::Held;
@@ -157,12 +157,18 @@ impl Item {
         self.lease.until()
     }
 
-    fn idle_at(&self, max_idle: Option<Duration>) -> Option<u64> {
-        Some(self.conversation.idle_since()?.saturating_add(nanoseconds(max_idle?)))
+    /// When there has been nothing to do for long enough.
+    fn idle_at(&self, rules: &Rules) -> Option<u64> {
+        Some(self.conversation.idle_since()?.saturating_add(nanoseconds(rules.max_idle?)))
+    }
+
+    /// When somebody else has been waited for long enough.
+    fn waited_at(&self, rules: &Rules) -> Option<u64> {
+        Some(self.conversation.waits_since()?.saturating_add(nanoseconds(rules.max_wait?)))
     }
 
     /// When to look again.
-    pub(super) fn wake(&self, max_idle: Option<Duration>) -> u64 {
+    pub(super) fn wake(&self, rules: &Rules) -> u64 {
         match self.stage {
             Stage::Acking { in_flight, again_at } => {
                 let over = self.delivered_at.saturating_add(ACK_WITHIN);
@@ -177,7 +183,8 @@ impl Item {
                 };
                 let until = if let Stage::Ending { until } = self.stage { Some(until) } else { None };
                 let posts = self.posts.values().filter(|post| !post.in_flight).map(|post| post.next_at);
-                let other = [link, until, self.fetch_at, self.idle_at(max_idle), Some(self.lease.wake())];
+                let ends = [self.idle_at(rules), self.waited_at(rules)].into_iter().flatten();
+                let other = [link, until, self.fetch_at, ends.min(), Some(self.lease.wake())];
                 posts.chain(other.into_iter().flatten()).min().unwrap_or(u64::MAX)
             }
         }

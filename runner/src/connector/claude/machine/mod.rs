@@ -32,6 +32,10 @@ use item::Item;
 use poll::Poll;
 use sessions::Kept;
 
+/// From the order to end until what still runs is ended. With what follows (answers, sandboxes, giving back) it stays below 45 s,
+/// as the official worker does.
+const ENDING_PATIENCE: u64 = 20 * SECOND;
+
 /// What of the configuration counts here.
 #[derive(Debug, Clone)]
 pub(super) struct Rules {
@@ -42,6 +46,10 @@ pub(super) struct Rules {
     pub(super) max_sessions: usize,
     /// From the end of a turn until the item is given back; `None`: never.
     pub(super) max_idle: Option<Duration>,
+    /// How long an item is held whose session waits for somebody else; `None`: for ever.
+    pub(super) max_wait: Option<Duration>,
+    /// Tool uses of different threads of a session run beside each other.
+    pub(super) parallel_threads: bool,
     /// How long the sandbox of a session is kept after its item.
     pub(super) keep: Duration,
     /// Longest time that a command may ask for.
@@ -69,8 +77,8 @@ pub(super) enum Finish {
 /// What an answer to a tool use is made of.
 #[derive(Debug, Clone)]
 pub(super) enum Answer {
-    /// The result of a call.
-    Result { call_id: CallId, result: Arc<CallResult>, interrupted: bool },
+    /// The result of a call. With `is_new` it is the first one of a sandbox that has nothing of what the session did before.
+    Result { call_id: CallId, result: Arc<CallResult>, interrupted: bool, is_new: bool },
     /// A text of ours about a call that did not run.
     Text(String),
 }
@@ -104,6 +112,8 @@ pub(super) enum Event {
     Stopped { work_id: String, result: Result<(), Failure> },
     /// Another key is in use.
     KeyReplaced,
+    /// The process was told to end: take no more, and go on with what runs for a little.
+    Ending,
     /// Take no more, and end.
     Finish(Finish),
 }
@@ -181,6 +191,8 @@ pub(super) struct Machine {
     restored: bool,
     draining: bool,
     finish: Option<Finish>,
+    /// The process was told to end: when what still runs is ended.
+    ends_at: Option<u64>,
     /// The one item that is served, until it is taken.
     claimed: Option<Delivery>,
     /// Nothing but that item is served.
@@ -211,6 +223,7 @@ impl Machine {
             restored: false,
             draining: false,
             finish: None,
+            ends_at: None,
             claimed: None,
             is_single: false,
             items: BTreeMap::new(),
@@ -250,6 +263,9 @@ impl Machine {
             Event::Posted { work_id, tool_use_id, result } => self.posted(&work_id, &tool_use_id, result),
             Event::Stopped { work_id, result } => self.stopped(&work_id, result),
             Event::KeyReplaced => self.key_replaced(),
+            Event::Ending => {
+                self.ends_at.get_or_insert(self.now.saturating_add(ENDING_PATIENCE));
+            }
             Event::Finish(finish) => self.finish = self.finish.max(Some(finish)),
         }
         self.pass_time();
@@ -274,9 +290,24 @@ impl Machine {
         for held in std::mem::take(&mut self.left) {
             let Ok(core) = self.session_id(&held.session_id) else { continue };
             let work_id = held.work_id.clone();
-            self.items.insert(work_id.clone(), Item::left(held, core, self.now));
+            self.add_item(work_id.clone(), Item::left(held, core, self.now));
             self.actions.push(Action::TakeUp { work_id });
         }
+    }
+
+    /// Nothing more is taken: the process ends.
+    fn takes_no_more(&self) -> bool {
+        self.draining || self.ends_at.is_some() || self.finish.is_some()
+    }
+
+    /// What still runs is to be ended.
+    fn must_end(&self) -> bool {
+        self.finish.is_some() || self.ends_at.is_some_and(|at| self.now >= at)
+    }
+
+    fn add_item(&mut self, work_id: String, mut item: Item) {
+        item.conversation.set_parallel(self.rules.parallel_threads);
+        self.items.insert(work_id, item);
     }
 
     /// Work items that are ours, or about to be, and the one that is being asked for.
@@ -293,9 +324,10 @@ impl Machine {
     /// When to look again, if nothing happens before.
     pub(super) fn wake(&self) -> u64 {
         let poll = self.may_poll().then_some(self.poll.next_at);
-        let items = self.items.values().map(|item| item.wake(self.rules.max_idle));
+        let items = self.items.values().map(|item| item.wake(&self.rules));
+        let ends = self.ends_at.filter(|_| self.items.values().any(Item::is_serving));
         let sessions = self.sessions.values().map(Kept::wake);
-        poll.into_iter().chain(items).chain(sessions).min().unwrap_or(u64::MAX)
+        poll.into_iter().chain(ends).chain(items).chain(sessions).min().unwrap_or(u64::MAX)
     }
 
     fn pass_time(&mut self) {

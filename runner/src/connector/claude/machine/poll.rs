@@ -22,7 +22,7 @@ impl Machine {
     /// A claimed item that nobody serves is worse than one that waits.
     pub(super) fn may_poll(&self) -> bool {
         let taken = self.items.len();
-        let is_open = self.restored && !self.draining && self.finish.is_none() && !self.room.closed;
+        let is_open = self.restored && !self.takes_no_more() && !self.room.closed;
         let has_room = taken < self.rules.max_items && taken + self.room.others < self.rules.max_sessions;
         is_open && has_room && !self.poll.in_flight
     }
@@ -64,7 +64,7 @@ impl Machine {
     }
 
     fn delivered(&mut self, delivery: Delivery) {
-        if self.draining || self.finish.is_some() {
+        if self.takes_no_more() {
             return;
         }
         let now = self.now;
@@ -93,7 +93,7 @@ impl Machine {
             Order::Nothing(_) => String::new(),
         };
         let work_id = delivery.work_id.clone();
-        self.items.insert(work_id, Item::new(session_id, core, self.now));
+        self.add_item(work_id, Item::new(session_id, core, self.now));
         self.actions.push(Action::Ack(delivery));
     }
 }

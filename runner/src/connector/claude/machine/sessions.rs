@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 use tracing::{info, warn};
 
 use super::calls::{KEEP_RESULTS, NOT_KEPT};
+use super::item::Item;
 use super::{Machine, SECOND, nanoseconds};
 use crate::connector::claude::conversation::turns::MOST_RUNNING;
 use crate::work::{
@@ -51,6 +52,8 @@ pub(super) struct Kept {
     order: Vec<CallId>,
     retry_at: Option<u64>,
     refused_since: Option<u64>,
+    /// It has nothing of what the session has done before, and no result has said so.
+    is_new: bool,
     /// The session of the environment is over: nothing that comes of this one goes anywhere.
     is_over: bool,
 }
@@ -66,6 +69,7 @@ impl Kept {
             order: Vec::new(),
             retry_at: None,
             refused_since: None,
+            is_new: false,
             is_over: false,
         }
     }
@@ -96,7 +100,7 @@ impl Machine {
     fn open(&mut self, session_id: &SessionId) {
         let now = self.now;
         let kept = self.sessions.entry(session_id.clone()).or_insert_with(|| Kept::new(Phase::Opening, now));
-        (kept.phase, kept.retry_at) = (Phase::Opening, None);
+        (kept.phase, kept.retry_at, kept.is_new) = (Phase::Opening, None, true);
         self.work(WorkItem::Open(SessionOpen {
             session_id: session_id.clone(),
             epoch: EPOCH,
@@ -141,6 +145,14 @@ impl Machine {
         if may_begin {
             self.work(WorkItem::Resume { session_id: decided });
         }
+    }
+
+    /// Whether a result is the first one of a sandbox whose session has done something elsewhere. Only one is.
+    pub(super) fn take_is_new(&mut self, session_id: &SessionId) -> bool {
+        let has_run = |item: &Item| item.core.as_ref() == Some(session_id) && item.conversation.has_run();
+        let is_known = self.items.values().any(has_run);
+        let Some(kept) = self.sessions.get_mut(session_id) else { return false };
+        std::mem::take(&mut kept.is_new) && is_known
     }
 
     /// The lease of an item was renewed, or begins.
@@ -219,7 +231,8 @@ impl Machine {
 
     pub(super) fn session_restored(&mut self, session_id: SessionId, ready: bool) {
         let phase = if ready { Phase::Open } else { Phase::Opening };
-        self.sessions.insert(session_id.clone(), Kept::new(phase, self.now));
+        // One that is made anew has nothing of what was in the one before.
+        self.sessions.insert(session_id.clone(), Kept { is_new: !ready, ..Kept::new(phase, self.now) });
         self.grant(&session_id);
     }
 

@@ -33,6 +33,8 @@ fn rules() -> Rules {
         max_items: 2,
         max_sessions: 8,
         max_idle: Some(Duration::from_secs(60)),
+        max_wait: None,
+        parallel_threads: false,
         keep: Duration::from_secs(600),
         longest_command: Duration::from_secs(600),
     }
@@ -52,7 +54,18 @@ impl World {
 
     /// After a runner that has left this.
     fn after(handover: Handover) -> Self {
-        let machine = Machine::new(rules(), half, handover);
+        Self::with(rules(), handover)
+    }
+
+    /// Threads run beside each other.
+    fn parallel(history: Vec<Value>) -> Self {
+        let mut world = Self::with(Rules { parallel_threads: true, ..rules() }, Handover::default());
+        world.serve(history);
+        world
+    }
+
+    fn with(rules: Rules, handover: Handover) -> Self {
+        let machine = Machine::new(rules, half, handover);
         let mut world = Self { machine, now: 1_000 * SECOND, asked: VecDeque::new() };
         world.handle(Event::Update(Update::Restored));
         world

@@ -82,7 +82,7 @@ impl Machine {
         item.link = Link::Closed { open_at: u64::MAX };
         (item.fetch_at, item.reason) = (None, Some(reason));
         match reason {
-            Reason::Idle => self.stop(work_id),
+            Reason::Idle | Reason::Waited => self.stop(work_id),
             Reason::SessionOver => {
                 item.posts.clear();
                 let core = item.core.clone();
@@ -118,8 +118,9 @@ impl Machine {
     }
 
     pub(super) fn end_if_over(&mut self, work_id: &str) {
-        let (now, max_idle) = (self.now, self.rules.max_idle);
+        let now = self.now;
         let Some(item) = self.items.get(work_id) else { return };
+        let is_over = |at: Option<u64>| at.is_some_and(|at| now >= at);
         let quiet = item.conversation.is_quiet() && item.posts.is_empty();
         match item.stage {
             Stage::Ending { until } if quiet || now >= until || self.finish == Some(Finish::AtOnce) => {
@@ -128,10 +129,15 @@ impl Machine {
             }
             Stage::Ending { .. } => {}
             _ if item.conversation.has_ended() => self.end_item_now(work_id, Reason::SessionOver),
-            _ if self.finish.is_some() => self.end_item_now(work_id, Reason::Shutdown),
+            _ if self.must_end() => self.end_item_now(work_id, Reason::Shutdown),
             // What is being emptied takes nothing more, and what it has is finished first.
-            _ if self.draining && quiet && item.link == Link::Live => self.end_item_now(work_id, Reason::Idle),
-            _ if item.idle_at(max_idle).is_some_and(|at| now >= at) => self.end_item_now(work_id, Reason::Idle),
+            _ if self.takes_no_more() && quiet && item.link == Link::Live => {
+                self.end_item_now(work_id, Reason::Idle);
+            }
+            _ if is_over(item.idle_at(&self.rules)) => self.end_item_now(work_id, Reason::Idle),
+            _ if is_over(item.waited_at(&self.rules)) && item.posts.is_empty() => {
+                self.end_item_now(work_id, Reason::Waited);
+            }
             _ => {}
         }
     }

@@ -220,6 +220,62 @@ fn runner_that_is_emptied_answers_polls_no_more_and_gives_items_back() {
     assert_eq!(world.stops_asked(), 1);
 }
 
+/// A supervisor waits for some time and kills then.
+#[test]
+fn what_runs_when_the_process_is_told_to_end_has_a_little_time_and_is_then_ended_and_answered() {
+    let mut world = World::served(vec![bash("t1"), bash("t2")]);
+    world.handle(Event::Ending);
+    world.handle(Event::Polled(Ok(None)));
+    world.asked.retain(|action| matches!(action, Action::Beat { .. }));
+    world.pass_beating(19);
+    assert_eq!((world.cancels_asked().len(), world.asked(|action| matches!(action, Action::Poll))), (0, 0));
+    world.handle(Event::Ending);
+    world.pass_beating(2);
+    assert_eq!(world.cancels_asked(), [("claude:env_1:t1".to_owned(), CancelMode::Kill)]);
+    assert_eq!(world.post_asked(), ("t2".to_owned(), "cancelled before it started; nothing was run".to_owned()));
+    world.finished("claude:env_1:t1", "part");
+    world.posted("t1", Ok(()));
+    world.posted("t2", Ok(()));
+    assert_eq!(world.stops_asked(), 1);
+}
+
+#[test]
+fn item_that_has_nothing_to_do_is_given_back_when_the_process_is_told_to_end() {
+    let mut world = World::served(vec![bash("t1"), result_of("t1")]);
+    world.handle(Event::Ending);
+    assert_eq!(world.stops_asked(), 1);
+}
+
+/// By default it is held for as long as somebody needs to decide, as the official worker does.
+#[test]
+fn item_whose_session_waits_for_somebody_else_is_given_back_after_the_operators_time_and_unanswered() {
+    for (limit, stops) in [(None, 0), (Some(Duration::from_secs(300)), 1)] {
+        for open in [asking("t1"), json!({"type": "agent.custom_tool_use", "id": "t1", "name": "mine", "input": {}})] {
+            let mut world = World::with(Rules { max_wait: limit, ..rules() }, Handover::default());
+            world.serve(vec![bash("t0"), result_of("t0"), open]);
+            world.pass_beating(290);
+            assert_eq!(world.stops_asked(), 0);
+            world.pass_beating(20);
+            assert_eq!((world.stops_asked(), world.posts_asked()), (stops, 0), "{limit:?}");
+        }
+    }
+}
+
+#[test]
+fn time_for_somebody_else_counts_only_while_nothing_runs() {
+    let mut world = World::with(Rules { max_wait: Some(Duration::from_secs(300)), ..rules() }, Handover::default());
+    world.serve(vec![asking("t1"), bash("t2")]);
+    world.pass_beating(400);
+    assert_eq!(world.stops_asked(), 0);
+    world.finished("claude:env_1:t2", "x");
+    world.posted("t2", Ok(()));
+    world.pass_beating(290);
+    assert_eq!(world.stops_asked(), 0);
+    world.live(verdict("t1", "allow"));
+    world.pass_beating(100);
+    assert_eq!((world.stops_asked(), world.calls_asked()), (0, 2));
+}
+
 #[test]
 fn end_of_the_runner_gives_every_item_back() {
     let mut world = World::served(vec![bash("t1")]);

@@ -92,3 +92,50 @@ fn ids_of_the_server_become_ids_of_the_runner_and_no_two_the_same() {
         assert!(!scoped[..at].contains(id), "{id}");
     }
 }
+
+/// Whoever has built something there would look for it.
+#[test]
+fn first_result_of_a_new_sandbox_says_so_where_calls_have_run_before() {
+    let mut first = World::served(vec![bash("t1"), bash("t2")]);
+    first.finished("claude:env_1:t1", "x");
+    assert!(!first_is_new(&mut first), "nothing was before");
+    first.posted("t1", Ok(()));
+    first.finished("claude:env_1:t2", "x");
+    assert!(!first_is_new(&mut first));
+    first.posted("t2", Ok(()));
+    let ended = Update::SessionEnded { session_id: core(), epoch: 1, end: SessionEnd::Closed };
+    first.handle(Event::Update(ended));
+    for (id, expected) in [("t3", true), ("t4", false)] {
+        first.live(bash(id));
+        first.finished(&format!("claude:env_1:{id}"), "x");
+        assert_eq!(first_is_new(&mut first), expected, "{id}");
+        first.posted(id, Ok(()));
+    }
+
+    let mut later = World::served(vec![bash("t1"), result_of("t1"), bash("t2")]);
+    later.finished("claude:env_1:t2", "x");
+    assert!(first_is_new(&mut later), "another runner has served it, or this one has not kept it");
+
+    let mut denied = World::served(vec![asking("t1"), verdict("t1", "deny"), bash("t2")]);
+    denied.finished("claude:env_1:t2", "x");
+    assert!(!first_is_new(&mut denied), "nothing has run");
+}
+
+#[test]
+fn sandbox_that_the_runner_before_has_left_is_told_as_new_only_when_it_is_made_anew() {
+    for ready in [true, false] {
+        let mut world = World::new();
+        let restored = Update::SessionRestored { session_id: core(), epoch: 1, ready, acknowledged: 0 };
+        world.handle(Event::Update(restored));
+        world.serve(vec![bash("t1"), result_of("t1"), bash("t2")]);
+        world.finished("claude:env_1:t2", "x");
+        assert_eq!(first_is_new(&mut world), !ready);
+    }
+}
+
+fn first_is_new(world: &mut World) -> bool {
+    world.next("a post", |action| match action {
+        Action::Post { answer: Answer::Result { is_new, .. }, .. } => Some(*is_new),
+        _ => None,
+    })
+}

@@ -12,7 +12,7 @@ fn created(thread: &str) -> Value {
 
 #[test]
 fn threads_run_beside_each_other_and_each_in_its_order_and_commands_one_at_a_time() {
-    let mut world = World::served(vec![
+    let mut world = World::parallel(vec![
         bash("own1"),
         reading("own2"),
         in_thread(reading("a1"), "th_a"),
@@ -33,6 +33,22 @@ fn threads_run_beside_each_other_and_each_in_its_order_and_commands_one_at_a_tim
     begun(&mut world, &[]);
     world.finished("claude:env_1:own1", "x");
     begun(&mut world, &["own2", "b1"]);
+}
+
+/// As the official worker does.
+#[test]
+fn tool_uses_of_all_threads_run_one_after_the_other_unless_the_operator_wants_it_otherwise() {
+    let mut world = World::served(vec![
+        reading("own1"),
+        in_thread(reading("a1"), "th_a"),
+        reading("own2"),
+        in_thread(bash("b1"), "th_b"),
+    ]);
+    for id in ["own1", "a1", "own2", "b1"] {
+        assert_eq!(world.call_asked(), format!("claude:env_1:{id}"));
+        assert_eq!(world.calls_asked(), 0, "beside {id}");
+        world.finished(&format!("claude:env_1:{id}"), "x");
+    }
 }
 
 #[test]
