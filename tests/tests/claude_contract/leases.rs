@@ -10,7 +10,7 @@ use super::{Site, runs, wait_until};
 async fn next_runner_takes_the_leases_up_where_the_last_one_was_killed_or_has_left() {
     needs_root!();
     let _host = host::shared();
-    let mut site = Site::start().await;
+    let mut site = Site::start_with("parallel_threads = true\n").await;
     let session = site.session();
     assert_eq!(site.text(&session, ToolUse::bash("KEPT=yes")).await, "(no output)");
     for is_killed in [true, false] {

@@ -240,7 +240,9 @@ async fn call_of_a_killed_worker_does_not_run_again_with_the_next_one() {
     let result = poller.mock.result_of(&session, &call).await;
     assert!(result.is_error && result.text().contains("may have run, but how it ended is not known"), "{result:?}");
     assert!(!runs("624.5"), "it runs again");
-    assert_eq!(poller.result(&session, ToolUse::bash("echo next")).await.text(), "next");
+    let next = poller.result(&session, ToolUse::bash("echo next")).await.text();
+    assert!(next.starts_with("next\n[note: this call ran in a new sandbox"), "{next}");
+    assert_eq!(poller.result(&session, ToolUse::bash("echo then")).await.text(), "then");
     poller.end_turn(&session);
     script.ends_with(0);
     assert_eq!(poller.journals(), Vec::<PathBuf>::new());
