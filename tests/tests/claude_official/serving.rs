@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use sandbox_runner_tests::claude::{
-    Credential, Endpoint, Expect, Fate, NewSession, Secret, Skill, Step, ToolUse, WorkState,
+    ControlPlane, Credential, Endpoint, Expect, Fate, NewSession, Secret, Skill, Step, ToolUse, WorkState,
 };
 use sandbox_runner_tests::needs_official_sdk;
 use serde_json::{Value, json};
@@ -127,8 +127,10 @@ pub(crate) async fn nothing_to_do(world: &World<'_>) -> Served {
     let (session, ids) = world.calls(vec![ToolUse::bash("echo never")]);
     world.mock.lock().terminate_session(&session);
     world.mock.stopped(&session).await;
+    // One that serves several at once does not stop them in their order.
+    let is_stopped = |plane: &ControlPlane| (plane.item(&check).state == WorkState::Stopped).then_some(());
+    world.mock.until("the end of the other item", is_stopped).await;
     let plane = world.mock.lock();
-    assert_eq!(plane.item(&check).state, WorkState::Stopped);
     assert_eq!(plane.session(&session).call(&ids[0]).result, None);
     Served { session, ids, ..Served::default() }
 }

@@ -175,12 +175,6 @@ impl Conversation {
 
     /// What the history says regardless of order.
     fn learn(&mut self, history: &[Event]) {
-        let told =
-            |event: &Event| if let Event::Answered { tool_use_id } = event { Some(tool_use_id.clone()) } else { None };
-        let told: HashSet<String> = history.iter().filter_map(told).collect();
-        let has_run =
-            |event: &Event| matches!(event, Event::Use(tool_use) if runs_here(tool_use) && told.contains(&tool_use.id));
-        self.has_run |= history.iter().any(has_run);
         for event in history {
             self.threads.learn(event);
             match event {
@@ -190,6 +184,18 @@ impl Conversation {
                 _ => {}
             }
         }
+        let answer =
+            |event: &Event| if let Event::Answered { tool_use_id } = event { Some(tool_use_id.clone()) } else { None };
+        let answers: HashSet<String> = history.iter().filter_map(answer).collect();
+        // The server answers for one that was denied.
+        let is_denied = |tool_use: &ToolUse| {
+            tool_use.permission == Permission::Denied || self.verdicts.get(&tool_use.id) == Some(&false)
+        };
+        let has_run = |event: &Event| match event {
+            Event::Use(tool_use) => runs_here(tool_use) && answers.contains(&tool_use.id) && !is_denied(tool_use),
+            _ => false,
+        };
+        self.has_run |= history.iter().any(has_run);
     }
 
     fn take(&mut self, event: Event) {

@@ -116,7 +116,7 @@ fn first_result_of_a_new_sandbox_says_so_where_calls_have_run_before() {
     later.finished("claude:env_1:t2", "x");
     assert!(first_is_new(&mut later), "another runner has served it, or this one has not kept it");
 
-    let mut denied = World::served(vec![asking("t1"), verdict("t1", "deny"), bash("t2")]);
+    let mut denied = World::served(vec![asking("t1"), verdict("t1", "deny"), result_of("t1"), bash("t2")]);
     denied.finished("claude:env_1:t2", "x");
     assert!(!first_is_new(&mut denied), "nothing has run");
 }
