@@ -146,8 +146,9 @@ pub struct Neighbours {
 pub struct Claims {
     /// Work items of all queues together, and one for each that is being asked for.
     items: usize,
-    /// A queue has a session for which there is no place: whoever keeps one that nobody wants now ends it.
-    is_room_wanted: bool,
+    /// Until then a queue has a session for which there is no place: whoever keeps one that nobody wants now ends it. It says so
+    /// again for as long as it needs one, so that no workspace is ended for somebody who has found a place or given up.
+    room_wanted_until: u64,
 }
 
 /// Reads the key and begins to ask for work.

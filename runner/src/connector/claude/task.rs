@@ -35,6 +35,8 @@ const QUEUED_WORK: usize = 1024;
 const MOST_RESULT_BYTES: usize = 64 * 1024 * 1024;
 /// The clock of a lease goes on while the machine sleeps, and timers do not.
 const SLEEP_CEILING: Duration = Duration::from_secs(1);
+/// Whoever finds no place tries again within this time, in nanoseconds, and every loop looks once in [`SLEEP_CEILING`].
+const ROOM_WISH: u64 = 3_000_000_000;
 /// A machine that wants to be looked at again at once has nothing to say.
 const SLEEP_FLOOR: Duration = Duration::from_millis(5);
 
@@ -150,9 +152,14 @@ impl Task {
                 let mut claims = claims.lock().unwrap_or_else(PoisonError::into_inner);
                 let of_others = claims.items.saturating_sub(own);
                 state.machine.set_room(Room { others: of_others + *others.borrow(), closed });
-                claims.is_room_wanted = claims.is_room_wanted && !state.machine.make_room();
+                let now = (state.clock)();
+                if now < claims.room_wanted_until && state.machine.make_room() {
+                    claims.room_wanted_until = 0;
+                }
                 state.take(event);
-                claims.is_room_wanted |= state.machine.wants_room();
+                if state.machine.wants_room() {
+                    claims.room_wanted_until = now.saturating_add(ROOM_WISH);
+                }
                 own = state.machine.claims();
                 claims.items = of_others + own;
             }
