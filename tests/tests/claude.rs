@@ -407,12 +407,11 @@ async fn command_that_runs_when_the_runner_is_told_to_end_is_ended_answered_and_
     let finishes = site.use_tool(&short, ToolUse::bash("sleep 2; echo over"));
     wait_until("the command runs", || runs("615.5")).await;
     wait_until("the other one is begun", || site.daemon.sandboxes().len() == 2).await;
-    let begun = Instant::now();
 
+    // It waits for a minute, which is less than calls of an orchestrator may go on.
     let status = site.daemon.stop_runner();
 
     assert!(status.is_some_and(|status| status.success()), "{status:?}: {}", site.daemon.end_of_log());
-    assert!(begun.elapsed() < scaled(Duration::from_secs(45)), "it would have been killed");
     let result = site.mock.result_of(&session, &call).await;
     assert!(result.is_error && result.text().starts_with("part\n"), "{result:?}");
     assert_eq!(site.mock.result_of(&short, &finishes).await.text(), "over", "it had time to finish");

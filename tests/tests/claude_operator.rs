@@ -293,6 +293,20 @@ async fn doctor_says_what_waits_and_what_keeps_a_queue_from_being_served() {
     };
     with_problem(&site, &given("sk-ant-oat01-unknown"), "has expired, was revoked or is mistyped");
     with_problem(&site, &given(""), "ANTHROPIC_ENVIRONMENT_KEY is not set");
+    let mut elsewhere = given("sk-ant-oat01-unknown").to_vec();
+    elsewhere.push(("ANTHROPIC_WORKSPACE_ID", "a b"));
+    with_problem(&site, &elsewhere, "ANTHROPIC_WORKSPACE_ID \\\"a b\\\" is not the id of a workspace");
+    elsewhere.pop();
+    elsewhere.push(("ANTHROPIC_WORKSPACE_ID", "wrkspc_1"));
+    site.doctor(true, &elsewhere);
+    let written = fs::read_to_string(site.daemon.config()).expect("the configuration");
+    let named = written.replace("max_idle_seconds = 1\n", "max_idle_seconds = 1\nworkspace_id = \"wrkspc_2\"\n");
+    fs::write(site.daemon.config(), named).expect("the configuration");
+    site.doctor(true, &[]);
+    let asked = site.mock.requests(Endpoint::Stats);
+    let workspaces: Vec<_> =
+        asked.iter().filter_map(|request| request.incoming.header("anthropic-workspace-id")).collect();
+    assert_eq!(workspaces, ["wrkspc_1", "wrkspc_2"]);
     site.mock.halt().await;
     with_problem(&site, &[], "look at name resolution");
     assert_eq!(site.polls(), 0, "it has claimed something");

@@ -84,13 +84,13 @@ pub(super) struct Conversation {
     overflowed: bool,
     /// The turn has ended, and nothing has come since.
     turn_ended: bool,
+    /// The same, or the turn waits for somebody: nothing is at work at the server.
+    rests: bool,
     idle_since: Option<u64>,
     /// Everything that is open waits for somebody else.
     waits_since: Option<u64>,
     /// A call of it has been answered before.
     has_run: bool,
-    /// Threads do not wait for each other.
-    parallel: bool,
     /// Events that were known when the stream was last whole; a history of so many has nothing new.
     known_events: usize,
     /// Since when it was idle before the stream broke.
@@ -102,7 +102,7 @@ pub(super) struct Conversation {
 impl Conversation {
     /// Whether tool uses of different threads run beside each other, or all of them in the order in which they came.
     pub(super) fn set_parallel(&mut self, parallel: bool) {
-        self.parallel = parallel;
+        self.turns.set_parallel(parallel);
     }
 
     /// A stream is open, and the history is about to be read.
@@ -138,8 +138,9 @@ impl Conversation {
         self.learn(&history);
         let mut open: Vec<(ToolUse, bool)> = Vec::new();
         let mut opened: HashSet<String> = HashSet::new();
-        self.turn_ended = false;
+        (self.turn_ended, self.rests) = (false, false);
         for event in history {
+            self.rest(&event);
             match event {
                 Event::Use(tool_use) => {
                     self.turn_ended = false;
@@ -173,6 +174,15 @@ impl Conversation {
         self.settle(now);
     }
 
+    /// Whether the session is at work, after an event.
+    fn rest(&mut self, event: &Event) {
+        self.rests = match event {
+            Event::Idle { .. } => true,
+            Event::Verdict { .. } | Event::Answered { .. } | Event::ThreadEnded { .. } => self.rests,
+            _ => false,
+        };
+    }
+
     /// What the history says regardless of order.
     fn learn(&mut self, history: &[Event]) {
         for event in history {
@@ -184,18 +194,28 @@ impl Conversation {
                 _ => {}
             }
         }
-        let answer =
-            |event: &Event| if let Event::Answered { tool_use_id } = event { Some(tool_use_id.clone()) } else { None };
-        let answers: HashSet<String> = history.iter().filter_map(answer).collect();
-        // The server answers for one that was denied.
-        let is_denied = |tool_use: &ToolUse| {
-            tool_use.permission == Permission::Denied || self.verdicts.get(&tool_use.id) == Some(&false)
+        self.has_run |= self.has_run_in(history);
+    }
+
+    /// Whether a call that was allowed has been answered. The server answers for those that were denied.
+    fn has_run_in(&self, history: &[Event]) -> bool {
+        let answers: HashSet<&str> = history
+            .iter()
+            .filter_map(|event| match event {
+                Event::Answered { tool_use_id } => Some(tool_use_id.as_str()),
+                _ => None,
+            })
+            .collect();
+        let is_allowed = |tool_use: &ToolUse| match self.verdicts.get(&tool_use.id) {
+            Some(allow) => *allow && tool_use.permission != Permission::Denied,
+            None => tool_use.permission == Permission::Allowed,
         };
-        let has_run = |event: &Event| match event {
-            Event::Use(tool_use) => runs_here(tool_use) && answers.contains(&tool_use.id) && !is_denied(tool_use),
+        history.iter().any(|event| match event {
+            Event::Use(tool_use) => {
+                runs_here(tool_use) && is_allowed(tool_use) && answers.contains(tool_use.id.as_str())
+            }
             _ => false,
-        };
-        self.has_run |= history.iter().any(has_run);
+        })
     }
 
     fn take(&mut self, event: Event) {
@@ -205,6 +225,7 @@ impl Conversation {
             Event::Verdict { .. } | Event::ThreadEnded { .. } => self.turn_ended,
             _ => false,
         };
+        self.rest(&event);
         self.threads.learn(&event);
         match event {
             Event::Use(tool_use) => self.route(tool_use, false),
@@ -331,7 +352,7 @@ impl Conversation {
 
     /// Hands on what has its turn.
     fn hand_on(&mut self) {
-        while let Some(id) = self.turns.next(&self.pending, &self.threads, self.parallel) {
+        while let Some(id) = self.turns.next(&self.pending, &self.threads) {
             let Some(pending) = self.pending.get_mut(&id) else { continue };
             pending.stage = Stage::Running;
             let (tool_use, interrupted) = (pending.tool_use.clone(), pending.interrupted);
@@ -349,7 +370,7 @@ impl Conversation {
         self.idle_since = if quiet { self.idle_since.or(Some(now)) } else { None };
         let is_open = !(self.pending.is_empty() && self.foreign.is_empty());
         // A stream that breaks is no answer of those that are waited for.
-        let waits = is_open && self.is_quiet();
+        let waits = is_open && self.rests && self.is_quiet();
         self.waits_since = if waits { self.waits_since.or(Some(now)) } else { None };
     }
 
@@ -413,17 +434,18 @@ impl Conversation {
         self.idle_since
     }
 
-    /// Since when everything that is open waits for a verdict, or for the owner of a tool that does not run here.
+    /// Since when the session does nothing, and everything that is open waits for a verdict or for the owner of a tool that does
+    /// not run here.
     pub(super) fn waits_since(&self) -> Option<u64> {
         self.waits_since
     }
 
-    /// A call of it has run.
+    /// A call of it has run here.
     pub(super) fn ran(&mut self) {
         self.has_run = true;
     }
 
-    /// Whether a call of it has run before, here or elsewhere.
+    /// Whether a call of it has run before, here or elsewhere. One that was allowed and answered counts.
     pub(super) fn has_run(&self) -> bool {
         self.has_run
     }

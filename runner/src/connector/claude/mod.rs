@@ -146,8 +146,8 @@ pub struct Neighbours {
 pub struct Claims {
     /// Work items of all queues together, and one for each that is being asked for.
     items: usize,
-    /// Until then a queue has a session for which there is no place: whoever keeps one that nobody wants now ends it. It says so
-    /// again for as long as it needs one, so that no workspace is ended for somebody who has found a place or given up.
+    /// Until then a queue has a session for which there is no place: whoever keeps one that nobody wants now ends it. A queue says so
+    /// each time that it finds none, so the wish does not outlive the need for more than some seconds.
     room_wanted_until: u64,
 }
 

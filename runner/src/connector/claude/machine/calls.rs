@@ -13,7 +13,9 @@ use crate::connector::claude::handover::MOST_DROPPED;
 use crate::connector::claude::input;
 use crate::connector::claude::wire::ToolUse;
 use crate::work::limits::INLINE_INPUT_BYTES;
-use crate::work::{CallId, CallResult, CancelMode, OutputMode, RequestDigest, SessionId, ToolCall, Update, WorkItem};
+use crate::work::{
+    CallId, CallResult, CancelMode, Outcome, OutputMode, RequestDigest, SessionId, ToolCall, Update, WorkItem,
+};
 
 /// Results that nobody has asked for are kept so long: their session may come back. Later it hears that they are gone.
 pub(super) const KEEP_RESULTS: Duration = Duration::from_secs(24 * 3600);
@@ -30,11 +32,13 @@ pub(super) struct Known {
     since: u64,
     /// Nobody wants its result.
     is_settled: bool,
+    /// Its result says that its sandbox is a new one.
+    is_new: bool,
 }
 
 impl Known {
     fn begun(session_id: SessionId, now: u64) -> Self {
-        Self { session_id, result: None, since: now, is_settled: false }
+        Self { session_id, result: None, since: now, is_settled: false, is_new: false }
     }
 }
 
@@ -114,19 +118,30 @@ impl Machine {
 
     fn answer(&mut self, work_id: &str, tool_use_id: &str, call_id: CallId, result: Arc<CallResult>) {
         let now = self.now;
-        let is_new = match self.calls.get(&call_id).map(|known| known.session_id.clone()) {
-            Some(session_id) => self.take_is_new(&session_id),
-            None => false,
-        };
         let Some(item) = self.items.get_mut(work_id) else { return };
         match item.conversation.finished(now, tool_use_id) {
             Fate::Post { interrupted } => {
-                item.conversation.ran();
+                let is_new = has_run(&result.end.outcome) && self.is_first_of_a_new_sandbox(work_id, &call_id);
                 let answer = Answer::Result { call_id, result, interrupted, is_new };
                 self.deliver(work_id, tool_use_id.to_owned(), answer);
             }
             Fate::Drop => self.stored(tool_use_id),
         }
+    }
+
+    /// Whether the result of a call is the first one of a sandbox that has nothing of what its session has done before. It says so
+    /// each time that it is posted.
+    fn is_first_of_a_new_sandbox(&mut self, work_id: &str, call_id: &CallId) -> bool {
+        let Some(known) = self.calls.get(call_id) else { return false };
+        let (session_id, was_told) = (known.session_id.clone(), known.is_new);
+        let is_new = self.take_is_new(&session_id) || was_told;
+        if let Some(item) = self.items.get_mut(work_id) {
+            item.conversation.ran();
+        }
+        if let Some(known) = self.calls.get_mut(call_id) {
+            known.is_new = is_new;
+        }
+        is_new
     }
 
     fn answer_text(&mut self, work_id: &str, tool_use_id: &str, answer: Answer) {
@@ -218,8 +233,8 @@ impl Machine {
     fn finished(&mut self, call_id: CallId, session_id: SessionId, result: Arc<CallResult>) {
         self.accepted(&session_id, &call_id);
         let is_settled = self.calls.get(&call_id).is_some_and(|known| known.is_settled);
-        let (since, kept) = (self.now, Some(Arc::clone(&result)));
-        self.calls.insert(call_id.clone(), Known { session_id: session_id.clone(), result: kept, since, is_settled });
+        let (result_kept, begun) = (Some(Arc::clone(&result)), Known::begun(session_id.clone(), self.now));
+        self.calls.insert(call_id.clone(), Known { result: result_kept, is_settled, ..begun });
         if is_settled || self.is_over(&session_id) {
             self.calls.remove(&call_id);
             return self.work(WorkItem::Acknowledge { call_id });
@@ -289,6 +304,11 @@ impl Machine {
             self.work(WorkItem::Acknowledge { call_id });
         }
     }
+}
+
+/// Whether a call that ended so may have changed something.
+fn has_run(outcome: &Outcome) -> bool {
+    !matches!(outcome, Outcome::NeverStarted { .. } | Outcome::Cancelled { before_start: true, .. })
 }
 
 /// The same tool use is the same call, whichever runner reads it.

@@ -162,8 +162,11 @@ impl Item {
         Some(self.conversation.idle_since()?.saturating_add(nanoseconds(rules.max_idle?)))
     }
 
-    /// When somebody else has been waited for long enough.
+    /// When somebody else has been waited for long enough. What has come while the stream was not whole is not known yet.
     fn waited_at(&self, rules: &Rules) -> Option<u64> {
+        if self.link != Link::Live {
+            return None;
+        }
         Some(self.conversation.waits_since()?.saturating_add(nanoseconds(rules.max_wait?)))
     }
 

@@ -112,7 +112,7 @@ impl Machine {
             min_tier: String::new(),
             orphan_timeout: None,
             idle_timeout: None,
-            // Those of different threads run beside each other.
+            // Whose turn it is, the conversation decides.
             max_concurrent_calls: u32::from(MOST_RUNNING),
             tenant: String::new(),
         }));

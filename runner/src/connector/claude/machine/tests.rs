@@ -294,6 +294,11 @@ fn end_of_turn() -> Value {
     json!({"type": "session.status_idle", "stop_reason": {"type": "end_turn"}})
 }
 
+/// The turn waits for somebody.
+fn action_required() -> Value {
+    json!({"type": "session.status_idle", "stop_reason": {"type": "requires_action", "event_ids": []}})
+}
+
 fn interrupt() -> Value {
     json!({"type": "user.interrupt"})
 }

@@ -135,9 +135,7 @@ impl Machine {
                 self.end_item_now(work_id, Reason::Idle);
             }
             _ if is_over(item.idle_at(&self.rules)) => self.end_item_now(work_id, Reason::Idle),
-            _ if is_over(item.waited_at(&self.rules)) && item.posts.is_empty() => {
-                self.end_item_now(work_id, Reason::Waited);
-            }
+            _ if is_over(item.waited_at(&self.rules)) => self.end_item_now(work_id, Reason::Waited),
             _ => {}
         }
     }

@@ -252,7 +252,7 @@ fn item_whose_session_waits_for_somebody_else_is_given_back_after_the_operators_
     for (limit, stops) in [(None, 0), (Some(Duration::from_secs(300)), 1)] {
         for open in [asking("t1"), json!({"type": "agent.custom_tool_use", "id": "t1", "name": "mine", "input": {}})] {
             let mut world = World::with(Rules { max_wait: limit, ..rules() }, Handover::default());
-            world.serve(vec![bash("t0"), result_of("t0"), open]);
+            world.serve(vec![bash("t0"), result_of("t0"), open, action_required()]);
             world.pass_beating(290);
             assert_eq!(world.stops_asked(), 0);
             world.pass_beating(20);
@@ -264,16 +264,71 @@ fn item_whose_session_waits_for_somebody_else_is_given_back_after_the_operators_
 #[test]
 fn time_for_somebody_else_counts_only_while_nothing_runs() {
     let mut world = World::with(Rules { max_wait: Some(Duration::from_secs(300)), ..rules() }, Handover::default());
-    world.serve(vec![asking("t1"), bash("t2")]);
+    world.serve(vec![asking("t1"), bash("t2"), action_required()]);
     world.pass_beating(400);
     assert_eq!(world.stops_asked(), 0);
     world.finished("claude:env_1:t2", "x");
     world.posted("t2", Ok(()));
+    world.live(result_of("t2"));
     world.pass_beating(290);
     assert_eq!(world.stops_asked(), 0);
     world.live(verdict("t1", "allow"));
     world.pass_beating(100);
     assert_eq!((world.stops_asked(), world.calls_asked()), (0, 2));
+}
+
+/// Another thread of it may have the next tool use at any moment.
+#[test]
+fn time_for_somebody_else_does_not_count_while_the_session_is_at_work() {
+    let mut world = World::with(Rules { max_wait: Some(Duration::from_secs(300)), ..rules() }, Handover::default());
+    world.serve(vec![asking("t1")]);
+    world.pass_beating(400);
+    world.live(action_required());
+    world.pass_beating(200);
+    world.live(json!({"type": "session.status_running"}));
+    world.pass_beating(400);
+    assert_eq!(world.stops_asked(), 0);
+    world.live(action_required());
+    world.pass_beating(310);
+    assert_eq!(world.stops_asked(), 1);
+}
+
+/// Somebody may have decided while nobody heard it.
+#[test]
+fn item_is_not_given_back_while_its_stream_is_broken_and_the_time_goes_on() {
+    for is_decided in [false, true] {
+        let mut world = World::with(Rules { max_wait: Some(Duration::from_secs(300)), ..rules() }, Handover::default());
+        let mut history = vec![asking("t1"), action_required()];
+        world.serve(history.clone());
+        world.pass_beating(200);
+        let link = world.machine.items[WORK].link_number();
+        world.handle(Event::Disconnected { work_id: WORK.into(), link, failure: None });
+        world.pass_beating(200);
+        assert_eq!(world.stops_asked(), 0);
+        history.extend(is_decided.then(|| verdict("t1", "allow")));
+        world.connect(history);
+        assert_eq!((world.calls_asked(), world.stops_asked()), if is_decided { (1, 0) } else { (0, 1) });
+    }
+}
+
+#[test]
+fn item_that_is_delivered_or_not_acknowledged_yet_when_the_process_is_told_to_end_is_not_served() {
+    let mut world = World::new();
+    world.next("a poll", |action| matches!(action, Action::Poll).then_some(()));
+    world.handle(Event::Ending);
+    let order = wire::Order::Session(SESSION.into());
+    world.handle(Event::Polled(Ok(Some(Delivery { work_id: WORK.into(), order, token: None }))));
+    assert_eq!(world.asked(|action| matches!(action, Action::Ack(_))), 0, "it is delivered again to somebody else");
+
+    let mut world = World::new();
+    let order = wire::Order::Session(SESSION.into());
+    world.handle(Event::Polled(Ok(Some(Delivery { work_id: WORK.into(), order, token: None }))));
+    world.handle(Event::Ending);
+    world.handle(Event::Acked { work_id: WORK.into(), result: Ok(()) });
+    let beat = world.good_beat();
+    world.beaten(Ok(beat));
+    world.pass_beating(21);
+    assert_eq!((world.calls_asked(), world.stops_asked()), (0, 1));
 }
 
 #[test]

@@ -121,6 +121,39 @@ fn first_result_of_a_new_sandbox_says_so_where_calls_have_run_before() {
     assert!(!first_is_new(&mut denied), "nothing has run");
 }
 
+/// What did not run says nothing of what is there, and a result that nobody wants is read by nobody.
+#[test]
+fn call_that_never_ran_and_result_that_is_dropped_leave_it_to_the_next_one_to_say_that_the_sandbox_is_new() {
+    let mut world = World::served(vec![bash("t0"), result_of("t0"), bash("t1")]);
+    let failure = ToolFailure::new(Code::Capacity, "no room", "wait");
+    let end = CallEnd::without_output(Outcome::NeverStarted { failure, code: 125 });
+    let result = Arc::new(CallResult { end, presented: ToolResult::text(true, "no room"), recovered: false });
+    let call_id = call("claude:env_1:t1");
+    world.handle(Event::Update(Update::CallFinished { call_id, session_id: core(), epoch: 1, result }));
+    assert!(!first_is_new(&mut world), "nothing has run there");
+    world.posted("t1", Ok(()));
+    world.live(bash("t2"));
+    // The server answers it before this runner does.
+    world.live(result_of("t2"));
+    world.finished("claude:env_1:t2", "x");
+    world.live(bash("t3"));
+    world.finished("claude:env_1:t3", "x");
+    assert!(first_is_new(&mut world));
+}
+
+#[test]
+fn result_that_is_posted_again_under_another_lease_says_again_that_the_sandbox_is_new() {
+    let history = vec![bash("t0"), result_of("t0"), bash("t1")];
+    let mut world = World::served(history.clone());
+    world.finished("claude:env_1:t1", "x");
+    assert!(first_is_new(&mut world));
+    world.pass(40);
+    world.beaten(Err(status(412)));
+    world.asked.retain(|action| matches!(action, Action::Poll));
+    world.serve(history);
+    assert!(first_is_new(&mut world), "the one before was not taken");
+}
+
 #[test]
 fn sandbox_that_the_runner_before_has_left_is_told_as_new_only_when_it_is_made_anew() {
     for ready in [true, false] {
