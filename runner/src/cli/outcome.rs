@@ -48,14 +48,16 @@ pub(super) fn cause(outcome: &Outcome) -> Option<String> {
         }
         Outcome::Cancelled { before_start: true, .. } => "cancelled before it started".to_owned(),
         Outcome::Cancelled { killed, .. } => format!("cancelled{}", killed_suffix(*killed)),
-        Outcome::OutOfMemory { limit_bytes, process, .. } => {
+        Outcome::OutOfMemory { limit_bytes, process, used_bytes, .. } => {
             let victim = if process.is_empty() { "a process".to_owned() } else { printable(process) };
+            let used =
+                if *used_bytes == 0 { String::new() } else { format!(", which used {}", display_size(*used_bytes)) };
             // Without a number it is not known to have been that of the sandbox.
             let limit = match limit_bytes {
                 0 => String::new(),
                 bytes => format!("limit {} reached, ", display_size(*bytes)),
             };
-            format!("out of memory: {limit}killed {victim}")
+            format!("out of memory: {limit}killed {victim}{used}")
         }
         Outcome::ForbiddenSystemCall { .. } => {
             "forbidden system call: the process was killed by its seccomp filter".to_owned()
@@ -115,10 +117,11 @@ fn outcome_to_json(outcome: &Outcome) -> Value {
             "killed": killed,
             "code": code,
         }),
-        Outcome::OutOfMemory { limit_bytes, process, kills, code } => json!({
+        Outcome::OutOfMemory { limit_bytes, process, used_bytes, kills, code } => json!({
             "kind": "out_of_memory",
             "limit_bytes": limit_bytes,
             "process": process,
+            "used_bytes": used_bytes,
             "kills": kills,
             "code": code,
         }),
@@ -169,8 +172,8 @@ mod tests {
             (killed(CancelMode::Interrupt, false), 130),
             (killed(CancelMode::Terminate, false), 143),
             (killed(CancelMode::Interrupt, true), 137),
-            (Outcome::OutOfMemory { limit_bytes: 1, process: "x".into(), kills: 1, code: -1 }, 137),
-            (Outcome::OutOfMemory { limit_bytes: 1, process: "x".into(), kills: 1, code: 9 }, 9),
+            (Outcome::OutOfMemory { limit_bytes: 1, process: "x".into(), used_bytes: 0, kills: 1, code: -1 }, 137),
+            (Outcome::OutOfMemory { limit_bytes: 1, process: "x".into(), used_bytes: 0, kills: 1, code: 9 }, 9),
             (Outcome::ForbiddenSystemCall { code: -1 }, 159),
             (Outcome::NeverStarted { failure: failure(), code: 126 }, 126),
             (Outcome::NeverStarted { failure: failure(), code: 127 }, 127),
@@ -183,9 +186,18 @@ mod tests {
 
     #[test]
     fn cause_names_the_limit_and_the_victim() {
-        let outcome = Outcome::OutOfMemory { limit_bytes: 64 << 20, process: "python3".into(), kills: 1, code: -1 };
+        let outcome = Outcome::OutOfMemory {
+            limit_bytes: 64 << 20,
+            process: "python3".into(),
+            used_bytes: 0,
+            kills: 1,
+            code: -1,
+        };
 
         assert_eq!(cause(&outcome).as_deref(), Some("out of memory: limit 64 MiB reached, killed python3"));
+        let outcome =
+            Outcome::OutOfMemory { limit_bytes: 0, process: "tail".into(), used_bytes: 94 << 20, kills: 1, code: 137 };
+        assert_eq!(cause(&outcome).as_deref(), Some("out of memory: killed tail, which used 94 MiB"));
         assert_eq!(cause(&Outcome::Exited { code: 1 }), None);
     }
 
@@ -197,7 +209,8 @@ mod tests {
 
     #[test]
     fn names_from_the_sandbox_cannot_steer_the_terminal() {
-        let outcome = Outcome::OutOfMemory { limit_bytes: 0, process: "\u{1b}[2Jx\n".into(), kills: 1, code: -1 };
+        let outcome =
+            Outcome::OutOfMemory { limit_bytes: 0, process: "\u{1b}[2Jx\n".into(), used_bytes: 0, kills: 1, code: -1 };
 
         assert_eq!(cause(&outcome).as_deref(), Some("out of memory: killed ?[2Jx?"));
     }

@@ -127,7 +127,7 @@ fn outcomes() -> Vec<Outcome> {
         Outcome::Signaled { signal: 11, core_dumped: true },
         Outcome::TimedOut { after: Duration::from_millis(1), killed: true, code: 130 },
         Outcome::Cancelled { mode: CancelMode::Terminate, before_start: false, killed: false, code: 143 },
-        Outcome::OutOfMemory { limit_bytes: 1 << 40, process: "p".into(), kills: 1, code: -1 },
+        Outcome::OutOfMemory { limit_bytes: 1 << 40, process: "p".into(), used_bytes: 0, kills: 1, code: -1 },
         Outcome::ForbiddenSystemCall { code: 159 },
         Outcome::Indeterminate { failure: ToolFailure { blame: Blame::Sandbox, ..failure(Code::OutcomeUnknown) } },
     ];
@@ -239,6 +239,8 @@ pub(super) fn added_kinds() -> Vec<Record> {
     let mut end = CallEnd::without_output(Outcome::Exited { code: 0 });
     end.notes.push(Note { kind: NoteKind::ProcessesEnded, text: "note".into() });
     records.extend([accepted(12, 1, 3), finished_as(12, end)]);
+    let memory = Outcome::OutOfMemory { limit_bytes: 2, process: "p".into(), used_bytes: 1, kills: 1, code: 137 };
+    records.extend([accepted(13, 1, 3), finished_with(13, memory)]);
     records
 }
 

@@ -11,6 +11,7 @@ use tracing::{info, warn};
 
 use super::control::{Control, ControlEnd, ControlError};
 use super::launch::{Ended, Inspection, LaunchError, Launcher};
+use super::victim::Naming;
 use crate::work::{
     BoxFuture, CallId, CallObserver, CancelMode, Code, OutputChunk, PreparedCall, Receipt, Sandbox, SandboxId, Stream,
     ToolFailure,
@@ -266,6 +267,7 @@ impl Sandbox for LiveSandbox {
         observer: Arc<dyn CallObserver>,
     ) -> BoxFuture<'static, Result<(), ToolFailure>> {
         let parts = Arc::clone(&self.parts);
+        let observer = Naming::before(observer, &parts.launcher, &parts.sandbox_id);
         Box::pin(async move {
             let started = async {
                 parts.control.end_strangers().await?;

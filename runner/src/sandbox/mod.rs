@@ -17,6 +17,7 @@ pub mod packet;
 pub mod receipt;
 pub mod spec;
 pub mod start;
+mod victim;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -114,15 +114,16 @@ fn verdict(tool: &str, outcome: &Outcome, restarted: bool) -> Option<String> {
             Some(format!("{tool}: cancelled before it started; nothing was run"))
         }
         Outcome::Cancelled { .. } => Some(format!("{tool}: command cancelled{again}")),
-        Outcome::OutOfMemory { limit_bytes, process, code, .. } => {
+        Outcome::OutOfMemory { limit_bytes, process, used_bytes, code, .. } => {
             let who = if process.is_empty() { "a process" } else { process };
+            let used = if *used_bytes == 0 { String::new() } else { format!(" with {}", size(*used_bytes)) };
             // Without a number it is not known to have been that of the sandbox; a note says more where more is known.
             let limit = match limit_bytes {
                 0 => String::new(),
-                bytes => format!(" at the memory limit of {bytes} bytes"),
+                bytes => format!(" at the memory limit of {}", size(*bytes)),
             };
             let status = if *code >= 0 { format!("; exit code: {code}") } else { String::new() };
-            Some(format!("{tool}: out of memory: {who} was killed{limit}{status}{again}"))
+            Some(format!("{tool}: out of memory: {who} was killed{used}{limit}{status}{again}"))
         }
         Outcome::ForbiddenSystemCall { code } => Some(format!(
             "{tool}: a process was killed for a system call that is not allowed in this sandbox; exit code: {code}{again}"
@@ -137,6 +138,10 @@ fn in_brackets(again: &str) -> String {
 
 fn milliseconds(time: Duration) -> String {
     format!("{}ms", time.as_millis())
+}
+
+fn size(bytes: u64) -> String {
+    if bytes < 1 << 20 { format!("{bytes} bytes") } else { format!("{} MiB", bytes >> 20) }
 }
 
 fn signal_name(signal: i32) -> String {
@@ -299,11 +304,23 @@ mod tests {
 
     #[test]
     fn every_bad_end_is_an_error_and_names_its_cause() {
-        let memory = Outcome::OutOfMemory { limit_bytes: 1024, process: "node".into(), kills: 1, code: 137 };
-        let outside = Outcome::OutOfMemory { limit_bytes: 0, process: String::new(), kills: 1, code: 137 };
+        let memory = |limit_bytes, process: &str, used_bytes| Outcome::OutOfMemory {
+            limit_bytes,
+            process: process.into(),
+            used_bytes,
+            kills: 1,
+            code: 137,
+        };
         let rows = [
-            (outside, "bash: out of memory: a process was killed; exit code: 137"),
-            (memory, "bash: out of memory: node was killed at the memory limit of 1024 bytes; exit code: 137"),
+            (memory(0, "", 0), "bash: out of memory: a process was killed; exit code: 137"),
+            (
+                memory(1024, "node", 0),
+                "bash: out of memory: node was killed at the memory limit of 1024 bytes; exit code: 137",
+            ),
+            (
+                memory(512 << 20, "python3", 499 << 20),
+                "bash: out of memory: python3 was killed with 499 MiB at the memory limit of 512 MiB; exit code: 137",
+            ),
             (Outcome::Signaled { signal: 11, core_dumped: false }, "bash: killed by signal 11 (SIGSEGV)"),
             (
                 Outcome::Cancelled { mode: CancelMode::Interrupt, before_start: false, killed: false, code: 130 },

@@ -48,6 +48,9 @@ pub enum Outcome {
         limit_bytes: u64,
         /// Name of the process, when it could be seen.
         process: String,
+        /// Bytes of memory that were the process's own; 0 when unknown.
+        #[serde(default, skip_serializing_if = "is_zero")]
+        used_bytes: u64,
         /// Kills counted during the call.
         kills: u64,
         /// Status reported afterwards; -1 when the reporter was the victim.
@@ -70,6 +73,12 @@ pub enum Outcome {
         /// Why.
         failure: ToolFailure,
     },
+}
+
+/// What was not written down by earlier versions is left out where it says nothing.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// Kinds of note.

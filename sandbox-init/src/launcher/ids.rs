@@ -30,6 +30,12 @@ pub struct Slot {
 }
 
 impl Slot {
+    /// Whether a host id is one of its own.
+    #[must_use]
+    pub fn holds(&self, id: u32) -> bool {
+        id.checked_sub(self.base).is_some_and(|offset| offset < self.count)
+    }
+
     /// The lock, to be handed to process 1.
     #[must_use]
     pub fn lock(&self) -> Option<BorrowedFd<'_>> {

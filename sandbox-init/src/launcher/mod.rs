@@ -1,7 +1,8 @@
 //! Privileged: the only process of sandbox-runner that holds host capabilities.
 //!
 //! The launcher parses requests of a closed vocabulary (`launch/v1`), makes sandboxes and fences them. It never parses a
-//! byte that came from a network or from inside a sandbox, and it never opens a path that its policy file does not root.
+//! byte that came from a network, from inside a sandbox only the names of processes that the kernel's log quotes
+//! ([`kernel_log`]), and it never opens a path that its policy file does not root.
 //!
 //! Two processes: the request loop ([`serve`]), which never blocks, and a background process ([`background`]), which makes
 //! blanks and removes what ended sandboxes held.
@@ -13,6 +14,7 @@ pub mod files;
 pub mod forecast;
 pub mod host;
 pub mod ids;
+pub mod kernel_log;
 mod listen;
 pub mod nested;
 mod own_mounts;

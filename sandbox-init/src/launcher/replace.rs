@@ -99,10 +99,16 @@ pub struct Handover {
     pub locks: OwnedFd,
     /// Where the program is, for the time after.
     pub program: Program,
+    /// The kernel's log, where it may be read.
+    pub kernel_log: Option<OwnedFd>,
 }
 
 /// Numbers of the handed descriptors: policy, listener, locks, directory of the program.
 const NUMBERS: [i32; 4] = [3, 4, 5, 6];
+/// Number of the kernel's log; nothing is open there when there is none, or when the program before did not know of it.
+const KERNEL_LOG: i32 = 7;
+/// What lies from here on was not handed over.
+pub const FIRST_OTHER: i32 = 8;
 /// Largest policy text.
 const MAX_POLICY_BYTES: u64 = 1 << 20;
 
@@ -128,9 +134,13 @@ impl Handover {
             for source in sources {
                 high.push(duplicate_above(source, 64)?);
             }
+            let log = self.kernel_log.as_ref().map(|log| duplicate_above(log.as_fd(), 64)).transpose()?;
             close_range_on_exec(3)?;
             for (source, number) in high.iter().zip(NUMBERS) {
                 place_descriptor(source.as_raw_fd(), number)?;
+            }
+            if let Some(log) = &log {
+                place_descriptor(log.as_raw_fd(), KERNEL_LOG)?;
             }
             // Its number may be one of those just taken; closing it here would close what the next program needs.
             std::mem::forget(policy);
@@ -157,7 +167,9 @@ impl Handover {
         policy.rewind().map_err(|_| Errno::EBADF)?;
         let mut text = String::new();
         policy.take(MAX_POLICY_BYTES).read_to_string(&mut text).map_err(|_| Errno::EBADMSG)?;
-        Ok(Self { policy: text, listener: listener?, locks: locks?, program: Program { directory: directory?, name } })
+        let program = Program { directory: directory?, name };
+        let kernel_log = inherited_descriptor(KERNEL_LOG).ok();
+        Ok(Self { policy: text, listener: listener?, locks: locks?, program, kernel_log })
     }
 }
 

@@ -22,10 +22,11 @@ use super::cgroup::Tree;
 use super::files::Owners;
 use super::host;
 use super::ids::{IdsError, Slots};
+use super::kernel_log::KernelLog;
 use super::listen::listen_on;
 use super::nested;
 use super::policy_file::{self, Policy, PolicyError};
-use super::replace::{Handover, Program, ReplaceError};
+use super::replace::{FIRST_OTHER, Handover, Program, ReplaceError};
 use super::report::report;
 use super::serve::{End, Launcher, Parts, hold_signals};
 use super::shape::{self, Refusal, Shape};
@@ -144,6 +145,7 @@ struct Beginning {
     shape: Shape,
     refusal: Option<Refusal>,
     places: host::Places,
+    kernel_log: KernelLog,
 }
 
 /// Runs the launcher until it has nothing left to serve.
@@ -193,6 +195,8 @@ pub fn run(policy_path: &Path) -> Result<(), StartError> {
     });
     let slots = Slots::open(&locks, policy.ids.clone(), shape != Shape::Privileged)?;
     let listener = if connection.is_some() { None } else { Some(listen_on(&policy, rootless)?) };
+    // Before the host's tree is left.
+    let kernel_log = KernelLog::open();
     let program =
         policy.program.as_deref().map(Program::open).transpose().map_err(step("open the directory of `program`"))?;
     let (host_root, places) = if shape == Shape::Nested {
@@ -217,6 +221,7 @@ pub fn run(policy_path: &Path) -> Result<(), StartError> {
         shape,
         refusal,
         places,
+        kernel_log,
     };
     begin(beginning, image)
 }
@@ -227,7 +232,7 @@ fn resume(name: CString) -> Result<(), StartError> {
     hold_signals().map_err(step("hold signals"))?;
     umask(Mode::from_bits_truncate(0o022));
     let handover = Handover::receive(name).map_err(step("take over from the program before"))?;
-    close_range(7, i32::MAX).map_err(step("close inherited descriptors"))?;
+    close_range(FIRST_OTHER, i32::MAX).map_err(step("close inherited descriptors"))?;
     let image = own_image()?;
     protect_memory(false)?;
     let policy = policy_file::parse(&handover.policy, Path::new("(handed over)"))?;
@@ -245,6 +250,7 @@ fn resume(name: CString) -> Result<(), StartError> {
         shape: Shape::Privileged,
         refusal: None,
         places: host::Places::trimmed(),
+        kernel_log: KernelLog::handed_over(handover.kernel_log),
         policy,
     };
     begin(beginning, image)
@@ -331,6 +337,7 @@ fn begin(beginning: Beginning, image: OwnedFd) -> Result<(), StartError> {
         shape,
         refusal,
         places,
+        kernel_log,
     } = beginning;
     tree.look_at_spools(&places.sandboxes());
     let rootless = shape == Shape::Unprivileged;
@@ -345,7 +352,7 @@ fn begin(beginning: Beginning, image: OwnedFd) -> Result<(), StartError> {
         Cloned::Child => {
             // It ends with the launcher's end of the socket; what it starts begins with every signal open.
             reset_signals();
-            drop((ours, connection, listener, slots, program));
+            drop((ours, connection, listener, slots, program, kernel_log));
             Background { tree, image, socket: theirs, embedded, prefix: kind, owners, shape, places, host_root }.run();
             crate::sys::process::exit_now(0)
         }
@@ -360,6 +367,7 @@ fn begin(beginning: Beginning, image: OwnedFd) -> Result<(), StartError> {
             listener: listener.as_ref()?.try_clone().ok()?,
             locks: slots.directory().try_clone_to_owned().ok()?,
             program: program?,
+            kernel_log: kernel_log.for_later(),
         })
     })();
     let parts = Parts {
@@ -377,6 +385,7 @@ fn begin(beginning: Beginning, image: OwnedFd) -> Result<(), StartError> {
         processors: processors(),
         prefix,
         replaceable: for_later.is_some() && !embedded && shape == Shape::Privileged,
+        kernel_log,
     };
     let checked = |handover: &Handover| handover.program.check();
     let launcher =

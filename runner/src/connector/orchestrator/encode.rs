@@ -147,9 +147,10 @@ fn outcome(outcome: &Outcome) -> pb::Outcome {
             killed: *killed,
             code: *code,
         }),
-        Outcome::OutOfMemory { limit_bytes, process, kills, code } => Kind::OutOfMemory(pb::OutOfMemory {
+        Outcome::OutOfMemory { limit_bytes, process, used_bytes, kills, code } => Kind::OutOfMemory(pb::OutOfMemory {
             limit_bytes: *limit_bytes,
             process: process.clone(),
+            used_bytes: *used_bytes,
             kills: *kills,
             code: *code,
         }),

@@ -138,6 +138,8 @@ fn outcome(kind: wire::outcome::Kind) -> Checked<Outcome> {
         Kind::OutOfMemory(memory) => Outcome::OutOfMemory {
             limit_bytes: memory.limit_bytes,
             process: text("out_of_memory.process", memory.process)?,
+            // The launcher knows, see `sandbox::victim`.
+            used_bytes: 0,
             kills: memory.kills,
             code: status("out_of_memory.code", memory.code, -1)?,
         },

@@ -8,8 +8,13 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use proto::launch::v1 as wire;
 
-use super::{Ended, HostReport, InspectedLimits, Inspection, ListedSandbox, MissingLayer, ReportedLayer};
+use super::{Ended, HostReport, InspectedLimits, Inspection, ListedSandbox, MemoryKill, MissingLayer, ReportedLayer};
+use crate::config::units::display_size;
 use crate::sandbox::spec::{Limits, Rootfs, Spec};
+use crate::sandbox::victim::described;
+
+/// Longest name of a process: fifteen bytes, each of which the kernel may write as `\x00`.
+const LONGEST_NAME: usize = 60;
 
 pub(super) fn counters(counters: wire::Counters) -> BTreeMap<String, u64> {
     let wire::Counters { connections_refused, creations_refused, creations_given_up } = counters;
@@ -107,12 +112,37 @@ pub(super) fn listed(entry: wire::SandboxEntry) -> ListedSandbox {
 pub(super) fn ended(ended: &wire::SandboxEnded) -> Ended {
     let wait_status = (ended.wait_status != -1).then_some(ended.wait_status);
     let mut reason = wait_status.map_or_else(|| "its process 1 ended".to_owned(), cause);
-    match ended.oom_kills {
-        0 => {}
-        1 => reason.push_str("; one process of it had been killed for want of memory"),
-        kills => reason.push_str(&format!("; {kills} processes of it had been killed for want of memory")),
+    if ended.oom_kills > 0 {
+        reason.push_str(&killed_for_memory(ended));
     }
     Ended { wait_status, oom_kills: ended.oom_kills, reason }
+}
+
+/// How many were killed, at which limit, and who was the last.
+fn killed_for_memory(ended: &wire::SandboxEnded) -> String {
+    let mut text = match ended.oom_kills {
+        1 => "; one process of it had been killed for want of memory".to_owned(),
+        kills => format!("; {kills} processes of it had been killed for want of memory"),
+    };
+    if ended.memory_limit_bytes > 0 {
+        text.push_str(&format!(" at the limit of {}", display_size(ended.memory_limit_bytes)));
+    }
+    if let Some(last) = ended.last_memory_kill.clone().map(memory_kill) {
+        let whom = if ended.oom_kills == 1 { ": " } else { ", the last of them " };
+        text.push_str(whom);
+        text.push_str(&described(&last.process, last.used_bytes));
+    }
+    text
+}
+
+/// The launcher has taken the name from the kernel's log, and what it may contain is not left to that.
+fn memory_kill(kill: wire::MemoryKill) -> MemoryKill {
+    let printable = |character: char| if character.is_ascii_graphic() || character == ' ' { character } else { '?' };
+    MemoryKill {
+        number: kill.number,
+        process: kill.process.chars().take(LONGEST_NAME).map(printable).collect(),
+        used_bytes: kill.used_bytes,
+    }
 }
 
 /// A wait status as in wait(2): a signal in the low seven bits, or an exit code in the next eight.
@@ -152,6 +182,7 @@ pub(super) fn inspection(seen: wire::SandboxInspection) -> Inspection {
             disk_bytes: limits.disk_bytes,
         },
         host_pids: seen.host_pids,
+        memory_kills: seen.memory_kills.into_iter().map(memory_kill).collect(),
     }
 }
 
@@ -162,7 +193,8 @@ mod tests {
     #[test]
     fn the_end_of_a_sandbox_names_its_cause() {
         let told = |wait_status, oom_kills| {
-            ended(&wire::SandboxEnded { sandbox_id: "a".to_owned(), wait_status, oom_kills }).reason
+            let sandbox_id = "a".to_owned();
+            ended(&wire::SandboxEnded { sandbox_id, wait_status, oom_kills, ..Default::default() }).reason
         };
         let left_with = |exit: wire::InitExit| told(i32::from(exit) << 8, 0);
 
@@ -179,5 +211,34 @@ mod tests {
         assert!(left_with(wire::InitExit::DeadlinePassed).contains("deadline"));
         assert_eq!(told(77 << 8, 0), "its process 1 ended with code 77");
         assert_eq!(told(i32::MIN, 0), "its process 1 ended with code 0");
+    }
+
+    #[test]
+    fn the_end_of_a_sandbox_names_the_memory_limit_and_the_last_that_was_killed() {
+        let told = |oom_kills, memory_limit_bytes, process: &str, used_bytes| {
+            let sandbox_id = "a".to_owned();
+            let last_memory_kill = (!process.is_empty()).then(|| wire::MemoryKill {
+                number: oom_kills,
+                process: process.to_owned(),
+                used_bytes,
+            });
+            let told =
+                wire::SandboxEnded { sandbox_id, wait_status: 9, oom_kills, memory_limit_bytes, last_memory_kill };
+            ended(&told).reason.replace("its process 1 was killed by SIGKILL; ", "")
+        };
+
+        assert_eq!(
+            told(1, 512 << 20, "python3", 498 << 20),
+            "one process of it had been killed for want of memory at the limit of 512 MiB: python3, which used 498 MiB"
+        );
+        assert_eq!(
+            told(2, 0, "a\u{1b}[2J", 0),
+            "2 processes of it had been killed for want of memory, the last of them a?[2J"
+        );
+        assert_eq!(
+            told(1, 1 << 30, "", 0),
+            "one process of it had been killed for want of memory at the limit of 1 GiB"
+        );
+        assert!(told(1, 0, &"x".repeat(5000), 0).len() < 200);
     }
 }

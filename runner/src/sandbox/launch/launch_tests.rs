@@ -33,7 +33,8 @@ pub(crate) fn reply(request_id: u64, body: Body) -> wire::Reply {
 }
 
 pub(crate) fn ended(sandbox_id: &str, wait_status: i32) -> wire::Reply {
-    reply(0, Body::SandboxEnded(wire::SandboxEnded { sandbox_id: sandbox_id.into(), wait_status, oom_kills: 2 }))
+    let sandbox_id = sandbox_id.into();
+    reply(0, Body::SandboxEnded(wire::SandboxEnded { sandbox_id, wait_status, oom_kills: 2, ..Default::default() }))
 }
 
 pub(crate) fn created(request: &wire::Request, socket_name: &str) -> wire::Reply {

@@ -29,7 +29,7 @@ use tracing::debug;
 
 pub use self::greeting::{ReplyError, decode_welcome, encoded_hello};
 pub use self::report::{
-    Created, Ended, HostReport, InspectedLimits, Inspection, ListedSandbox, MissingLayer, ReportedLayer,
+    Created, Ended, HostReport, InspectedLimits, Inspection, ListedSandbox, MemoryKill, MissingLayer, ReportedLayer,
 };
 use self::table::{Answer, Entered, Link, MOST_OUTSTANDING, Shared, Table};
 use super::packet::{Descriptors, PacketError, PacketSocket};

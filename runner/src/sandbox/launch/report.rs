@@ -113,6 +113,19 @@ pub struct Inspection {
     pub limits: InspectedLimits,
     /// Host pids of every process.
     pub host_pids: Vec<u32>,
+    /// The newest of the kills, in their order, as far as the kernel's log names the victims.
+    pub memory_kills: Vec<MemoryKill>,
+}
+
+/// A process that the kernel has killed for memory.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct MemoryKill {
+    /// Which kill of the sandbox it was; the first is 1.
+    pub number: u64,
+    /// Its name, printable ASCII. The workload has chosen it.
+    pub process: String,
+    /// Bytes of memory that were its own; 0 when unknown.
+    pub used_bytes: u64,
 }
 
 /// Limits as the kernel reports them.

@@ -3,9 +3,13 @@
 //! What the kernel has counted in the groups of one sandbox. A file that a host does not have reads as 0.
 
 use std::fs;
+use std::path::PathBuf;
 
 use super::files::{field, number, read};
 use super::{Mode, Tree};
+
+/// The kernel charges so many bytes at once when there is room, and fewer before it gives up (MEMCG_CHARGE_BATCH, 64 pages).
+const CHARGED_AT_ONCE: u64 = 64 * 4096;
 
 /// The kernel's account of one sandbox.
 #[derive(Clone, Debug, Default)]
@@ -38,7 +42,7 @@ impl Tree {
                 let work = self.work(name);
                 account.memory_bytes = number(&work.join("memory.current"));
                 account.memory_peak_bytes = number(&work.join("memory.peak"));
-                account.oom_kills = field(&work.join("memory.events"), "oom_kill");
+                account.oom_kills = self.oom_kills(name);
                 account.pids = number(&work.join("pids.current"));
                 account.pids_refused = field(&work.join("pids.events"), "max");
                 account.cpu_usec = field(&work.join("cpu.stat"), "usage_usec");
@@ -75,13 +79,38 @@ impl Tree {
     #[must_use]
     pub fn oom_kills(&self, name: &str) -> u64 {
         match self.mode {
-            Mode::Unified => field(&self.work(name).join("memory.events"), "oom_kill"),
+            // Also in the group of process 1, which has a limit of its own.
+            Mode::Unified => field(&self.sandbox(name).join("memory.events"), "oom_kill"),
             Mode::Hybrid => {
                 let memory = self.v1.iter().find(|(controller, _)| *controller == "memory");
                 memory.map_or(0, |(_, base)| field(&base.join(name).join("memory.oom_control"), "oom_kill"))
             }
             Mode::None => 0,
         }
+    }
+
+    /// The memory limit of a sandbox, if it has ever been reached; 0 when it has not, or that cannot be told. Asked after a kill.
+    #[must_use]
+    pub fn reached_memory_limit(&self, name: &str) -> u64 {
+        match self.mode {
+            Mode::Unified => {
+                let groups = [self.work(name), self.sandbox(name).join("init")];
+                let reached = groups.iter().find(|group| field(&group.join("memory.events.local"), "oom") > 0);
+                reached.map_or(0, |group| number(&group.join("memory.max")))
+            }
+            Mode::Hybrid => {
+                let Some((_, base)) = self.v1.iter().find(|(controller, _)| *controller == "memory") else { return 0 };
+                let file = |file| number(&base.join(name).join(file));
+                let limit = file("memory.limit_in_bytes");
+                let peak = file("memory.max_usage_in_bytes").max(file("memory.memsw.max_usage_in_bytes"));
+                if peak.saturating_add(CHARGED_AT_ONCE) >= limit { limit } else { 0 }
+            }
+            Mode::None => 0,
+        }
+    }
+
+    fn sandbox(&self, name: &str) -> PathBuf {
+        self.unified.clone().unwrap_or_default().join(name)
     }
 
     /// Host pids of every process of the sandbox.

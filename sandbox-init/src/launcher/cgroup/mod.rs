@@ -18,6 +18,7 @@ mod limits;
 mod making;
 mod reclaim;
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -150,6 +151,12 @@ impl Tree {
             .filter_map(|entry| entry.file_name().into_string().ok())
             .filter(|name| name.starts_with(prefix))
             .collect()
+    }
+
+    /// Name of our base, the same in each hierarchy; empty where there is none.
+    #[must_use]
+    pub fn base_name(&self) -> &str {
+        self.unified.as_deref().and_then(Path::file_name).and_then(OsStr::to_str).unwrap_or_default()
     }
 
     fn work(&self, name: &str) -> PathBuf {

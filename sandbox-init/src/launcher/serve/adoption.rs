@@ -3,6 +3,7 @@
 //! What outlives this process: the state file names the sandboxes that the next launcher adopts. What it cannot adopt it
 //! kills by its group and removes.
 
+use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 
 use super::process::{Memory, Phase, Process, Unwatched};
@@ -67,6 +68,7 @@ impl Launcher<'_> {
             adopted: true,
             record: Some(record),
             memory: Memory::default(),
+            killed: VecDeque::new(),
         };
         self.processes.insert(number, process);
     }

@@ -6,7 +6,7 @@ use proto::launch::v1::reply::Body as Answer;
 use super::Launcher;
 use super::process::{Memory, Process};
 use crate::launcher::background::{chain, root_errno};
-use crate::launcher::cgroup::Tree;
+use crate::launcher::cgroup::{Account, Tree};
 use crate::launcher::shape::Shape;
 use crate::launcher::validate::refusal;
 
@@ -31,6 +31,19 @@ impl Launcher<'_> {
         })
     }
 
+    /// What one sandbox uses now, and whom the kernel has killed in it.
+    pub(super) fn inspect(&mut self, sandbox_id: &str) -> Answer {
+        let Some((number, process)) = self.find(sandbox_id) else { return unknown(sandbox_id) };
+        let account = self.parts.tree.account(&process.name);
+        if account.oom_kills > 0 {
+            self.learn_of_kills();
+        }
+        match self.processes.get(&number) {
+            Some(process) => inspection(account, &self.parts.tree, process),
+            None => unknown(sandbox_id),
+        }
+    }
+
     /// Where the workload finds the output of its calls; empty is the usual place.
     pub(super) fn output_directory(&self, name: &str) -> String {
         match self.parts.shape {
@@ -41,8 +54,7 @@ impl Launcher<'_> {
 }
 
 /// What one sandbox uses now.
-pub(super) fn inspection(tree: &Tree, process: &Process) -> Answer {
-    let account = tree.account(&process.name);
+fn inspection(account: Account, tree: &Tree, process: &Process) -> Answer {
     Answer::Inspection(wire::SandboxInspection {
         sandbox_id: process.sandbox_id().unwrap_or_default().to_owned(),
         memory_bytes: account.memory_bytes,
@@ -62,6 +74,7 @@ pub(super) fn inspection(tree: &Tree, process: &Process) -> Answer {
             Memory::Reclaimed(reclaim) => Some(reclaim),
             Memory::Kept | Memory::Asked => None,
         },
+        memory_kills: process.killed.iter().map(|killed| killed.told.clone()).collect(),
     })
 }
 

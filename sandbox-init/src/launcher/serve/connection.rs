@@ -12,7 +12,6 @@ use prost::Message;
 use proto::launch::v1 as wire;
 use proto::launch::v1::{reply::Body as Answer, request::Body as Question};
 
-use super::answers::{inspection, unknown};
 use super::{End, Event, Launcher};
 use crate::launcher::shape::Shape;
 use crate::launcher::validate::refusal;
@@ -160,10 +159,7 @@ impl Launcher<'_> {
                 self.answer(number, request_id, answer);
             }
             Question::InspectSandbox(inspect) => {
-                let answer = match self.find(&inspect.sandbox_id) {
-                    None => unknown(&inspect.sandbox_id),
-                    Some((_, process)) => inspection(&self.parts.tree, process),
-                };
+                let answer = self.inspect(&inspect.sandbox_id);
                 self.answer(number, request_id, answer);
             }
             Question::ReadCounters(_) => self.answer(number, request_id, Answer::Counters(self.counters)),

@@ -55,13 +55,19 @@ impl Launcher<'_> {
 
     /// A process 1 is gone: has what it held removed, and tells whoever has to know.
     pub(super) fn ended(&mut self, number: u32) {
+        let Some(name) = self.processes.get(&number).map(|process| process.name.clone()) else { return };
+        let oom_kills = self.parts.tree.oom_kills(&name);
+        let mut memory_limit_bytes = 0;
+        if oom_kills > 0 {
+            memory_limit_bytes = self.parts.tree.reached_memory_limit(&name);
+            self.learn_of_kills();
+        }
         let Some(mut process) = self.processes.remove(&number) else { return };
         let _ = self.epoll.delete(&process.pidfd);
         if let Some(boot) = process.boot.take() {
             let _ = self.epoll.delete(&boot);
         }
         let status = wait_status(&process.pidfd);
-        let oom_kills = self.parts.tree.oom_kills(&process.name);
         let (sandbox_id, answer) = match process.phase {
             Phase::Ready { sandbox_id } => (Some(sandbox_id), None),
             Phase::Ending { sandbox_id, answer } => (sandbox_id, answer),
@@ -79,7 +85,14 @@ impl Launcher<'_> {
         };
         let mounts = process.mounts.or_else(|| process.blank?.mounts);
         let removed = self.remove(process.name.clone(), process.slot, mounts);
-        let ended = sandbox_id.map(|sandbox_id| wire::SandboxEnded { sandbox_id, wait_status: status, oom_kills });
+        let last_memory_kill = process.killed.pop_back().map(|killed| killed.told);
+        let ended = sandbox_id.map(|sandbox_id| wire::SandboxEnded {
+            sandbox_id,
+            wait_status: status,
+            oom_kills,
+            memory_limit_bytes,
+            last_memory_kill: last_memory_kill.filter(|kill| kill.number >= oom_kills),
+        });
         let farewell = Farewell { ended, answer };
         if removed && self.parts.shape == Shape::Nested {
             // Others of the sandbox may outlive its process 1 for a moment: nobody is told before they are gone.

@@ -6,12 +6,14 @@
 //!
 //! This file has the state and the events. What an event leads to is one module each: [`connection`] reads requests and
 //! sends answers, [`making`] turns a blank into a sandbox, [`ending`] ends one, [`orders`] is the talk with the background
-//! process, [`pool`] keeps blanks ready, [`resting`] makes workloads stand still, and [`adoption`] is what outlives this process.
+//! process, [`pool`] keeps blanks ready, [`resting`] makes workloads stand still, [`kills`] knows whom the kernel has killed
+//! for memory, and [`adoption`] is what outlives this process.
 
 mod adoption;
 mod answers;
 mod connection;
 mod ending;
+mod kills;
 mod making;
 mod orders;
 mod pool;
@@ -36,6 +38,7 @@ use super::cgroup::Tree;
 use super::forecast::Forecast;
 use super::host::{HostRoot, Places};
 use super::ids::{Slot, Slots};
+use super::kernel_log::KernelLog;
 use super::policy_file::Policy;
 use super::replace::Program;
 use super::rootfs::Builder;
@@ -111,6 +114,8 @@ pub struct Parts {
     pub prefix: String,
     /// The program can be replaced in place.
     pub replaceable: bool,
+    /// Says whom the kernel has killed for memory.
+    pub kernel_log: KernelLog,
 }
 
 /// Why the loop ended.

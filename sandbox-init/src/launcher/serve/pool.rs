@@ -4,6 +4,7 @@
 //! for anything as many as the policy wants on top. A host on which blanks fail one after the other has its requests refused
 //! instead of tried for ever.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
@@ -106,6 +107,7 @@ impl Launcher<'_> {
             adopted: false,
             record: None,
             memory: Memory::default(),
+            killed: VecDeque::new(),
         };
         self.processes.insert(number, process);
         if self.stopping.is_some() {
@@ -210,6 +212,7 @@ pub(super) mod tests {
     use crate::launcher::cgroup::Tree;
     use crate::launcher::host::{HostRoot, Places};
     use crate::launcher::ids::Slots;
+    use crate::launcher::kernel_log::KernelLog;
     use crate::launcher::policy_file::{self, tests::roomy};
     use crate::launcher::serve::making::Waiting;
     use crate::launcher::serve::{End, Parts};
@@ -244,6 +247,7 @@ pub(super) mod tests {
             processors: Vec::new(),
             prefix: "s-test".to_owned(),
             replaceable: false,
+            kernel_log: KernelLog::default(),
             policy,
         };
         Launcher::new(parts, None).expect("a loop")

@@ -2,6 +2,7 @@
 //!
 //! A process 1 that this launcher is the parent of, or has adopted, and where it is in its life.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::errno::Errno;
@@ -44,6 +45,17 @@ pub(super) struct Process {
     pub(super) adopted: bool,
     pub(super) record: Option<Record>,
     pub(super) memory: Memory,
+    /// The newest of those that the kernel has killed for memory in it, in their order.
+    pub(super) killed: VecDeque<Killed>,
+}
+
+/// A process that the kernel has killed for memory.
+#[derive(Clone, Debug)]
+pub(super) struct Killed {
+    /// Its pid on the host.
+    pub(super) pid: u32,
+    /// What is told of it.
+    pub(super) told: wire::MemoryKill,
 }
 
 /// What was asked of the kernel for the memory of a workload that stands still.

@@ -95,6 +95,7 @@ mod tests {
             adopted: true,
             record: None,
             memory: Memory::default(),
+            killed: std::collections::VecDeque::new(),
         };
         launcher.processes.insert(7, process);
         let freeze = |frozen| wire::FreezeSandbox { sandbox_id: "a".to_owned(), frozen };
