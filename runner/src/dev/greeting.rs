@@ -168,8 +168,8 @@ fn may_be_served(
 }
 
 /// What another process must have found on its disk, and does not know of: acceptance and start of a call are there before
-/// they are told, and stay until its end is acknowledged. Of a call that has not begun an end is told only when it is there as
-/// well.
+/// they are told, and stay until its end and all of its output are acknowledged. Of a call that has not begun an end is told only
+/// when it is there as well.
 fn went_back(state: &State, held: &[&pb::SessionState]) -> Option<String> {
     // Also of calls that nobody has to list any more it must know how many there were.
     let behind = held.iter().find_map(|session| {
@@ -182,13 +182,14 @@ fn went_back(state: &State, held: &[&pb::SessionState]) -> Option<String> {
             "session {session_id} is said to have taken {calls_accepted} calls, and has told of {told}: this state was set back"
         ));
     }
-    let open = |record: &super::state::CallRecord| record.end.is_none() && record.refused.is_none();
+    // What is not all here cannot have been acknowledged, so nobody was allowed to forget it.
+    let is_owed = |record: &super::state::CallRecord| !record.complete && record.refused.is_none();
     let has_begun =
         |record: &super::state::CallRecord| record.started.is_some() || record.end.as_ref().is_some_and(is_told);
     state.calls.iter().filter(|(_, record)| record.accepted).find_map(|(call_id, record)| {
         let found = held.iter().flat_map(|session| &session.calls).find(|call| call.call_id == *call_id);
         match found {
-            None if open(record) => {
+            None if is_owed(record) => {
                 Some(format!("call {call_id} was accepted, and is not known any more: this state was set back"))
             }
             Some(found) if has_begun(record) && found.phase() == pb::CallPhase::Accepted => {
@@ -327,4 +328,25 @@ fn repeat(state: &mut State, held: &[&pb::SessionState]) {
         }
     }
     frames.into_iter().for_each(|body| state.send(body));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::state::CallRecord;
+    use super::*;
+
+    #[test]
+    fn state_that_does_not_know_a_call_whose_output_is_not_all_here_was_set_back() {
+        let request = pb::Call { call_id: "c".into(), session_id: "s".into(), epoch: 1, ..Default::default() };
+        let end = Some(pb::CallFinished { event_seq: 7, call_id: "c".into(), ..Default::default() });
+        let record = CallRecord { request, sent: true, accepted: true, end, ..CallRecord::default() };
+        let mut state = State::default();
+        state.calls.insert("c".into(), CallRecord { complete: true, ..record.clone() });
+        assert_eq!(went_back(&state, &[]), None, "its end and output may have been acknowledged and forgotten");
+
+        state.calls.insert("c".into(), record);
+
+        let problem = went_back(&state, &[]).unwrap();
+        assert!(problem.contains("call c was accepted, and is not known any more"), "{problem}");
+    }
 }

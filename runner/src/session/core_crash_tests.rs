@@ -1,9 +1,9 @@
-//! The core, killed again and again: whatever was not on the disk is forgotten, whatever the sandboxes do goes on.
+//! What outlives a runner that is killed: a disk that keeps a prefix of the records, at least as long as what was reported as
+//! durable, and sandboxes that remember what reached them and go on.
 //!
-//! The model is a disk that keeps a prefix of the records, at least as long as what was reported as durable, and sandboxes
-//! that remember what reached them. It checks what is promised over all lives of the runner together: a call begins at most
-//! once, each accepted call has one outcome, an outcome that was told never changes, and nobody is told that a call did not
-//! run which did.
+//! It checks what is promised over all lives of the runner together: a call begins at most once, after the record of its
+//! start is on the disk, and never after a cancel that was confirmed; each accepted call has one outcome; what was told never
+//! changes, and nobody is told that a call did not run which did. Who asks for all that is in `core_machine_tests`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -11,48 +11,10 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::core::{Action, Config, Core, IdlePolicy, Input};
-use super::core_tests::{call, cancel, cid, close, core, ended, open, sid};
+use super::core::{Action, Config, IdlePolicy, Input};
+use super::core_tests::{cid, ended, sid};
 use crate::journal::{MOST_STARTS, Record, Recovered, RecoveredCall, RecoveredPhase, RecoveredSession};
 use crate::work::*;
-
-const SESSIONS: [&str; 2] = ["s0", "s1"];
-
-#[derive(Debug, Clone)]
-enum Step {
-    Open(usize),
-    Call(usize, u8),
-    Cancel(usize, u8, CancelMode),
-    Close(usize),
-    Acknowledge(u8),
-    /// Answers one of the open actions.
-    Answer(usize),
-    /// A running call ends.
-    End(usize),
-    /// A session has had nothing to do for as long as it may.
-    Idle(usize),
-    /// The lease lapses unnoticed, or is renewed.
-    Lapse(bool),
-    /// The runner is killed: how much of what was not reported as durable is kept, which actions were carried out all the
-    /// same, and whether the machine went down with it.
-    Kill(usize, u64, bool),
-}
-
-fn step() -> impl Strategy<Value = Step> {
-    let mode = prop_oneof![Just(CancelMode::Interrupt), Just(CancelMode::Kill)];
-    prop_oneof![
-        2 => (0..2_usize).prop_map(Step::Open),
-        6 => (0..2_usize, 0..10_u8).prop_map(|(s, c)| Step::Call(s, c)),
-        1 => (0..2_usize, 0..10_u8, mode).prop_map(|(s, c, m)| Step::Cancel(s, c, m)),
-        1 => (0..2_usize).prop_map(Step::Close),
-        2 => (0..10_u8).prop_map(Step::Acknowledge),
-        24 => (0..64_usize).prop_map(Step::Answer),
-        5 => (0..8_usize).prop_map(Step::End),
-        3 => (0..2_usize).prop_map(Step::Idle),
-        1 => any::<bool>().prop_map(Step::Lapse),
-        2 => (0..8_usize, any::<u64>(), prop::bool::weighted(0.1)).prop_map(|(n, o, b)| Step::Kill(n, o, b)),
-    ]
-}
 
 /// What process 1 of a sandbox knows of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,32 +25,43 @@ enum InSandbox {
     Forgotten,
 }
 
-#[derive(Default)]
-struct World {
-    epochs: BTreeMap<usize, u64>,
-    next_epoch: u64,
+#[derive(Debug, Default)]
+pub(super) struct World {
     /// Everything that was asked to be written, in order.
-    records: Vec<Record>,
+    pub(super) records: Vec<Record>,
     /// So many of them were reported as durable.
     durable: usize,
     /// Actions that wait for an answer, with the number of records at that time.
-    open: Vec<(Action, usize)>,
+    pub(super) open: Vec<(Action, usize)>,
     /// Living sandboxes by session: their number, and their calls.
     sandboxes: BTreeMap<SessionId, BTreeMap<CallId, InSandbox>>,
     /// What their processes do; those that run are not named.
     resting: BTreeMap<SessionId, Processes>,
-    begun: BTreeMap<CallId, u32>,
+    /// What calls have written, until their sandbox may forget it.
+    pub(super) outputs: BTreeMap<CallId, u64>,
+    pub(super) begun: BTreeMap<CallId, u32>,
+    /// Sessions whose sandbox a runner has ended that did not live to write that down.
+    pub(super) cut_off: BTreeSet<SessionId>,
     /// Placements whose end was told.
     over: BTreeSet<(SessionId, u64)>,
-    lapsed: bool,
+    /// The newest placement of a session that was told to be open.
+    pub(super) opened: BTreeMap<SessionId, u64>,
+    pub(super) lapsed: bool,
     renewals: u64,
-    accepted: BTreeSet<CallId>,
-    outcomes: BTreeMap<CallId, Outcome>,
-    told: BTreeMap<CallId, Outcome>,
+    pub(super) accepted: BTreeSet<CallId>,
+    /// Cancels that were confirmed before their call began.
+    spared: BTreeSet<CallId>,
+    /// Calls whose start this runner has heard of.
+    started: BTreeSet<CallId>,
+    /// What this runner has told of a call so far.
+    stages: BTreeMap<CallId, CallPhase>,
+    pub(super) told: BTreeMap<CallId, CallEnd>,
+    /// Results that the caller has stored.
+    pub(super) acknowledged: BTreeSet<CallId>,
 }
 
 impl World {
-    fn take(&mut self, actions: Vec<Action>) -> Result<(), TestCaseError> {
+    pub(super) fn take(&mut self, actions: Vec<Action>) -> Result<(), TestCaseError> {
         for action in actions {
             match &action {
                 Action::Note(record) => self.records.push(record.clone()),
@@ -106,7 +79,11 @@ impl World {
                 Action::WriteCancelled { call_id, mode, .. } => {
                     self.records.push(Record::Cancelled { call_id: call_id.clone(), mode: *mode });
                 }
-                Action::WriteAccepted(call) => self.records.push(Record::Accepted(Box::new(call.clone()))),
+                Action::WriteAccepted(call) => {
+                    let id = &call.call_id;
+                    prop_assert!(!has_accepted(&self.records, id), "{id} is taken a second time");
+                    self.records.push(Record::Accepted(Box::new(call.clone())));
+                }
                 Action::WriteStarted { call_id } => {
                     let record = Record::Started { call_id: call_id.clone() };
                     let before = self.records.iter().filter(|before| **before == record).count();
@@ -116,7 +93,13 @@ impl World {
                 Action::WriteFinished { call_id, result } => {
                     self.records.push(Record::Finished { call_id: call_id.clone(), result: Arc::clone(result) });
                 }
-                Action::Trim { call_id } => self.records.push(Record::Acknowledged { call_id: call_id.clone() }),
+                Action::Trim { call_id } => {
+                    prop_assert!(
+                        self.acknowledged.contains(call_id),
+                        "{call_id} is forgotten, and nobody has its result"
+                    );
+                    self.records.push(Record::Acknowledged { call_id: call_id.clone() });
+                }
                 Action::Tell(update) => self.hear(update)?,
                 _ => {}
             }
@@ -151,9 +134,28 @@ impl World {
 
     fn hear(&mut self, update: &Update) -> Result<(), TestCaseError> {
         match update {
-            Update::CallAccepted { call_id, .. } => drop(self.accepted.insert(call_id.clone())),
+            Update::SessionOpened { session_id, epoch, .. } => {
+                let before = self.opened.insert(session_id.clone(), *epoch);
+                prop_assert!(
+                    before.is_none_or(|before| before <= *epoch),
+                    "{session_id} went back to placement {epoch}"
+                );
+            }
+            // A start is told again by every runner.
+            Update::CallRestored { call_id, phase, .. } => {
+                let stage = if *phase == CallPhase::Finished { CallPhase::Finished } else { CallPhase::Accepted };
+                self.stages.insert(call_id.clone(), stage);
+            }
+            Update::CallAccepted { call_id, replay: Replay::First, .. } => {
+                self.accepted.insert(call_id.clone());
+                self.advance(call_id, CallPhase::Accepted)?;
+            }
+            Update::CallStarted { call_id, .. } => self.advance(call_id, CallPhase::Started)?,
+            Update::CancelNoted { call_id, .. } if !self.begun.contains_key(call_id) => {
+                self.spared.insert(call_id.clone());
+            }
             Update::CallFinished { call_id, result, .. } => {
-                let outcome = result.end.outcome.clone();
+                let outcome = &result.end.outcome;
                 let nothing =
                     matches!(outcome, Outcome::NeverStarted { .. } | Outcome::Cancelled { before_start: true, .. });
                 let begun = self.begun.get(call_id).copied().unwrap_or(0);
@@ -162,13 +164,30 @@ impl World {
                     begun > 0 || !matches!(outcome, Outcome::Exited { .. }),
                     "{call_id} ended without a begin"
                 );
-                let before = self.told.insert(call_id.clone(), outcome.clone());
-                prop_assert!(before.is_none_or(|before| before == outcome), "two outcomes of {call_id} were told");
+                let before = self.told.insert(call_id.clone(), result.end.clone());
+                prop_assert!(before.is_none_or(|before| before == result.end), "two ends of {call_id} were told");
+                self.stages.insert(call_id.clone(), CallPhase::Finished);
             }
             Update::SessionEnded { session_id, epoch, .. } => drop(self.over.insert((session_id.clone(), *epoch))),
             _ => {}
         }
         Ok(())
+    }
+
+    /// What is told of a call goes on, and nothing of it is told twice.
+    fn advance(&mut self, call_id: &CallId, stage: CallPhase) -> Result<(), TestCaseError> {
+        let before = self.stages.insert(call_id.clone(), stage);
+        prop_assert!(
+            before.is_none_or(|before| (before as u8) < stage as u8),
+            "{call_id} is {stage:?} after it was {before:?}"
+        );
+        Ok(())
+    }
+
+    /// Whether a record of the start of a call is on the disk, and one of its acceptance.
+    fn is_start_durable(&self, call_id: &CallId) -> bool {
+        let durable = &self.records[..self.durable];
+        durable.contains(&Record::Started { call_id: call_id.clone() }) && has_accepted(durable, call_id)
     }
 
     /// An action reaches a sandbox.
@@ -177,18 +196,22 @@ impl World {
             Action::Prepare { session_id, call } => {
                 prop_assert_eq!(self.resting.get(session_id), None, "{} given to what stands still", call.call_id);
                 if let Some(calls) = self.sandboxes.get_mut(session_id) {
-                    let known = calls.entry(call.call_id.clone()).or_insert(InSandbox::Prepared);
-                    prop_assert!(*known == InSandbox::Prepared, "{} was handed over again", call.call_id);
+                    let before = calls.insert(call.call_id.clone(), InSandbox::Prepared);
+                    prop_assert!(before.is_none(), "{} was handed over again", call.call_id);
                 }
             }
             Action::Go { session_id, call_id } => {
                 prop_assert_eq!(self.resting.get(session_id), None, "{} let go where everything stands still", call_id);
+                let is_durable = self.is_start_durable(call_id);
                 let known = self.sandboxes.get_mut(session_id).and_then(|calls| calls.get_mut(call_id));
                 if let Some(known) = known.filter(|known| **known == InSandbox::Prepared) {
                     *known = InSandbox::Running;
                     let begun = self.begun.entry(call_id.clone()).or_default();
                     *begun += 1;
                     prop_assert_eq!(*begun, 1, "{} began twice", call_id);
+                    prop_assert!(is_durable, "{call_id} began before the record of its start was on the disk");
+                    prop_assert!(!self.spared.contains(call_id), "{call_id} began after its cancel was confirmed");
+                    self.outputs.insert(call_id.clone(), 0);
                 }
             }
             Action::Abort { session_id, call_id } => {
@@ -198,6 +221,11 @@ impl World {
                 }
             }
             Action::Acknowledge { call_id } => {
+                prop_assert!(
+                    self.acknowledged.contains(call_id),
+                    "the output of {call_id} is dropped, and nobody has it"
+                );
+                self.outputs.remove(call_id);
                 for calls in self.sandboxes.values_mut() {
                     if calls.contains_key(call_id) {
                         calls.insert(call_id.clone(), InSandbox::Forgotten);
@@ -231,7 +259,7 @@ impl World {
         Ok(())
     }
 
-    fn answer(&mut self, (action, at): (Action, usize)) -> Result<Vec<Input>, TestCaseError> {
+    pub(super) fn answer(&mut self, (action, at): (Action, usize)) -> Result<Vec<Input>, TestCaseError> {
         if let Action::Go { call_id, .. } = action {
             return Ok(vec![Input::GateKept { call_id }]);
         }
@@ -267,9 +295,8 @@ impl World {
                 written();
                 vec![Input::StartWritten { call_id, durable: true }]
             }
-            Action::WriteFinished { call_id, result } => {
+            Action::WriteFinished { call_id, .. } => {
                 written();
-                self.outcomes.insert(call_id.clone(), result.end.outcome.clone());
                 vec![Input::EndWritten { call_id, durable: true }]
             }
             Action::Prepare { session_id, call } if self.sandboxes.contains_key(&session_id) => {
@@ -305,7 +332,7 @@ impl World {
                 Some(InSandbox::Prepared) => FoundCall::Prepared,
                 Some(InSandbox::Running) => FoundCall::Running,
                 Some(InSandbox::Finished) => {
-                    inputs.push(ended(call_id.as_str()));
+                    inputs.push(end_of(call_id, self.outputs.get(call_id).copied()));
                     FoundCall::Finished
                 }
                 Some(InSandbox::Forgotten) | None => continue,
@@ -319,7 +346,7 @@ impl World {
 
     /// The runner dies. `kept` records beyond the durable ones are there; bit n of `done` says whether open action n was
     /// carried out before.
-    fn kill(&mut self, kept: usize, done: u64, with_machine: bool) -> Result<Recovered, TestCaseError> {
+    pub(super) fn kill(&mut self, kept: usize, done: u64, with_machine: bool) -> Result<Recovered, TestCaseError> {
         for (number, (action, _)) in std::mem::take(&mut self.open).into_iter().enumerate() {
             let sandbox = matches!(
                 action,
@@ -338,8 +365,21 @@ impl World {
         self.durable = self.records.len();
         if with_machine {
             self.sandboxes.clear();
+            self.outputs.clear();
         }
+        self.started.clear();
+        self.stages.clear();
         let recovered = Recovered { same_boot: !with_machine, ..fold(&self.records) };
+        for RecoveredSession { open: SessionOpen { session_id, epoch, .. }, .. } in &recovered.sessions {
+            let told = self.opened.get(session_id).copied().unwrap_or(0);
+            prop_assert!(
+                *epoch >= told,
+                "placement {told} of {session_id} was told, and the next runner knows {epoch}"
+            );
+        }
+        let with_sandbox = recovered.sessions.iter().filter(|session| session.sandbox.is_some());
+        let gone = with_sandbox.map(|session| &session.open.session_id).filter(|id| !self.sandboxes.contains_key(id));
+        self.cut_off.extend(gone.cloned());
         // Nobody counts on a sandbox that no session has.
         let kept: BTreeSet<_> =
             recovered.sessions.iter().filter(|s| s.sandbox.is_some()).map(|s| s.open.session_id.clone()).collect();
@@ -408,134 +448,81 @@ fn fold(records: &[Record]) -> Recovered {
     recovered
 }
 
-fn config() -> Config {
+pub(super) fn config() -> Config {
     let [freeze_after, stop_after, end_after] = [1, 2, 3].map(|seconds| Some(Duration::from_secs(seconds)));
     Config { idle: IdlePolicy { freeze_after, stop_after, end_after }, ..Config::default() }
 }
 
-fn live(steps: Vec<Step>) -> Result<(), TestCaseError> {
-    let mut world = World::default();
-    let mut core = core(config());
-    let name = |world: &World, session: usize, call: u8| {
-        format!("c{call}-{session}-{}", world.epochs.get(&session).copied().unwrap_or(0))
-    };
-    let resume = || Input::Work(WorkItem::Resume { session_id: None });
-    for step in steps {
-        let inputs = match step {
-            Step::Open(session) => {
-                world.next_epoch += 1;
-                let is_open = core.sessions().any(|(open, ..)| open.session_id == sid(SESSIONS[session]));
-                // A takeover would give calls of the earlier placement another name.
-                let epoch = if is_open { world.epochs[&session] } else { world.next_epoch };
-                world.epochs.insert(session, epoch);
-                vec![open(SESSIONS[session], epoch)]
-            }
-            Step::Call(session, number) => {
-                let epoch = world.epochs.get(&session).copied().unwrap_or(0);
-                vec![call(SESSIONS[session], epoch, &name(&world, session, number), 0)]
-            }
-            Step::Cancel(session, number, mode) => {
-                let epoch = world.epochs.get(&session).copied().unwrap_or(0);
-                vec![cancel(SESSIONS[session], epoch, &name(&world, session, number), mode)]
-            }
-            Step::Close(session) => vec![close(SESSIONS[session], world.epochs.get(&session).copied().unwrap_or(0))],
-            Step::Acknowledge(number) => {
-                let id = world.told.keys().nth(usize::from(number)).cloned();
-                id.map(|call_id| Input::Work(WorkItem::Acknowledge { call_id })).into_iter().collect()
-            }
-            Step::Answer(number) => {
-                if world.open.is_empty() {
-                    continue;
-                }
-                let action = world.open.remove(number % world.open.len());
-                world.answer(action)?
-            }
-            Step::End(number) => world.end(number),
-            Step::Idle(session) => vec![Input::IdlePassed { session_id: sid(SESSIONS[session]) }],
-            Step::Lapse(true) => {
-                world.lapsed = true;
-                Vec::new()
-            }
-            Step::Lapse(false) => vec![world.renew()],
-            Step::Kill(kept, done, with_machine) => {
-                let recovered = world.kill(kept, done, with_machine)?;
-                core = super::core_tests::core(config());
-                vec![Input::Recovered(Box::new(recovered)), resume()]
-            }
-        };
-        for input in inputs {
-            let actions = core.handle(input);
-            world.take(actions)?;
-        }
-    }
-    let renewed = core.handle(world.renew());
-    world.take(renewed)?;
-    settle(&mut core, &mut world)?;
-    let renewed = core.handle(world.renew());
-    world.take(renewed)?;
-    settle(&mut core, &mut world)?;
-    for call_id in &world.accepted {
-        prop_assert!(world.told.contains_key(call_id), "{call_id} was accepted and never answered");
-    }
-    Ok(())
-}
-
 impl World {
-    fn renew(&mut self) -> Input {
+    pub(super) fn renew(&mut self) -> Input {
         self.lapsed = false;
         self.renewals += 1;
         Input::Work(WorkItem::Lease { session_id: None, until_ns: self.renewals, orphan_time: Duration::ZERO })
     }
 
+    /// Number `number` of the running calls writes so much.
+    pub(super) fn write(&mut self, number: usize, bytes: u64) {
+        if let Some((_, call_id)) = self.running(number) {
+            *self.outputs.entry(call_id).or_default() += bytes;
+        }
+    }
+
     /// Number `number` of the running calls ends.
-    fn end(&mut self, number: usize) -> Vec<Input> {
-        let running: Vec<_> = self
-            .sandboxes
-            .iter()
-            .flat_map(|(session, calls)| calls.iter().map(move |(id, state)| (session.clone(), id.clone(), *state)))
-            .filter(|(.., state)| *state == InSandbox::Running)
-            .collect();
-        let Some((session_id, call_id, _)) = running.get(number % running.len().max(1)).cloned() else {
-            return Vec::new();
-        };
-        let attaching = |(action, _): &(Action, usize)| matches!(action, Action::AttachSandbox { session_id: attaching, .. } if *attaching == session_id);
-        let heard = !self.open.iter().any(attaching);
+    pub(super) fn end(&mut self, number: usize) -> Vec<Input> {
+        let Some((session_id, call_id)) = self.running(number) else { return Vec::new() };
+        let heard = self.is_heard(&session_id);
         if let Some(calls) = self.sandboxes.get_mut(&session_id) {
             calls.insert(call_id.clone(), InSandbox::Finished);
         }
         // A runner that has not attached yet hears it then.
-        if heard { vec![ended(call_id.as_str())] } else { Vec::new() }
+        if heard { vec![end_of(&call_id, self.outputs.get(&call_id).copied())] } else { Vec::new() }
+    }
+
+    /// The start of number `number` of the running calls is reported.
+    pub(super) fn start(&mut self, number: usize) -> Vec<Input> {
+        let Some((session_id, call_id)) = self.running(number) else { return Vec::new() };
+        if !self.is_heard(&session_id) || !self.started.insert(call_id.clone()) {
+            return Vec::new();
+        }
+        vec![Input::Started { call_id, boottime_ns: 1, shell_generation: 1 }]
+    }
+
+    /// Whether the runner has attached to the sandbox of a session.
+    fn is_heard(&self, of: &SessionId) -> bool {
+        !self
+            .open
+            .iter()
+            .any(|(action, _)| matches!(action, Action::AttachSandbox { session_id, .. } if session_id == of))
+    }
+
+    fn running(&self, number: usize) -> Option<(SessionId, CallId)> {
+        let calls =
+            self.sandboxes.iter().flat_map(|(session_id, calls)| calls.iter().map(move |call| (session_id, call)));
+        let running: Vec<_> = calls.filter(|(_, (_, state))| **state == InSandbox::Running).collect();
+        let (session_id, (call_id, _)) = running.get(number % running.len().max(1))?;
+        Some(((*session_id).clone(), (*call_id).clone()))
     }
 }
 
-/// Everything is answered and every call ends.
-fn settle(core: &mut Core, world: &mut World) -> Result<(), TestCaseError> {
-    for _ in 0..10_000 {
-        let inputs = match world.open.is_empty() {
-            false => {
-                let action = world.open.remove(0);
-                world.answer(action)?
-            }
-            true => world.end(0),
-        };
-        if inputs.is_empty() && world.open.is_empty() {
-            return Ok(());
-        }
-        for input in inputs {
-            let actions = core.handle(input);
-            world.take(actions)?;
-        }
-    }
-    Err(TestCaseError::fail("it does not come to rest"))
+fn has_accepted(records: &[Record], call_id: &CallId) -> bool {
+    records.iter().any(|record| matches!(record, Record::Accepted(call) if call.call_id == *call_id))
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 600, max_shrink_iters: 4000, ..ProptestConfig::default() })]
-
-    #[test]
-    fn no_kill_makes_a_call_begin_twice_or_lose_its_outcome(steps in prop::collection::vec(step(), 1..160)) {
-        live(steps)?;
+/// The end of a call that has run, as its sandbox reports it.
+fn end_of(call_id: &CallId, written: Option<u64>) -> Input {
+    let mut input = ended(call_id.as_str());
+    if let (Input::Ended { result, .. }, Some(total_bytes)) = (&mut input, written) {
+        Arc::make_mut(result).end.streams.push(StreamSummary {
+            stream: Stream::Stdout,
+            total_bytes,
+            head_bytes: total_bytes,
+            tail_bytes: 0,
+            sha256: [0; 32],
+            inline: None,
+            spool_path: String::new(),
+        });
     }
+    input
 }
 
 #[test]

@@ -26,6 +26,22 @@ fn end_of_a_session_that_could_not_be_opened_is_on_disk_before_it_is_told() {
 }
 
 #[test]
+fn end_of_a_placement_that_is_not_known_to_be_on_disk_is_there_before_it_is_told() {
+    let (mut core, _) = attached(left(Vec::new()), &[]);
+    core.handle(open("s", 9));
+
+    let lost = core.handle(Input::SandboxLost { session_id: sid("s"), reason: "gone".into() });
+    let written = core.handle(Input::EndedWritten { session_id: sid("s"), durable: true });
+
+    let told = |action: &Action| matches!(action, Action::Tell(Update::SessionEnded { epoch: 9, .. }));
+    assert!(
+        lost.contains(&Action::WriteEnded { session_id: sid("s"), epoch: 9 }) && !lost.iter().any(told),
+        "{lost:?}"
+    );
+    assert!(written.iter().any(told), "{written:?}");
+}
+
+#[test]
 fn takeover_with_a_newer_placement_is_written_down_before_it_is_told() {
     let (mut core, _) = attached(left(Vec::new()), &[]);
 

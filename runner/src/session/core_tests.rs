@@ -547,3 +547,48 @@ fn close_while_the_sandbox_is_being_made_ends_it_as_soon_as_it_is_there() {
     let actions = core.handle(Input::EndedWritten { session_id: sid("s"), durable: true });
     assert!(actions.iter().any(|a| matches!(a, Action::Tell(Update::SessionEnded { .. }))));
 }
+
+#[test]
+fn call_that_is_ready_when_its_session_is_closed_does_not_begin() {
+    let mut core = core(Config::default());
+    ready(&mut core, "s", 1);
+    core.handle(call("s", 1, "c", 0));
+    core.handle(Input::Prepared { call_id: cid("c") });
+    core.handle(close("s", 1));
+
+    // Its processes may still have time to end.
+    assert_eq!(
+        core.handle(Input::StartWritten { call_id: cid("c"), durable: true }).len(),
+        1,
+        "only its acceptance is told"
+    );
+    let actions = core.handle(Input::SandboxClosed { session_id: sid("s") });
+
+    let cancelled = Outcome::Cancelled { mode: CancelMode::Terminate, before_start: true, killed: false, code: 125 };
+    assert_eq!(outcome(&actions, "c"), Some(cancelled));
+}
+
+#[test]
+fn end_of_a_call_is_told_after_its_acceptance_whichever_is_heard_first_to_be_on_the_disk() {
+    for is_taken in [true, false] {
+        let mut core = core(Config::default());
+        ready(&mut core, "s", 1);
+        core.handle(call("s", 1, "runs", 0));
+        core.handle(call("s", 1, "waits", 0));
+        core.handle(cancel("s", 1, "waits", CancelMode::Terminate));
+        if !is_taken {
+            core.handle(Input::AcceptRefused { call_id: cid("waits"), reason: "the disk is slow".into() });
+        }
+
+        let told = core.handle(Input::EndWritten { call_id: cid("waits"), durable: true });
+
+        let is_accepted = |action: &Action| matches!(action, Action::Tell(Update::CallAccepted { .. }));
+        let is_finished = |action: &Action| matches!(action, Action::Tell(Update::CallFinished { .. }));
+        assert_eq!(told.first().is_some_and(is_accepted), is_taken, "{told:?}");
+        assert_eq!(told.iter().position(is_finished), Some(usize::from(is_taken)), "{told:?}");
+        if is_taken {
+            let late = core.handle(Input::Accepted { call_id: cid("waits"), durable: true });
+            assert!(late.is_empty(), "told again: {late:?}");
+        }
+    }
+}

@@ -16,6 +16,8 @@ mod core_crash_tests;
 #[cfg(test)]
 mod core_idle_tests;
 #[cfg(test)]
+mod core_machine_tests;
+#[cfg(test)]
 mod core_model_tests;
 #[cfg(test)]
 mod core_placement_tests;

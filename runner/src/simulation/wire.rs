@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use prost::Message;
 use proto::runner::v1 as pb;
 use proto::runner::v1::orchestrator_frame::Body;
+use proto::runner::v1::runner_frame::Body as Said;
 
 use crate::dev::simulated::{Conversation, Store};
 
@@ -95,6 +96,16 @@ impl Wire {
         self.down.truncate(down);
         self.runner_is_there = false;
         self.stalled = [false; 2];
+    }
+
+    /// Whether the last of a call may be on its way to the orchestrator; of one that has ended only output is missing.
+    pub(super) fn may_complete(&self, call_id: &str, has_ended: bool) -> bool {
+        let body = |frame: &Vec<u8>| pb::RunnerFrame::decode(frame.as_slice()).ok().and_then(|frame| frame.body);
+        self.up.iter().filter_map(body).any(|body| match body {
+            Said::CallFinished(end) => end.call_id == call_id,
+            Said::Output(chunk) => has_ended && chunk.call_id == call_id,
+            _ => false,
+        })
     }
 
     /// Frames on their way to the orchestrator and to the runner.

@@ -108,6 +108,7 @@ impl Core {
     /// The journal refused the call: whatever was prepared is dropped, and its caller hears a refusal.
     pub(super) fn unaccept(&mut self, call_id: &CallId, failure: ToolFailure) {
         let Some(call) = self.calls.get_mut(call_id) else { return };
+        call.unaccepted = true;
         match call.phase {
             Phase::Queued => self.finish_queued(call_id, never_started(failure)),
             Phase::Preparing => call.phase = Phase::Aborting(Some(failure)),
@@ -144,7 +145,9 @@ impl Core {
     pub(super) fn go_if_written(&mut self, call_id: &CallId) {
         let Some(call) = self.calls.get(call_id) else { return };
         let Some(session) = self.sessions.get(&call.request.session_id) else { return };
-        if session.rest != Rest::Awake || !self.may_begin(session) {
+        // Of a session that is closing nothing begins any more, however long its processes have to end.
+        let takes_calls = matches!(session.phase, SessionPhase::Ready);
+        if !takes_calls || session.rest != Rest::Awake || !self.may_begin(session) {
             return;
         }
         let Some(call) = self.calls.get_mut(call_id) else { return };

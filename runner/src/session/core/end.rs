@@ -97,13 +97,17 @@ impl Core {
             // when its acceptance was refused: what a failed sync has left may be there for the next one to read.
             return;
         }
-        let result = Arc::clone(result);
+        let (result, is_accepted) = (Arc::clone(result), durable && !call.unaccepted);
         call.phase = Phase::Finished(Arc::clone(&result));
         let session_id = call.request.session_id.clone();
         let epoch = self.epoch_of(call_id);
         if let Some(session) = self.sessions.get_mut(&session_id) {
             session.open -= 1;
             session.unacknowledged += 1;
+        }
+        // A record vouches for those before it, and nobody hears of an end before the call was accepted.
+        if is_accepted {
+            self.accept(call_id);
         }
         self.tell(Update::CallFinished { call_id: call_id.clone(), session_id: session_id.clone(), epoch, result });
         self.forget_session_if_done(&session_id);

@@ -5,8 +5,8 @@ use std::time::Duration;
 use super::failures::{busy_placement, closing, draining, lost, read_only, stale, unknown_session};
 use super::state::{Ending, Session};
 use super::{
-    Action, Code, Core, Receipt, Replay, RequestKind, SandboxId, SessionClose, SessionEnd, SessionId, SessionOpen,
-    SessionPhase, ToolFailure, Update,
+    Action, CancelMode, Code, Core, Receipt, Replay, RequestKind, SandboxId, SessionClose, SessionEnd, SessionId,
+    SessionOpen, SessionPhase, ToolFailure, Update,
 };
 use crate::journal::Record;
 
@@ -217,7 +217,13 @@ impl Core {
     }
 
     pub(super) fn sandbox_closed(&mut self, session_id: &SessionId) {
-        let reason = "the session was closed while the call ran";
+        // What has not begun ends like what waited in the queue when the session was closed.
+        for call_id in self.active_of(session_id) {
+            if let Some(call) = self.calls.get_mut(&call_id) {
+                call.cancel.get_or_insert(CancelMode::Terminate);
+            }
+        }
+        let reason = "its session was closed";
         self.settle_active(session_id, Code::OutcomeUnknown, reason);
         self.sandbox_gone(session_id);
     }
@@ -272,8 +278,8 @@ impl Core {
             return;
         }
         let (session_id, epoch) = (session_id.clone(), session.epoch);
-        // The next runner would make another sandbox for a session that is known to be over.
-        if self.config.gated && !session.recorded {
+        // The next runner would make another sandbox for a placement that is known to be over.
+        if self.config.gated && (!session.recorded || session.takeovers > 0) {
             ending.is_writing = true;
             return self.actions.push(Action::WriteEnded { session_id, epoch });
         }

@@ -188,6 +188,8 @@ pub(super) struct Call {
     pub(super) order: u64,
     /// The accepted record is written.
     pub(super) accepted: bool,
+    /// The journal has refused the accepted record.
+    pub(super) unaccepted: bool,
     /// The started record is written.
     pub(super) start_written: bool,
     /// The started record was asked for in this process.
@@ -251,6 +253,7 @@ impl Call {
             request,
             order,
             accepted: false,
+            unaccepted: false,
             start_written: false,
             start_asked: false,
             starts: 0,

@@ -1,7 +1,7 @@
 //! The state of the runner is set back to an old copy for a while, and then the newest one is put back.
 //!
 //! Where the orchestrator could not tell the copy from the newest one, it is away: such a runner would be served, and with
-//! reason, because nothing that it has forgotten is open.
+//! reason, because nothing that it has forgotten is owed.
 
 use super::*;
 
@@ -14,7 +14,7 @@ impl World {
         };
         self.die(None);
         let newest = std::mem::replace(&mut self.machine, copy);
-        let is_seen = self.lacks_what_is_open()?;
+        let is_seen = self.lacks_what_is_owed()?;
         let (was_scripted, length) = (std::mem::replace(&mut self.scripted, true), 300 + self.random.below(600));
         (self.is_set_back, self.black_hole) = (true, !is_seen);
         // It does not know the newest term, so a replica of an older one would be obeyed.
@@ -41,13 +41,18 @@ impl World {
         Ok(true)
     }
 
-    /// Whether a call was accepted and has no end, and the journal in place does not know it.
-    fn lacks_what_is_open(&self) -> Result<bool, String> {
+    /// Whether the end of a call that was accepted is not here, or not all of its output, and the journal in place does not know it.
+    ///
+    /// What the runner has sent before may still arrive before the copy greets. A call that is all here then may have been
+    /// acknowledged and forgotten by whoever greets, so such a copy could not be told from the newest state.
+    fn lacks_what_is_owed(&self) -> Result<bool, String> {
         let Some((_, recovered)) = self.machine.after_process_crash().open(None)? else { return Ok(false) };
         let knows = |call_id: &str| recovered.calls.iter().any(|call| call.call.call_id.as_str() == call_id);
-        let is_open = |call_id: &str| {
-            self.store.known(call_id).is_some_and(|known| known.accepted && !known.has_end && known.refused.is_none())
+        let is_owed = |call_id: &str| {
+            let Some(known) = self.store.known(call_id) else { return false };
+            let comes = self.wires.iter().any(|wire| wire.may_complete(call_id, known.has_end));
+            known.accepted && known.outcome.is_none() && known.refused.is_none() && !comes
         };
-        Ok(self.calls.iter().any(|(_, call_id)| is_open(call_id) && !knows(call_id)))
+        Ok(self.calls.iter().any(|(_, call_id)| is_owed(call_id) && !knows(call_id)))
     }
 }
