@@ -8,9 +8,11 @@ mod durable;
 mod ending;
 mod file;
 mod objective;
+mod output;
 mod resident;
 mod restart;
 mod search;
+mod stamp;
 mod stream;
 mod sync;
 
@@ -139,6 +141,7 @@ pub const GOALS: &[Goal] = &[
     Goal { ids: &["S4"], what: "sessions taken over by the next daemon", measure: |b| Box::pin(restart::measure(b)) },
     Goal { ids: &["S5"], what: "a journal of 10,000 records opened", measure: |b| Box::pin(durable::recovery(b)) },
     Goal { ids: &["S6"], what: "dispatch to started", measure: |b| Box::pin(durable::started(b)) },
+    Goal { ids: &["S7"], what: "output produced to its frame", measure: |b| Box::pin(output::measure(b)) },
     Goal { ids: &["S14"], what: "memory of a daemon with 100 sessions", measure: |b| Box::pin(resident::hundred(b)) },
     Goal {
         ids: &["S15", "S16"],
