@@ -1,6 +1,7 @@
 //! The goals: what each measures and against what. One file per subject.
 
 mod call;
+mod cancel;
 mod creation;
 mod crowd;
 mod distance;
@@ -142,6 +143,7 @@ pub const GOALS: &[Goal] = &[
     Goal { ids: &["S5"], what: "a journal of 10,000 records opened", measure: |b| Box::pin(durable::recovery(b)) },
     Goal { ids: &["S6"], what: "dispatch to started", measure: |b| Box::pin(durable::started(b)) },
     Goal { ids: &["S7"], what: "output produced to its frame", measure: |b| Box::pin(output::measure(b)) },
+    Goal { ids: &["S8"], what: "cancel to signal, and to the end", measure: |b| Box::pin(cancel::measure(b)) },
     Goal { ids: &["S14"], what: "memory of a daemon with 100 sessions", measure: |b| Box::pin(resident::hundred(b)) },
     Goal {
         ids: &["S15", "S16"],
