@@ -7,6 +7,7 @@ mod crowd;
 mod distance;
 mod durable;
 mod ending;
+mod fence;
 mod file;
 mod objective;
 mod output;
@@ -144,6 +145,7 @@ pub const GOALS: &[Goal] = &[
     Goal { ids: &["S6"], what: "dispatch to started", measure: |b| Box::pin(durable::started(b)) },
     Goal { ids: &["S7"], what: "output produced to its frame", measure: |b| Box::pin(output::measure(b)) },
     Goal { ids: &["S8"], what: "cancel to signal, and to the end", measure: |b| Box::pin(cancel::measure(b)) },
+    Goal { ids: &["S10"], what: "a session placed elsewhere, gone here", measure: |b| Box::pin(fence::measure(b)) },
     Goal { ids: &["S14"], what: "memory of a daemon with 100 sessions", measure: |b| Box::pin(resident::hundred(b)) },
     Goal {
         ids: &["S15", "S16"],
