@@ -146,7 +146,11 @@ pub const GOALS: &[Goal] = &[
     Goal { ids: &["S7"], what: "output produced to its frame", measure: |b| Box::pin(output::measure(b)) },
     Goal { ids: &["S8"], what: "cancel to signal, and to the end", measure: |b| Box::pin(cancel::measure(b)) },
     Goal { ids: &["S10"], what: "a session placed elsewhere, gone here", measure: |b| Box::pin(fence::measure(b)) },
-    Goal { ids: &["S14"], what: "memory of a daemon with 100 sessions", measure: |b| Box::pin(resident::hundred(b)) },
+    Goal {
+        ids: &["S13", "S14"],
+        what: "a daemon with 100 sessions emptied, and its memory",
+        measure: |b| Box::pin(resident::hundred(b)),
+    },
     Goal {
         ids: &["S15", "S16"],
         what: "output through the spool, and heartbeats beside it",
