@@ -9,6 +9,7 @@ mod durable;
 mod ending;
 mod fence;
 mod file;
+mod floods;
 mod objective;
 mod output;
 mod resident;
@@ -153,7 +154,7 @@ pub const GOALS: &[Goal] = &[
     },
     Goal {
         ids: &["S15", "S16"],
-        what: "output through the spool, and heartbeats beside it",
+        what: "output through the spool, and heartbeats beside it and beside 50 floods",
         measure: |b| Box::pin(stream::measure(b)),
     },
     Goal { ids: &["S21"], what: "one record made durable", measure: |b| Box::pin(durable::record(b)) },
