@@ -10,6 +10,7 @@ mod ending;
 mod fence;
 mod file;
 mod floods;
+mod loss;
 mod objective;
 mod output;
 mod resident;
@@ -116,6 +117,10 @@ pub struct Goal {
 }
 
 /// All goals, in the order in which they are measured.
+///
+/// Objectives of the daemon that have no row here: S1 to S3 and S17 to S19 are tests. S12, a day without an orchestrator, takes a
+/// day; its parts, a runner without a lease and one that nobody asks for anything, are tests (`standstill`, `idle`). S20 counts
+/// the days of many runners.
 pub const GOALS: &[Goal] = &[
     Goal { ids: &["G1", "G3"], what: "a sandbox made, used once, gone", measure: |b| Box::pin(creation::cycle(b)) },
     Goal { ids: &["G4"], what: "time to ready of paced creation, p99", measure: |b| Box::pin(creation::paced(b)) },
@@ -146,7 +151,9 @@ pub const GOALS: &[Goal] = &[
     Goal { ids: &["S6"], what: "dispatch to started", measure: |b| Box::pin(durable::started(b)) },
     Goal { ids: &["S7"], what: "output produced to its frame", measure: |b| Box::pin(output::measure(b)) },
     Goal { ids: &["S8"], what: "cancel to signal, and to the end", measure: |b| Box::pin(cancel::measure(b)) },
+    Goal { ids: &["S9"], what: "a silent network noticed by both sides", measure: |b| Box::pin(loss::detected(b)) },
     Goal { ids: &["S10"], what: "a session placed elsewhere, gone here", measure: |b| Box::pin(fence::measure(b)) },
+    Goal { ids: &["S11"], what: "links back after an outage", measure: |b| Box::pin(loss::reconnected(b)) },
     Goal {
         ids: &["S13", "S14"],
         what: "a daemon with 100 sessions emptied, and its memory",
