@@ -139,6 +139,14 @@ pub fn free_kib() -> Result<u64, BenchError> {
     Ok(kilobytes(&read("/proc/meminfo")?, "MemFree:").unwrap_or(0))
 }
 
+/// Memory that could be used without anything being moved out of the way, in KiB.
+///
+/// # Errors
+/// [`BenchError::Machine`].
+pub fn available_kib() -> Result<u64, BenchError> {
+    Ok(kilobytes(&read("/proc/meminfo")?, "MemAvailable:").unwrap_or(0))
+}
+
 fn kilobytes(meminfo: &str, key: &str) -> Option<u64> {
     meminfo.lines().find_map(|line| line.strip_prefix(key))?.trim().strip_suffix("kB")?.trim().parse().ok()
 }

@@ -11,6 +11,7 @@ pub mod delay;
 pub mod echo;
 pub mod goal;
 pub mod machine;
+pub mod network;
 pub mod peer;
 pub mod peer_server;
 pub mod row;

@@ -227,12 +227,13 @@ impl Peers {
         Ok(Memory { resident: kib(0), private: kib(1) })
     }
 
-    /// Starts a daemon that dials this loopback port.
+    /// Starts a daemon that dials this loopback port. With `durable` it keeps a journal on a disk.
     ///
     /// # Errors
     /// [`PeerError`].
-    pub fn start_daemon(&mut self, port: u16) -> Result<(), PeerError> {
-        self.ask(&format!("daemon start {port}")).map(drop)
+    pub fn start_daemon(&mut self, port: u16, durable: bool) -> Result<(), PeerError> {
+        let journal = if durable { "durable" } else { "ephemeral" };
+        self.ask(&format!("daemon start {port} {journal}")).map(drop)
     }
 
     /// Ends that daemon and waits for its end.

@@ -178,6 +178,23 @@ impl Orchestrator {
         self.shared.until(|state| state.resumed.then(|| state.hello.clone().ok_or(DevError::Stopped))).await
     }
 
+    /// Waits until the lease of the runner is over, as far as this side can know: from then on the runner is unreachable, begins
+    /// nothing, and what it holds may be placed elsewhere. A margin is in it.
+    ///
+    /// # Errors
+    /// `DevError::Stopped`.
+    pub async fn lease_over(&self) -> Result<(), DevError> {
+        let mut known = self.shared.until(|state| state.lease_until.map(Ok)).await?;
+        loop {
+            tokio::time::sleep_until(known).await;
+            // What was heard meanwhile has renewed it.
+            match self.shared.until(|state| state.lease_until.map(Ok)).await? {
+                until if until <= known => return Ok(()),
+                until => known = until,
+            }
+        }
+    }
+
     /// What is seen from now on.
     #[must_use]
     pub fn watch(&self) -> broadcast::Receiver<Link> {

@@ -1,4 +1,4 @@
-//! A daemon as a process of its own: how soon it is there, and what it and its idle sandboxes take.
+//! A daemon as a process of its own: how soon it is there and gone, and what it and its idle sandboxes take.
 
 use std::time::{Duration, Instant};
 
@@ -32,25 +32,39 @@ const SHARE_KIB: f64 = 64.0;
 const HUNDRED: usize = 100;
 const HUNDRED_KIB: f64 = 80.0 * 1024.0;
 
-/// S14.
+/// The objective for emptying a daemon whose sessions do nothing.
+const DRAINED_MS: f64 = 3000.0;
+
+/// S13 and S14.
 pub(super) async fn hundred(bench: &mut Bench) -> Result<Vec<Row>, BenchError> {
     let orchestrator = Orchestrator::start(link_settings(true)).await?;
     orchestrator.write_client_files(&bench.certificates, "bench")?;
-    let mut full = Samples::default();
+    let (mut full, mut drained) = (Samples::default(), Samples::default());
     for round in 0..FILLINGS {
-        bench.peers.start_daemon(orchestrator.address().port())?;
+        bench.peers.start_daemon(orchestrator.address().port(), true)?;
         let filled = hold(bench, &orchestrator, &format!("hundred-{round}")).await;
-        bench.peers.stop_daemon()?;
-        full.push(filled?);
+        let begin = Instant::now();
+        // The daemon has something to say to the orchestrator meanwhile, which runs here.
+        tokio::task::block_in_place(|| bench.peers.stop_daemon())?;
+        let took = milliseconds(begin);
+        let (memory, sessions) = filled?;
+        all_over(&sessions).await?;
+        full.push(memory);
+        drained.push(took);
     }
     complaints(&orchestrator)?;
+    let what = format!("SIGTERM to the end of a daemon with {HUNDRED} idle sessions");
+    let objective = Objective { p50: None, p99: Some(DRAINED_MS) };
+    let note = "its launcher and all sandboxes have ended, and the orchestrator was told of each session";
+    let drained = objective.rows("S13", &what, Unit::Milliseconds, &drained, note);
     let what = format!("resident memory of the daemon with {HUNDRED} sessions");
     let objective = Objective { p50: Some(HUNDRED_KIB), p99: None };
-    Ok(objective.rows("S14", &what, Unit::Kibibytes, &full, "each with its shell; without a journal"))
+    let full = objective.rows("S14", &what, Unit::Kibibytes, &full, "each with its shell; with a journal");
+    Ok([drained, full].concat())
 }
 
-/// Memory of the daemon with all its sessions, in KiB.
-async fn hold(bench: &mut Bench, orchestrator: &Orchestrator, name: &str) -> Result<f64, BenchError> {
+/// Memory of the daemon with all its sessions, in KiB, and these.
+async fn hold(bench: &mut Bench, orchestrator: &Orchestrator, name: &str) -> Result<(f64, Vec<Session>), BenchError> {
     arrival(orchestrator).await?;
     let mut sessions = Vec::new();
     for number in 0..HUNDRED {
@@ -60,10 +74,16 @@ async fn hold(bench: &mut Bench, orchestrator: &Orchestrator, name: &str) -> Res
         sessions.push(session);
     }
     let full = bench.peers.daemon_memory()?;
-    for session in &sessions {
-        Session::close(session, Duration::ZERO).await?;
+    Ok((full.resident, sessions))
+}
+
+/// Whoever ends in order says of each session that it is over.
+async fn all_over(sessions: &[Session]) -> Result<(), BenchError> {
+    for session in sessions {
+        let over = tokio::time::timeout(PATIENCE, session.over()).await;
+        over.map_err(|_| BenchError::Link(format!("nobody was told that {} is over", session.session_id)))??;
     }
-    Ok(full.resident)
+    Ok(())
 }
 
 /// G17, G18 and G19.
@@ -85,7 +105,7 @@ async fn starts(bench: &mut Bench, orchestrator: &Orchestrator) -> Result<Vec<Ro
     let (mut ours, mut imports) = (Samples::default(), Samples::default());
     for round in 0..=STARTS.min(bench.rounds) {
         let start = Instant::now();
-        bench.peers.start_daemon(orchestrator.address().port())?;
+        bench.peers.start_daemon(orchestrator.address().port(), false)?;
         arrival(orchestrator).await?;
         let took = milliseconds(start);
         bench.peers.stop_daemon()?;
@@ -127,7 +147,7 @@ async fn fillings(bench: &mut Bench, orchestrator: &Orchestrator) -> Result<Vec<
         let memories = if round == 0 { &mut discarded } else { &mut memories };
         tokio::time::sleep(SETTLE).await;
         // A new one each time: what was resident once stays so, and an idle daemon would look like a full one.
-        bench.peers.start_daemon(orchestrator.address().port())?;
+        bench.peers.start_daemon(orchestrator.address().port(), false)?;
         let filled = filling(bench, orchestrator, round, memories).await;
         bench.peers.stop_daemon()?;
         filled?;

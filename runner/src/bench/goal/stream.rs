@@ -6,7 +6,7 @@ use proto::runner::v1 as pb;
 use tokio::sync::broadcast::error::RecvError;
 
 use super::objective::Objective;
-use super::{Bench, WARM_UP};
+use super::{Bench, WARM_UP, floods};
 use crate::bench::BenchError;
 use crate::bench::row::{Row, Unit};
 use crate::bench::sample::Samples;
@@ -16,7 +16,7 @@ use crate::dev::{Link, LinkSettings, Session};
 /// Output of one call; all of it is kept, so all of it goes through the spool.
 const OUTPUT_BYTES: usize = 32 * 1024 * 1024;
 /// Often enough for a 99th percentile; a usual orchestrator asks for one in ten seconds.
-const HEARTBEAT_EVERY: Duration = Duration::from_millis(50);
+pub(super) const HEARTBEAT_EVERY: Duration = Duration::from_millis(50);
 /// A 99th percentile of fewer heartbeats is just the largest. So many are waited for, over so many calls.
 const HEARTBEATS: usize = 200;
 const FLOODS: usize = 200;
@@ -62,6 +62,7 @@ pub(super) async fn measure(bench: &mut Bench) -> Result<Vec<Row>, BenchError> {
     );
     let heartbeats = Objective { p50: None, p99: Some(2000.0) };
     rows.extend(heartbeats.rows("S16", "heartbeat under that flood", Unit::Milliseconds, &watching.samples, &note));
+    rows.extend(floods::measure(bench).await?);
     Ok(rows)
 }
 
@@ -80,16 +81,17 @@ async fn flood(way: &Whole, session: &Session) -> Result<f64, BenchError> {
     Ok(f64::from(u32::try_from(OUTPUT_BYTES).unwrap_or(u32::MAX)) / 1e6 / took)
 }
 
+/// Heartbeats of one link, as they come.
 #[derive(Default)]
-struct Watching {
-    samples: Samples,
+pub(super) struct Watching {
+    pub(super) samples: Samples,
     delays: usize,
-    overtaken: u64,
+    pub(super) overtaken: u64,
     last_ns: Option<u64>,
 }
 
 impl Watching {
-    fn take(&mut self, link: Result<Link, RecvError>) {
+    pub(super) fn take(&mut self, link: Result<Link, RecvError>) {
         match link {
             Ok(Link::Heartbeat(heartbeat)) => self.heartbeat(&heartbeat),
             Err(RecvError::Lagged(count)) => {

@@ -1,6 +1,5 @@
 //! A daemon as root starts it, with a launcher of its own.
 
-use std::ffi::OsString;
 use std::fs::Permissions;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -16,8 +15,8 @@ use super::Failure;
 pub(super) struct Daemon(Child);
 
 impl Daemon {
-    /// Starts one below `work`. Only the port is the caller's choice.
-    pub(super) fn start(port: u16, certificates: &Path, work: &Path) -> Result<Self, Failure> {
+    /// Starts one below `work`, with a journal if it is `durable`. Only these and the port are the caller's choice.
+    pub(super) fn start(port: u16, certificates: &Path, work: &Path, durable: bool) -> Result<Self, Failure> {
         let home = work.join("daemon");
         let failed = |error: io::Error| error.to_string();
         std::fs::create_dir_all(&home).map_err(failed)?;
@@ -27,11 +26,11 @@ impl Daemon {
         }
         let file = home.join("config.toml");
         std::fs::write(&file, configuration(port, certificates, &home)).map_err(failed)?;
-        // Everything here is in memory, where a journal would be refused.
-        let arguments: [OsString; 5] =
-            ["--log-level".into(), "error".into(), "run".into(), "--ephemeral".into(), "--config".into()];
         let mut command = Command::new("/proc/self/exe");
-        command.args(arguments).arg(&file);
+        command.args(["--log-level", "error", "run", "--config"]).arg(&file);
+        if !durable {
+            command.arg("--ephemeral");
+        }
         command.stdin(Stdio::null()).stdout(Stdio::null());
         command.spawn().map(Self).map_err(failed)
     }

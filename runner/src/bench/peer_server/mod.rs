@@ -72,6 +72,8 @@ struct Server {
     inventory: Inventory,
     /// Removed at the end.
     work: tempfile::TempDir,
+    /// The same on a disk, where a daemon keeps its journal, and the port of the orchestrator that it is about.
+    kept: Option<(u16, tempfile::TempDir)>,
 }
 
 impl Server {
@@ -95,6 +97,7 @@ impl Server {
             crowd: Vec::new(),
             inventory: Inventory::default(),
             work,
+            kept: None,
         };
         if let Some(busybox) = find("busybox") {
             // A smaller process, so that thousands of them are about their number and not about memory.
@@ -164,9 +167,9 @@ impl Server {
             }
             ["memory", "sdk"] => memory(sdk(&self.sdk_command)?.pid()),
             ["memory", "daemon"] => memory(self.daemon.as_ref().ok_or("there is no daemon")?.pid()),
-            ["daemon", "start", port] => {
+            ["daemon", "start", port, journal @ ("durable" | "ephemeral")] => {
                 let port = port.parse().map_err(|_| format!("{port:?} is not a port"))?;
-                self.start_daemon(port).map(|()| Vec::new())
+                self.start_daemon(port, *journal == "durable").map(|()| Vec::new())
             }
             ["daemon", "stop"] => self.daemon.take().map_or(Ok(()), Daemon::stop).map(|()| Vec::new()),
             ["crowd", "0"] => {
@@ -182,12 +185,18 @@ impl Server {
         self.commands.get(name).map(Vec::as_slice).ok_or_else(|| format!("there is no {name}"))
     }
 
-    fn start_daemon(&mut self, port: u16) -> Result<(), Failure> {
+    fn start_daemon(&mut self, port: u16, durable: bool) -> Result<(), Failure> {
         if self.daemon.is_some() {
             return Err("there is a daemon already".to_owned());
         }
         let certificates = self.certificates.as_ref().ok_or("no directory of certificates was given")?;
-        self.daemon = Some(Daemon::start(port, certificates, self.work.path())?);
+        // The other directory is in memory, where a journal would be refused. Another orchestrator knows nothing of what is in it.
+        if durable && self.kept.as_ref().is_none_or(|(served, _)| *served != port) {
+            self.kept = Some((port, kept().map_err(|error| error.to_string())?));
+        }
+        let kept = self.kept.as_ref().filter(|_| durable);
+        let work = kept.map_or(&self.work, |(_, directory)| directory);
+        self.daemon = Some(Daemon::start(port, certificates, work.path(), durable)?);
         Ok(())
     }
 
@@ -232,6 +241,13 @@ impl Drop for Server {
             let _ = std::fs::remove_dir_all(directory);
         }
     }
+}
+
+/// A directory where files outlive a restart of the machine, as journals have to.
+fn kept() -> io::Result<tempfile::TempDir> {
+    let lasting = Path::new("/var/tmp");
+    let place = if lasting.is_dir() { lasting.to_path_buf() } else { std::env::temp_dir() };
+    tempfile::Builder::new().prefix(DIRECTORY_PREFIX).tempdir_in(place)
 }
 
 /// Whether a directory was made by the benchmark; nothing else is removed by anybody with its rights.
