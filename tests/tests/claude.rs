@@ -439,7 +439,7 @@ async fn item_that_waits_longer_than_configured_for_a_confirmation_is_given_back
     let asked = site.use_tool(&session, ToolUse::bash("cat /workspace/file").permission(Some("ask")));
 
     site.mock.stopped(&session).await;
-    assert_eq!(site.mock.lock().session(&session).waiting(), [asked.clone()]);
+    assert_eq!(site.mock.lock().session(&session).waiting(), std::slice::from_ref(&asked));
 
     site.mock.confirm(&session, &asked, Verdict::Allow);
     assert_eq!(site.mock.result_of(&session, &asked).await.text(), "kept");
