@@ -16,7 +16,6 @@ use super::control::{Control, ControlEnd, ControlError, Patience, Resumed};
 use super::launch::{Ended, LaunchError, ListedSandbox};
 use super::live::{Known, LiveSandbox};
 use super::measure::THROW_AWAY;
-use super::victim::Naming;
 use super::{HostSandboxes, Unknown};
 use crate::work::{Attached, CallId, Code, ExpectedCall, FoundCall, Gate, Processes, Receipt, SandboxId, ToolFailure};
 
@@ -119,11 +118,6 @@ impl HostSandboxes {
         let held: Vec<CallId> =
             calls.iter().filter(|call| call.gate == Gate::Held).map(|call| call.call_id.clone()).collect();
         let patience = Patience::default();
-        let named = |call: ExpectedCall| ExpectedCall {
-            observer: Naming::before(call.observer, &self.launcher, sandbox_id),
-            ..call
-        };
-        let calls = calls.into_iter().map(named).collect();
         let Resumed { control, greeting, mut found, stopped } =
             Control::attach(&path, &output_directory, self.generation, patience, calls).await?;
         if greeting.sandbox_id != sandbox_id.as_str() {

@@ -11,10 +11,10 @@ use tracing::{info, warn};
 
 use super::control::{Control, ControlEnd, ControlError};
 use super::launch::{Ended, Inspection, LaunchError, Launcher};
-use super::victim::Naming;
+use super::victim;
 use crate::work::{
-    BoxFuture, CallId, CallObserver, CancelMode, Code, OutputChunk, PreparedCall, Receipt, Sandbox, SandboxId, Stream,
-    ToolFailure,
+    BoxFuture, CallEnd, CallId, CallObserver, CancelMode, Code, OutputChunk, PreparedCall, Receipt, Sandbox, SandboxId,
+    Stream, ToolFailure,
 };
 
 /// How long an ending of process 1 may take to be reported by the launcher after its socket has closed.
@@ -267,7 +267,6 @@ impl Sandbox for LiveSandbox {
         observer: Arc<dyn CallObserver>,
     ) -> BoxFuture<'static, Result<(), ToolFailure>> {
         let parts = Arc::clone(&self.parts);
-        let observer = Naming::before(observer, &parts.launcher, &parts.sandbox_id);
         Box::pin(async move {
             let started = async {
                 parts.control.end_strangers().await?;
@@ -275,6 +274,10 @@ impl Sandbox for LiveSandbox {
             };
             started.await.map_err(|error| parts.failure(error))
         })
+    }
+
+    fn explain(&self, end: CallEnd) -> BoxFuture<'static, CallEnd> {
+        Box::pin(victim::explained(self.parts.launcher.clone(), self.parts.sandbox_id.clone(), end))
     }
 
     fn go(&self, call_id: &CallId) -> BoxFuture<'static, Result<(), ToolFailure>> {

@@ -3,54 +3,30 @@
 //! Process 1 counts kills and does not see whom they hit; the launcher does, where the kernel shows it its log. The end of such a call
 //! waits for the launcher's word, briefly: a name is information, and without it the end is told as it is.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use tracing::debug;
 
 use super::launch::{Inspection, Launcher, MemoryKill};
 use crate::config::units::display_size;
-use crate::work::{CallEnd, CallEvent, CallObserver, NoteKind, Outcome, SandboxId};
+use crate::work::{CallEnd, NoteKind, Outcome, SandboxId};
 
 /// How long the end of a call waits for the name.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// Bytes of the name that the kernel keeps of a process (`TASK_COMM_LEN` without its end).
+const NAME_BYTES: usize = 15;
 
-/// Hears of the end of a call before its observer does.
-pub(super) struct Naming {
-    observer: Arc<dyn CallObserver>,
-    launcher: Launcher,
-    sandbox_id: SandboxId,
-}
-
-impl Naming {
-    /// Stands before `observer`, which hears of everything in the same order.
-    pub(super) fn before(
-        observer: Arc<dyn CallObserver>,
-        launcher: &Launcher,
-        sandbox_id: &SandboxId,
-    ) -> Arc<dyn CallObserver> {
-        Arc::new(Self { observer, launcher: launcher.clone(), sandbox_id: sandbox_id.clone() })
+/// The end of a call, with the name where there is one to be had.
+pub(super) async fn explained(launcher: Launcher, sandbox_id: SandboxId, mut end: CallEnd) -> CallEnd {
+    if !was_starved(&end) {
+        return end;
     }
-}
-
-impl CallObserver for Naming {
-    fn observe(&self, event: CallEvent) {
-        let mut end = match event {
-            CallEvent::Finished(end) if was_starved(&end) => end,
-            event => return self.observer.observe(event),
-        };
-        let (observer, launcher) = (Arc::clone(&self.observer), self.launcher.clone());
-        let sandbox_id = self.sandbox_id.clone();
-        // Nothing follows the end of a call, so nothing can overtake it.
-        tokio::spawn(async move {
-            match tokio::time::timeout(PATIENCE, launcher.inspect(sandbox_id.as_str())).await {
-                Ok(Ok(seen)) => name_victim(&mut end, &seen),
-                Ok(Err(error)) => debug!(%sandbox_id, %error, "the launcher does not say who was killed"),
-                Err(_) => debug!(%sandbox_id, "the launcher has not said in time who was killed"),
-            }
-            observer.observe(CallEvent::Finished(end));
-        });
+    match tokio::time::timeout(PATIENCE, launcher.inspect(sandbox_id.as_str())).await {
+        Ok(Ok(seen)) => name_victim(&mut end, &seen),
+        Ok(Err(error)) => debug!(%sandbox_id, %error, "the launcher does not say who was killed"),
+        Err(_) => debug!(%sandbox_id, "the launcher has not said in time who was killed"),
     }
+    end
 }
 
 /// The kernel has killed processes of this call for memory.
@@ -59,8 +35,8 @@ fn was_starved(end: &CallEnd) -> bool {
         || end.notes.iter().any(|note| note.kind == NoteKind::MemoryKills)
 }
 
-/// Writes down the newest victim of the sandbox, which was one of this call: it has just ended. Unless the log has no record of
-/// that very kill.
+/// Writes down the newest victim of the sandbox: the call has just ended, so it was of this call, or of what runs beside it in the
+/// same sandbox. Unless the log does not name that very kill.
 fn name_victim(end: &mut CallEnd, seen: &Inspection) {
     let Some(MemoryKill { process: victim, used_bytes: used, .. }) =
         seen.memory_kills.last().filter(|kill| kill.number > 0 && kill.number >= seen.oom_kills)
@@ -71,12 +47,18 @@ fn name_victim(end: &mut CallEnd, seen: &Inspection) {
         if process.is_empty() {
             process.clone_from(victim);
             *used_bytes = *used;
-        } else if *kills == 1 {
+        } else if *kills == 1 && kept_name(process) == victim.as_bytes() {
             *used_bytes = *used;
         }
     } else if let Some(note) = end.notes.iter_mut().find(|note| note.kind == NoteKind::MemoryKills) {
         note.text.push_str(&format!("; the last was {}", described(victim, *used)));
     }
+}
+
+/// A program as the kernel calls its process.
+fn kept_name(program: &str) -> &[u8] {
+    let name = program.rsplit('/').next().unwrap_or_default().as_bytes();
+    &name[..name.len().min(NAME_BYTES)]
 }
 
 /// A victim and what it used, as far as that is known.
@@ -89,10 +71,7 @@ pub(super) fn described(process: &str, used_bytes: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
-
     use proto::launch::v1 as wire;
-    use tokio::sync::Notify;
 
     use super::*;
     use crate::sandbox::launch::tests::{launcher, reply};
@@ -132,7 +111,10 @@ mod tests {
 
     #[test]
     fn program_that_process_1_has_named_keeps_its_name() {
-        assert_eq!(named(starved("python3", 1), &seen(&[(1, "thread", 5)], 1)), ("python3".into(), 5));
+        assert_eq!(named(starved("python3", 1), &seen(&[(1, "python3", 5)], 1)), ("python3".into(), 5));
+        let long = "a-name-that-is-longer-than-it-is-kept";
+        assert_eq!(named(starved(long, 1), &seen(&[(1, "a-name-that-is-", 5)], 1)), (long.into(), 5));
+        assert_eq!(named(starved("python3", 1), &seen(&[(1, "of-another-call", 5)], 1)), ("python3".into(), 0));
         assert_eq!(named(starved("python3", 2), &seen(&[(2, "child", 5)], 2)), ("python3".into(), 0));
     }
 
@@ -142,21 +124,6 @@ mod tests {
         end.notes.push(Note { kind: NoteKind::MemoryKills, text: "2 processes were killed".into() });
         name_victim(&mut end, &seen(&[(2, "cc1plus", 498 << 20)], 2));
         assert_eq!(end.notes[0].text, "2 processes were killed; the last was cc1plus, which used 498 MiB");
-    }
-
-    #[derive(Default)]
-    struct Recorder {
-        ends: Mutex<Vec<CallEnd>>,
-        told: Notify,
-    }
-
-    impl CallObserver for Recorder {
-        fn observe(&self, event: CallEvent) {
-            if let CallEvent::Finished(end) = event {
-                self.ends.lock().expect("no panic holds it").push(*end);
-                self.told.notify_one();
-            }
-        }
     }
 
     #[tokio::test]
@@ -173,18 +140,9 @@ mod tests {
                 };
                 vec![reply(request.request_id, body)]
             });
-            let recorder = Arc::new(Recorder::default());
             let sandbox_id = SandboxId::new("a").expect("valid");
-            let naming = Naming::before(Arc::clone(&recorder) as Arc<dyn CallObserver>, &launcher, &sandbox_id);
-
-            naming.observe(CallEvent::Finished(Box::new(starved("", 1))));
-            recorder.told.notified().await;
-
-            let ends = std::mem::take(&mut *recorder.ends.lock().expect("no panic holds it"));
-            assert!(
-                matches!(&ends[0].outcome, Outcome::OutOfMemory { process, .. } if process == expected),
-                "{ends:?}"
-            );
+            let end = explained(launcher, sandbox_id, starved("", 1)).await;
+            assert!(matches!(&end.outcome, Outcome::OutOfMemory { process, .. } if process == expected), "{end:?}");
         }
     }
 }

@@ -355,6 +355,7 @@ impl Loop {
         };
         let (owner, recovered) = (session_id.clone(), self.core.is_restored(&call_id));
         let mut future: BoxFuture<'static, Done> = Box::pin(async move {
+            let end = sandbox.explain(end).await;
             let presented = presented(&input, &end, &call_id, sandbox.as_ref()).await;
             let result = Arc::new(CallResult { end, presented, recovered });
             Done::Presented(session_id, Input::Ended { call_id, result })

@@ -6,7 +6,9 @@
 //! forgets the oldest, and many hosts do not show it: what it says is information, and never a condition.
 //!
 //! The name of a process is chosen by the workload, and may look like any of the fields around it. It is at most
-//! fifteen bytes long: fields are found from the end, and by words that do not fit into it.
+//! fifteen bytes long: fields are found from the end, and by words that do not fit into it. Other records of the kernel begin
+//! with such a name and have longer ones of the workload behind it (`NAME[PID]: segfault ... in FILE`), so what a record must
+//! begin with is longer than a name as well.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
@@ -46,6 +48,8 @@ pub enum Entry {
         /// Bytes that were its own.
         bytes: u64,
     },
+    /// Records were lost here.
+    Gap,
 }
 
 /// A process that the kernel has killed for memory.
@@ -95,13 +99,15 @@ impl KernelLog {
                 Ok(0) => return entries,
                 Ok(length) => entries.extend(entry(&String::from_utf8_lossy(&buffer[..length]), base)),
                 Err(error) => match error.kind() {
+                    ErrorKind::Interrupted => {}
                     // Records were overwritten (EPIPE), or one is longer than it can be: reading goes on behind them.
-                    ErrorKind::BrokenPipe | ErrorKind::InvalidInput | ErrorKind::Interrupted => {}
+                    ErrorKind::BrokenPipe | ErrorKind::InvalidInput => entries.push(Entry::Gap),
                     _ => return entries,
                 },
             }
         }
         let _ = file.seek(SeekFrom::End(0));
+        entries.push(Entry::Gap);
         entries
     }
 }
@@ -117,7 +123,7 @@ fn entry(record: &str, base: &str) -> Option<Entry> {
 
 /// Reads `oom-kill:…,oom_memcg=GROUP,task_memcg=GROUP,task=NAME,pid=PID,uid=UID`.
 fn victim(text: &str, base: &str) -> Option<Victim> {
-    let text = text.strip_prefix("oom-kill:")?;
+    let text = text.strip_prefix("oom-kill:constraint=")?;
     let (text, uid) = text.rsplit_once(",uid=")?;
     let (text, pid) = text.rsplit_once(",pid=")?;
     // No name of a process has room for the base and its slashes, so this is the last group.
@@ -138,10 +144,9 @@ fn victim(text: &str, base: &str) -> Option<Victim> {
 
 /// Reads `…: Killed process PID (NAME) total-vm:…kB, anon-rss:…kB, file-rss:…kB, shmem-rss:…kB, UID:… …`.
 fn used(text: &str) -> Option<Entry> {
-    let (_, text) = text
-        .strip_prefix("Memory cgroup out of memory")
-        .or_else(|| text.strip_prefix("Out of memory"))?
-        .split_once(": Killed process ")?;
+    let text = text
+        .strip_prefix("Memory cgroup out of memory: Killed process ")
+        .or_else(|| text.strip_prefix("Out of memory: Killed process "))?;
     let (pid, text) = text.split_once(" (")?;
     let (_, fields) = text.rsplit_once(") total-vm:")?;
     let value = |name: &str| fields.split([' ', ',']).find_map(|field| field.strip_prefix(name));
@@ -175,7 +180,7 @@ mod tests {
     fn found(record: &str) -> Option<(String, String, u32, u32)> {
         match entry(record, BASE)? {
             Entry::Victim(victim) => Some((victim.sandbox, victim.process, victim.pid, victim.uid)),
-            Entry::Used { .. } => panic!("not a victim: {record}"),
+            Entry::Used { .. } | Entry::Gap => panic!("not a victim: {record}"),
         }
     }
 
@@ -250,6 +255,19 @@ mod tests {
         for text in ["", ";", "6", "6,1,1,-;", "6,1,1,-;oom-kill:", "x,1,1,-;oom-kill:constraint=1", "6,1,1,-;usb 1-1"]
         {
             assert_eq!(entry(text, BASE), None, "{text}");
+        }
+    }
+
+    /// The name of the process and that of the file are the workload's own.
+    #[test]
+    fn record_of_a_fault_whose_names_look_like_a_kill_is_none() {
+        for text in [
+            "Out of memory[16899]: segfault at 0 ip 0 sp 0 error 6 in x: Killed process 77 (y) total-vm:1kB, anon-rss:9kB, \
+             UID:4294967290 z[2,7f24+1000] likely on CPU 0 (core 0, socket 0)",
+            "oom-kill:constr[16899]: segfault at 0 ip 0 sp 0 error 6 in x,task_memcg=/sandbox-runner-6867e7a6/s,task=y,\
+             pid=1,uid=1",
+        ] {
+            assert_eq!(entry(&format!("6,1,1,-;{text}\n"), BASE), None, "{text}");
         }
     }
 

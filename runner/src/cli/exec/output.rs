@@ -58,7 +58,7 @@ pub(super) async fn follow(
             }
         }
         if let Some(end) = end {
-            return Ok(*end);
+            return Ok(sandbox.explain(*end).await);
         }
         tokio::select! {
             changed = progress.changed() => {

@@ -3,8 +3,8 @@
 use proto::launch::v1 as wire;
 use proto::launch::v1::reply::Body as Answer;
 
-use super::Launcher;
 use super::process::{Memory, Process};
+use super::{Launcher, kills};
 use crate::launcher::background::{chain, root_errno};
 use crate::launcher::cgroup::{Account, Tree};
 use crate::launcher::shape::Shape;
@@ -74,7 +74,7 @@ fn inspection(account: Account, tree: &Tree, process: &Process) -> Answer {
             Memory::Reclaimed(reclaim) => Some(reclaim),
             Memory::Kept | Memory::Asked => None,
         },
-        memory_kills: process.killed.iter().map(|killed| killed.told.clone()).collect(),
+        memory_kills: kills::named(&process.killed).cloned().collect(),
     })
 }
 

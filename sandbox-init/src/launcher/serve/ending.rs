@@ -11,7 +11,7 @@ use proto::launch::v1::reply::Body as Answer;
 
 use super::answers::unknown;
 use super::process::{Phase, Unwatched};
-use super::{End, Launcher};
+use super::{End, Launcher, kills};
 use crate::launcher::background::{Order, chain};
 use crate::launcher::ids::Slot;
 use crate::launcher::shape::Shape;
@@ -85,7 +85,7 @@ impl Launcher<'_> {
         };
         let mounts = process.mounts.or_else(|| process.blank?.mounts);
         let removed = self.remove(process.name.clone(), process.slot, mounts);
-        let last_memory_kill = process.killed.pop_back().map(|killed| killed.told);
+        let last_memory_kill = kills::named(&process.killed).next_back().cloned();
         let ended = sandbox_id.map(|sandbox_id| wire::SandboxEnded {
             sandbox_id,
             wait_status: status,

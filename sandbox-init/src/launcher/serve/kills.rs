@@ -1,8 +1,9 @@
 //! Privileged by its place only: keeps what the kernel's log says about the sandboxes of this launcher.
 //!
 //! The log is read when somebody asks about a sandbox in which the kernel has killed for memory, and never else. A record
-//! counts for the sandbox whose group and whose ids it names; the count of the kernel says which of its kills it was, so that a
-//! record that the log has lost is not taken for another one.
+//! counts for the sandbox whose group and whose ids it names. The kernel says of every kill that there was one, and of ten in five
+//! seconds, on the whole host, in which group: a kill without a name is kept as one, so that the count of the kernel tells which
+//! kill a name belongs to. Where records were lost, the kills before them are not told.
 
 use std::collections::VecDeque;
 
@@ -23,6 +24,9 @@ impl Launcher<'_> {
             match entry {
                 Entry::Victim(victim) => self.note_victim(victim),
                 Entry::Used { pid, uid, bytes } => self.note_use(pid, uid, bytes),
+                Entry::Gap => self.processes.values_mut().for_each(|process| {
+                    process.killed.retain(|killed| killed.told.number > 0);
+                }),
             }
         }
         for process in self.processes.values_mut().filter(|process| is_new(process.killed.back())) {
@@ -34,20 +38,30 @@ impl Launcher<'_> {
         let Victim { sandbox, pid, uid, process: name } = victim;
         let is_meant = |process: &&mut Process| process.name == sandbox && process.slot.holds(uid);
         let Some(process) = self.processes.values_mut().find(is_meant) else { return };
-        if process.killed.len() == MOST_KILLS {
-            process.killed.pop_front();
-        }
-        let told = wire::MemoryKill { number: 0, process: name, used_bytes: 0 };
-        process.killed.push_back(Killed { pid, told });
+        note(process, pid, name, 0);
     }
 
     fn note_use(&mut self, pid: u32, uid: u32, bytes: u64) {
-        let holding = self.processes.values_mut().filter(|process| process.slot.holds(uid));
-        let mut newest = holding.filter_map(|process| process.killed.back_mut());
-        if let Some(killed) = newest.find(|killed| killed.pid == pid && killed.told.used_bytes == 0) {
-            killed.told.used_bytes = bytes;
+        let Some(process) = self.processes.values_mut().find(|process| process.slot.holds(uid)) else { return };
+        match process.killed.back_mut().filter(|killed| killed.pid == pid && killed.told.used_bytes == 0) {
+            Some(killed) => killed.told.used_bytes = bytes,
+            // The kernel has not said in which group.
+            None => note(process, pid, String::new(), bytes),
         }
     }
+}
+
+fn note(process: &mut Process, pid: u32, name: String, used_bytes: u64) {
+    if process.killed.len() == MOST_KILLS {
+        process.killed.pop_front();
+    }
+    let told = wire::MemoryKill { number: 0, process: name, used_bytes };
+    process.killed.push_back(Killed { pid, told });
+}
+
+/// The kills of a sandbox whose victims have a name.
+pub(super) fn named(killed: &VecDeque<Killed>) -> impl DoubleEndedIterator<Item = &wire::MemoryKill> {
+    killed.iter().map(|killed| &killed.told).filter(|told| !told.process.is_empty())
 }
 
 fn is_new(killed: Option<&Killed>) -> bool {
@@ -146,17 +160,36 @@ mod tests {
             victim("s-test-5", "one", 5, first),
             used(5, first),
             used(5, foreign),
-            used(6, first),
             victim("s-test-5", "x,pid=1,uid=0", 7, last),
-            used(8, last),
         ]);
 
         launcher.learn_of_kills();
 
-        let told: Vec<_> = launcher.processes[&7].killed.iter().map(|killed| killed.told.clone()).collect();
+        let told: Vec<_> = named(&launcher.processes[&7].killed).cloned().collect();
         let kill =
             |number, process: &str, used_bytes| wire::MemoryKill { number, process: process.to_owned(), used_bytes };
         assert_eq!(told, [kill(2, "one", 4096), kill(3, "x,pid=1,uid=0", 0)]);
+    }
+
+    /// The kernel names ten victims in five seconds, on the whole host, and no group of those that follow.
+    #[test]
+    fn kill_without_a_name_is_not_told_with_the_name_of_the_one_before_it() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let base = directory.path().join(BASE);
+        std::fs::create_dir_all(base.join("s-test-5")).expect("a directory");
+        std::fs::write(base.join("s-test-5/memory.events"), "oom_kill 2\n").expect("written");
+        let ((background, _theirs), (connection, _runner)) = (pair(), pair());
+        let mut launcher = launcher(directory.path(), background, connection);
+        launcher.parts.tree = Tree::unified_at(&base);
+        sandbox(&mut launcher);
+        let uid = launcher.processes[&7].slot.base;
+        launcher.parts.kernel_log = log_of(&[victim("s-test-5", "one", 5, uid), used(5, uid), used(6, uid)]);
+
+        launcher.learn_of_kills();
+
+        let told: Vec<_> = named(&launcher.processes[&7].killed).cloned().collect();
+        assert_eq!(told, [wire::MemoryKill { number: 1, process: "one".to_owned(), used_bytes: 4096 }]);
+        assert_eq!(launcher.processes[&7].killed.back().map(|killed| killed.told.number), Some(2));
     }
 
     #[test]
