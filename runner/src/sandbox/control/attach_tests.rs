@@ -160,7 +160,11 @@ async fn calls_that_nobody_knows_go_on_until_they_are_to_be_ended_and_then_are_d
         match body {
             Ask::Hello(_) => vec![welcome(request_id), started("r"), advanced("r", 1), finished("f")],
             Ask::Snapshot(_) => vec![shown(request_id, &calls), advanced("r", 2), finished("g")],
-            Ask::Cancel(_) => vec![done(request_id), advanced("r", 3), finished("r")],
+            Ask::Cancel(cancel) if cancel.call_id == "r" => vec![done(request_id), advanced("r", 3), finished("r")],
+            Ask::Cancel(_) => {
+                let failure = wire::Failure { code: "CALL_NOT_RUNNING".into(), ..Default::default() };
+                vec![frame(request_id, Body::Failure(failure))]
+            }
             _ => vec![done(request_id)],
         }
     });
@@ -186,6 +190,8 @@ async fn calls_that_nobody_knows_go_on_until_they_are_to_be_ended_and_then_are_d
         }
     }
     acknowledged.sort();
+    // Whether the end of that one is read before it is asked to end is chance.
+    killed.retain(|call_id| call_id != "g");
     assert_eq!((aborted, killed), (vec!["p".to_owned()], vec!["r".to_owned()]));
     assert_eq!(acknowledged, ["f", "g", "r"]);
     assert!(!resumed.control.shared().state().calls.has_strangers());
