@@ -35,7 +35,7 @@ pub(crate) struct Intent {
     /// Name of the draft beside the file; empty when the file is overwritten in place.
     #[prost(bytes = "vec", tag = "1")]
     pub(crate) draft: Vec<u8>,
-    /// The draft, or the file that is overwritten.
+    /// The draft, or the file that is overwritten; all 0 of a draft that may not have been made.
     #[prost(message, required, tag = "2")]
     pub(crate) identity: Identity,
     /// SHA-256 of the whole new content; only of a file that is overwritten in place.
@@ -129,6 +129,14 @@ impl<'a> Notebook<'a> {
         Self { file: None, answer: "" }
     }
 
+    /// An empty `draft` is about to be made beside the file. Nothing but its name is known of it.
+    ///
+    /// # Errors
+    /// As [`Notebook::will_rename`].
+    pub(crate) fn will_create(&self, draft: &OsStr) -> Result<(), Errno> {
+        self.note(|| Intent { draft: draft.as_bytes().to_vec(), ..Intent::default() })
+    }
+
     /// The content is about to be written to `draft` beside the file, and then to take its name.
     ///
     /// # Errors
@@ -212,6 +220,13 @@ fn find(place: &Place, intent: &Intent) -> Found {
         return Found::Replaced;
     }
     let draft = OsStr::from_bytes(&intent.draft);
+    if intent.identity == Identity::default() {
+        // It was made, or not, and nothing was written to it; its name is too long a chance to be somebody else's.
+        if look(draft).is_some_and(|draft| is_regular(&draft) && draft.st_size == 0) {
+            let _ = unlinkat(&slot.directory, draft, UnlinkatFlags::NoRemoveDir);
+        }
+        return Found::Unchanged;
+    }
     if !look(draft).is_some_and(|draft| intent.identity.is_same_file(&draft)) {
         return Found::Neither;
     }

@@ -132,3 +132,22 @@ fn nothing_is_written_when_it_cannot_be_noted() {
     workspace.error("write", &json!({"file_path": "a", "content": "new"}));
     assert_eq!((workspace.content("a"), workspace.leftovers()), ("old".to_owned(), Vec::new()));
 }
+
+/// Between the making of a draft and the word of what it is there is a moment.
+#[test]
+fn tool_that_is_killed_while_its_draft_is_made_has_changed_nothing_and_leaves_none() {
+    let (workspace, file) = workspace();
+    workspace.put("a", "old");
+    let input = json!({"file_path": "a", "content": "new"});
+    Notebook::new(&workspace.context, "done so").will_create(OsStr::new(".tmp-1")).expect("noted");
+    assert_eq!(settled(&workspace, "write", &input, &file), (Found::Unchanged, None), "it was not made yet");
+
+    fs::write(workspace.path(".tmp-1"), "").expect("made");
+    assert_eq!(settled(&workspace, "write", &input, &file), (Found::Unchanged, None));
+    assert!(!workspace.path(".tmp-1").exists());
+
+    fs::write(workspace.path(".tmp-1"), "of somebody else").expect("a file");
+    assert_eq!(settled(&workspace, "write", &input, &file), (Found::Unchanged, None));
+    assert!(workspace.path(".tmp-1").exists());
+    assert_eq!(fs::read_to_string(workspace.path("a")).expect("it is there"), "old");
+}

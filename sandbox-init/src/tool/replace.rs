@@ -116,7 +116,7 @@ impl<E: Into<ReplaceError>> From<E> for Attempt {
 }
 
 fn by_rename(directory: &OwnedFd, slot: &Slot, existing: Option<&FileStat>, new: &New<'_>) -> Result<(), Attempt> {
-    let mut draft = Draft::create(directory).map_err(|error| match error {
+    let mut draft = Draft::create(directory, new.notebook).map_err(|error| match error {
         Errno::EACCES | Errno::EPERM => Attempt::Impossible(error),
         other => other.into(),
     })?;
@@ -167,11 +167,12 @@ struct Draft<'a> {
 }
 
 impl<'a> Draft<'a> {
-    fn create(directory: &'a OwnedFd) -> Result<Self, Errno> {
+    fn create(directory: &'a OwnedFd, notebook: &Notebook<'_>) -> Result<Self, Errno> {
         let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         for attempt in 0..NAME_ATTEMPTS {
             // The hasher is seeded by the kernel; the name has to be unused, not secret: O_EXCL does the rest.
             let name = OsString::from(format!(".tmp-{:016x}", RandomState::new().hash_one(attempt)));
+            notebook.will_create(&name)?;
             match openat(directory, name.as_os_str(), flags, Mode::from_bits_truncate(0o600)) {
                 Ok(file) => return Ok(Self { directory, name, file: File::from(file), renamed: false }),
                 Err(Errno::EEXIST) => {}
