@@ -16,7 +16,7 @@ use proto::runner::v1::outcome::Kind;
 use sandbox_runner_tests::daemon::{Daemon, Options, Workspace, bash, text_of, within};
 use sandbox_runner_tests::rootfs::shared_directory;
 use sandbox_runner_tests::runner::binary;
-use sandbox_runner_tests::{host, needs_root, skip};
+use sandbox_runner_tests::{host, needs_root};
 
 /// Memory limit of the sandboxes of these tests.
 const LIMIT: u64 = 128 << 20;
@@ -161,13 +161,11 @@ async fn kill_that_a_command_survives_is_told_with_its_name_and_never_with_that_
     end(daemon).await;
 }
 
-/// The victim is process 1: with controllers of version 1 it is in the same group as the workload.
+/// With controllers of version 1 process 1 is in the same group as the workload, and may be the victim. With version 2 it has a
+/// group and a limit of its own, and what the workload lacks is not its.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn session_whose_process_1_is_killed_for_memory_ends_with_the_limit_and_the_name() {
     needs_root!();
-    if !Path::new("/sys/fs/cgroup/memory").is_dir() {
-        skip!("process 1 has a memory limit of its own with controllers of version 2");
-    }
     let _host = host::exclusive();
     let daemon = Daemon::start(Options::default()).await;
     let session = daemon.session("lost").await;
@@ -175,6 +173,16 @@ async fn session_whose_process_1_is_killed_for_memory_ends_with_the_limit_and_th
     let process_1 = Workspace::find("lost").expect("its sandbox lives").process_1;
     fs::write(format!("/proc/{process_1}/oom_score_adj"), "1000").expect("root may");
     let mut log = Log::open();
+    if !Path::new("/sys/fs/cgroup/memory").is_dir() {
+        session.send("starved", bash("tail /dev/zero"));
+        let ended = within("starved", session.ended("starved")).await.expect("an end");
+        let outcome = ended.outcome.and_then(|outcome| outcome.kind);
+        assert!(matches!(outcome, Some(Kind::OutOfMemory(_))), "{outcome:?}");
+        within("after it", session.bash("after", "echo on")).await.expect("the session goes on");
+        assert_eq!(Workspace::find("lost").map(|workspace| workspace.process_1), Some(process_1));
+        within("close", session.close(Duration::ZERO)).await.expect("the session ends");
+        return end(daemon).await;
+    }
 
     // Many that have little each: none of them is worse than process 1 now.
     let command = "for i in $(seq 12); do head -c 16M /dev/zero | tail -n 1 | sleep 600 & done; wait";
