@@ -45,6 +45,16 @@ impl Site {
         site
     }
 
+    /// With these lines in the section of the queue, in place of a short idle time and nothing else.
+    async fn start_with(lines: &str) -> Self {
+        let mock = Mock::start().await;
+        let environment = mock.lock().create_environment("test").expect("an environment");
+        let mut daemon = ours::install_with(&[(&mock, &environment)], false, Options::default(), lines).await;
+        daemon.start_launcher().await;
+        daemon.tend_runner();
+        Self { daemon, mock, environment }
+    }
+
     fn session(&self) -> String {
         self.mock.lock().create_session(&self.environment.id, NewSession::default()).expect("a session")
     }
@@ -217,13 +227,7 @@ async fn session_uses_all_tools_and_finds_its_workspace_in_the_next_work_item() 
 async fn workspace_of_a_session_that_stays_away_for_longer_than_configured_is_removed() {
     needs_root!();
     let _host = host::shared();
-    let mock = Mock::start().await;
-    let environment = mock.lock().create_environment("test").expect("an environment");
-    let lines = "max_idle_seconds = 1\nkeep_seconds = 1\n";
-    let daemon = ours::install_with(&[(&mock, &environment)], false, Options::default(), lines).await;
-    let mut site = Site { daemon, mock, environment };
-    site.daemon.start_launcher().await;
-    site.daemon.tend_runner();
+    let site = Site::start_with("max_idle_seconds = 1\nkeep_seconds = 1\n").await;
     let session = site.session();
     assert_eq!(site.bash(&session, "echo kept > /workspace/file").await, "(no output)");
     site.end_turn(&session);
@@ -427,13 +431,7 @@ async fn command_that_runs_when_the_runner_is_told_to_end_is_ended_answered_and_
 async fn item_that_waits_longer_than_configured_for_a_confirmation_is_given_back_and_its_call_runs_when_that_comes() {
     needs_root!();
     let _host = host::shared();
-    let mock = Mock::start().await;
-    let environment = mock.lock().create_environment("test").expect("an environment");
-    let lines = "max_idle_seconds = 1\nmax_wait_seconds = 1\n";
-    let daemon = ours::install_with(&[(&mock, &environment)], false, Options::default(), lines).await;
-    let mut site = Site { daemon, mock, environment };
-    site.daemon.start_launcher().await;
-    site.daemon.tend_runner();
+    let site = Site::start_with("max_idle_seconds = 1\nmax_wait_seconds = 1\n").await;
     let session = site.session();
     assert_eq!(site.bash(&session, "echo kept > /workspace/file").await, "(no output)");
     let asked = site.use_tool(&session, ToolUse::bash("cat /workspace/file").permission(Some("ask")));

@@ -221,7 +221,7 @@ fn find(place: &Place, intent: &Intent) -> Found {
     }
     let draft = OsStr::from_bytes(&intent.draft);
     if intent.identity == Identity::default() {
-        // It was made, or not, and nothing was written to it; its name is too long a chance to be somebody else's.
+        // It was made, or not, and nothing was written to it. A name that was drawn is nobody else's, and an empty file is no loss.
         if look(draft).is_some_and(|draft| is_regular(&draft) && draft.st_size == 0) {
             let _ = unlinkat(&slot.directory, draft, UnlinkatFlags::NoRemoveDir);
         }

@@ -6,6 +6,7 @@
 //! and its result is posted until the server has it. `machine` decides all of it and is pure; `task` carries it out. Credentials
 //! stay in this process.
 
+mod answer;
 mod api;
 mod board;
 mod check;
@@ -21,6 +22,7 @@ mod machine;
 mod remedy;
 mod secret;
 mod sse;
+mod stream;
 mod task;
 #[cfg(test)]
 mod testing;

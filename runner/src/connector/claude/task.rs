@@ -6,33 +6,29 @@ use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use prost::Message;
-use proto::runner::v1 as pb;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use super::Neighbours;
+use super::answer::blocks;
 use super::api::Api;
 use super::board::Board;
-use super::content::{self, Blocks};
 use super::handover::Writer;
 use super::http::Failure;
-use super::machine::{Action, Answer, Event, Finish, Machine, Room};
+use super::machine::{Action, Event, Finish, Machine, Room};
 use super::secret::Secret;
-use super::sse::{Frame, Parser};
-use super::wire::{self, Delivery};
+use super::stream::read_stream;
+use super::wire::Delivery;
 use crate::connector::Ports;
 use crate::connector::orchestrator::Stop;
 use crate::crash_point::{self, Point};
-use crate::work::{CallId, CallResult, Content, OutputSource, Progress, Stream, ToolResult, WorkItem};
+use crate::work::{OutputSource, Progress, WorkItem};
 
 /// Reports of requests that wait for the loop. When it is full, streams are not read on.
 const QUEUED_REPORTS: usize = 256;
 /// Work that waits for the sessions. When there is so much, no more reports are taken.
 const QUEUED_WORK: usize = 1024;
-/// Largest result that is read back from a sandbox.
-const MOST_RESULT_BYTES: usize = 64 * 1024 * 1024;
 /// The clock of a lease goes on while the machine sleeps, and timers do not.
 const SLEEP_CEILING: Duration = Duration::from_secs(1);
 /// Whoever finds no place tries again within this time, in nanoseconds, and every loop looks once in [`SLEEP_CEILING`].
@@ -314,140 +310,7 @@ impl Loop {
     }
 }
 
-async fn report(reports: &mpsc::Sender<Event>, event: Event) {
+pub(super) async fn report(reports: &mpsc::Sender<Event>, event: Event) {
     // A closed channel means that the loop has ended, and with it everybody who cares.
     let _ = reports.send(event).await;
-}
-
-async fn read_stream(
-    api: &Api,
-    secret: &Secret,
-    work_id: &str,
-    session_id: &str,
-    link: u64,
-    reports: &mpsc::Sender<Event>,
-) -> Result<(), Failure> {
-    let mut pieces = api.stream(secret, session_id).await?;
-    report(reports, Event::Connected { work_id: work_id.to_owned(), link }).await;
-    let mut parser = Parser::default();
-    while let Some(bytes) = pieces.next().await? {
-        for frame in parser.feed(&bytes).map_err(|error| Failure::Transport(error.to_string()))? {
-            if let Some(event) = event_of(&frame)? {
-                report(reports, Event::Live { work_id: work_id.to_owned(), link, event }).await;
-            }
-        }
-    }
-    Ok(())
-}
-
-/// The event of a frame. What it is stands in its data, and its name is of use only where there is something else in it.
-fn event_of(frame: &Frame) -> Result<Option<wire::Event>, Failure> {
-    match frame.name.as_str() {
-        "ping" => return Ok(None),
-        "error" => {
-            let envelope: serde_json::Value = serde_json::from_str(&frame.data).unwrap_or_default();
-            let kind = wire::printable(envelope["error"]["type"].as_str().unwrap_or("unknown"));
-            let status = match kind.as_str() {
-                "authentication_error" => 401,
-                "permission_error" => 403,
-                "not_found_error" => 404,
-                _ => 500,
-            };
-            return Err(Failure::Status { status, kind, retry_after: None });
-        }
-        _ => {}
-    }
-    Ok(serde_json::from_str(&frame.data).ok().map(wire::event))
-}
-
-async fn blocks(answer: Answer, outputs: &dyn OutputSource) -> Blocks {
-    match answer {
-        Answer::Text(text) => content::text(true, &text),
-        Answer::Result { call_id, result, interrupted, is_new } => {
-            let told = content::Told { interrupted, is_new };
-            if !result.presented.content.is_empty() {
-                return content::blocks(&result.end, &result.presented, told);
-            }
-            match read_result(&call_id, &result, outputs).await {
-                Some(presented) => content::blocks(&result.end, &presented, told),
-                None => {
-                    error!(tool_call_id = %call_id, "a result that was kept in its sandbox cannot be read");
-                    content::text(true, "the call has ended, and its result is not kept any more; ask for less at once")
-                }
-            }
-        }
-    }
-}
-
-/// A result that was too large to travel with the end of its call.
-async fn read_result(call_id: &CallId, result: &CallResult, outputs: &dyn OutputSource) -> Option<ToolResult> {
-    let summary = result.end.streams.iter().find(|stream| stream.stream == Stream::Result)?;
-    let total = usize::try_from(summary.total_bytes).ok().filter(|total| *total <= MOST_RESULT_BYTES)?;
-    let mut bytes = summary.inline.clone().unwrap_or_default();
-    while bytes.len() < total {
-        let offset = bytes.len() as u64;
-        let chunk =
-            outputs.read_output(call_id, Stream::Result, offset, crate::work::limits::CHUNK_BYTES).await.ok()?;
-        if chunk.offset != offset || chunk.bytes.is_empty() {
-            return None;
-        }
-        bytes.extend(chunk.bytes);
-    }
-    let decoded = pb::ToolResult::decode(bytes.as_slice()).ok()?;
-    let content = decoded.content.into_iter().map(|block| match block.kind? {
-        pb::content_block::Kind::Text(text) => Some(Content::Text(text)),
-        pb::content_block::Kind::Image(media) => {
-            Some(Content::Image { media_type: media.media_type, data: media.data })
-        }
-        pb::content_block::Kind::Document(media) => {
-            Some(Content::Document { media_type: media.media_type, data: media.data })
-        }
-    });
-    Some(ToolResult { is_error: decoded.is_error, content: content.collect::<Option<_>>()? })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::connector::claude::testing;
-
-    fn frame(name: &str, data: &str) -> Frame {
-        Frame { name: name.to_owned(), data: data.to_owned() }
-    }
-
-    #[test]
-    fn what_an_event_is_stands_in_its_data() {
-        let interrupt = r#"{"type":"user.interrupt"}"#;
-        let expected = wire::Event::Interrupt { thread_id: None };
-        for name in ["", "message", "user.interrupt", "agent.message"] {
-            assert_eq!(event_of(&frame(name, interrupt)).expect("no failure"), Some(expected.clone()));
-        }
-        assert_eq!(event_of(&frame("ping", "{}")).expect("no failure"), None);
-        assert_eq!(event_of(&frame("message", "not JSON")).expect("no failure"), None);
-    }
-
-    #[tokio::test]
-    async fn event_without_an_end_ends_the_stream_and_says_so() {
-        let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\ndata: ";
-        let server = testing::Server::start(testing::Answer::endless(head, vec![b'x'; 65_536]), None).await;
-        let (reports, mut heard) = mpsc::channel(4);
-        let api = testing::api(server.plain());
-        let read = read_stream(&api, &testing::secret(), "work_1", "sesn_1", 1, &reports).await;
-        assert_eq!(
-            read.expect_err("an end").to_string(),
-            "the connection failed: an event has more than 16777216 bytes"
-        );
-        assert!(matches!(heard.try_recv(), Ok(Event::Connected { .. })));
-        assert!(heard.try_recv().is_err());
-    }
-
-    #[test]
-    fn errors_on_a_stream_are_final_only_where_the_runner_is_refused() {
-        let fatal = |kind: &str| {
-            let data = format!(r#"{{"type":"error","error":{{"type":"{kind}","message":"m"}}}}"#);
-            event_of(&frame("error", &data)).expect_err("a failure").is_fatal()
-        };
-        assert!(fatal("authentication_error") && fatal("permission_error") && fatal("not_found_error"));
-        assert!(!fatal("overloaded_error") && !fatal("api_error") && !fatal("novel"));
-    }
 }

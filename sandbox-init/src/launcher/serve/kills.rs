@@ -79,6 +79,7 @@ fn number(killed: &mut VecDeque<Killed>, counted: u64) {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+    use std::path::Path;
 
     use super::super::pool::tests::{launcher, pair};
     use super::super::process::{Memory, Phase};
@@ -89,7 +90,15 @@ mod tests {
 
     const BASE: &str = "sandbox-runner-6867e7a6";
 
-    fn sandbox(launcher: &mut Launcher<'_>) {
+    /// A launcher with one sandbox, number 7, in which the kernel has counted so many kills.
+    fn with_sandbox(directory: &Path, kills: u64) -> Launcher<'static> {
+        let base = directory.join(BASE);
+        std::fs::create_dir_all(base.join("s-test-5")).expect("a directory");
+        std::fs::write(base.join("s-test-5/memory.events"), format!("oom_kill {kills}\n")).expect("written");
+        // Nobody is at the other ends.
+        let ((background, _), (connection, _)) = (pair(), pair());
+        let mut launcher = launcher(directory, background, connection);
+        launcher.parts.tree = Tree::unified_at(&base);
         let pid = i32::try_from(std::process::id()).expect("a pid");
         let process = Process {
             name: "s-test-5".to_owned(),
@@ -106,6 +115,7 @@ mod tests {
             killed: VecDeque::new(),
         };
         launcher.processes.insert(7, process);
+        launcher
     }
 
     fn victim(sandbox: &str, process: &str, pid: u32, uid: u32) -> String {
@@ -142,13 +152,7 @@ mod tests {
     #[test]
     fn only_kills_in_the_group_and_with_the_ids_of_a_sandbox_are_told_of_it() {
         let directory = tempfile::tempdir().expect("a directory");
-        let base = directory.path().join(BASE);
-        std::fs::create_dir_all(base.join("s-test-5")).expect("a directory");
-        std::fs::write(base.join("s-test-5/memory.events"), "oom_kill 3\n").expect("written");
-        let ((background, _theirs), (connection, _runner)) = (pair(), pair());
-        let mut launcher = launcher(directory.path(), background, connection);
-        launcher.parts.tree = Tree::unified_at(&base);
-        sandbox(&mut launcher);
+        let mut launcher = with_sandbox(directory.path(), 3);
         let (first, count) = (launcher.processes[&7].slot.base, launcher.processes[&7].slot.count);
         let (last, foreign) = (first + count - 1, first + count);
         launcher.parts.kernel_log = log_of(&[
@@ -175,13 +179,7 @@ mod tests {
     #[test]
     fn kill_without_a_name_is_not_told_with_the_name_of_the_one_before_it() {
         let directory = tempfile::tempdir().expect("a directory");
-        let base = directory.path().join(BASE);
-        std::fs::create_dir_all(base.join("s-test-5")).expect("a directory");
-        std::fs::write(base.join("s-test-5/memory.events"), "oom_kill 2\n").expect("written");
-        let ((background, _theirs), (connection, _runner)) = (pair(), pair());
-        let mut launcher = launcher(directory.path(), background, connection);
-        launcher.parts.tree = Tree::unified_at(&base);
-        sandbox(&mut launcher);
+        let mut launcher = with_sandbox(directory.path(), 2);
         let uid = launcher.processes[&7].slot.base;
         launcher.parts.kernel_log = log_of(&[victim("s-test-5", "one", 5, uid), used(5, uid), used(6, uid)]);
 

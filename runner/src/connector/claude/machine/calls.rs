@@ -121,7 +121,7 @@ impl Machine {
         let Some(item) = self.items.get_mut(work_id) else { return };
         match item.conversation.finished(now, tool_use_id) {
             Fate::Post { interrupted } => {
-                let is_new = has_run(&result.end.outcome) && self.is_first_of_a_new_sandbox(work_id, &call_id);
+                let is_new = has_run(&result.end.outcome) && self.note_run(work_id, &call_id);
                 let answer = Answer::Result { call_id, result, interrupted, is_new };
                 self.deliver(work_id, tool_use_id.to_owned(), answer);
             }
@@ -129,9 +129,9 @@ impl Machine {
         }
     }
 
-    /// Whether the result of a call is the first one of a sandbox that has nothing of what its session has done before. It says so
-    /// each time that it is posted.
-    fn is_first_of_a_new_sandbox(&mut self, work_id: &str, call_id: &CallId) -> bool {
+    /// Takes note that a call has run, and says whether its result is the first one of a sandbox that has nothing of what its session
+    /// has done before. It says so each time that it is posted.
+    fn note_run(&mut self, work_id: &str, call_id: &CallId) -> bool {
         let Some(known) = self.calls.get(call_id) else { return false };
         let (session_id, was_told) = (known.session_id.clone(), known.is_new);
         let is_new = self.take_is_new(&session_id) || was_told;
