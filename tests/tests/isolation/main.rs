@@ -8,4 +8,5 @@ mod controls;
 mod expectations;
 mod inheritance;
 mod neighbours;
+mod peers;
 mod resources;
