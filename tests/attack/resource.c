@@ -8,10 +8,12 @@
 #include <fcntl.h>
 #include <mqueue.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -21,6 +23,7 @@
 #include <sys/statvfs.h>
 #include <sys/un.h>
 #include <sys/wait.h>
+#include <termios.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -244,6 +247,35 @@ static int missing_names(long count) {
     return 0;
 }
 
+/*
+ * denied COUNT: calls that the filter refuses, device commands that landlock refuses, and processes that the filter kills for a
+ * call of another table. Whoever writes each of them down fills the host's log.
+ */
+static int denied(long count) {
+    int device = open("/proc/cmdline", O_RDONLY | O_CLOEXEC);
+    struct termios ignored;
+    long refused = 0, killed = 0;
+    for (long i = 0; i < count; i++) {
+        refused += unshare(CLONE_NEWUSER) < 0;
+        refused += ioctl(device, TCGETS, &ignored) < 0;
+    }
+#ifdef __x86_64__
+    for (long i = 0; i < count / 100; i++) {
+        pid_t child = fork();
+        if (child == 0) {
+            long result = 20;
+            __asm__ volatile("int $0x80" : "+a"(result) : : "memory");
+            _exit(0);
+        }
+        int status = 0;
+        waitpid(child, &status, 0);
+        killed += WIFSIGNALED(status);
+    }
+#endif
+    report("R20", "denied calls", refused == 2 * count ? HELD : BREACHED, 0, "%ld refused, %ld killed", refused, killed);
+    return 0;
+}
+
 /* core: a process with much memory aborts. What is left is found by the caller. */
 static int dump_core(void) {
     memory_bomb(32);
@@ -428,6 +460,8 @@ int resource_command(int argc, char **argv) {
         return kernel_objects(bound);
     if (strcmp(name, "files") == 0 && argc == 2)
         return open_files(bound);
+    if (strcmp(name, "denied") == 0 && argc == 2)
+        return denied(bound);
     if (strcmp(name, "names") == 0 && argc == 2)
         return missing_names(bound);
     if (strcmp(name, "flood") == 0 && argc == 2)
