@@ -277,8 +277,8 @@ const LAYERS: &[Layer] = &[
     Layer {
         switch: "cgroup_limits",
         receipt: "cgroup_cpu",
-        options: &[("--cpus", "0.2")],
-        attack: &["cpu", "4", "1000", "40"],
+        options: &[("--cpus", "0.1")],
+        attack: &["cpu", "4", "2000", "16"],
         rows: &["R07"],
     },
 ];

@@ -10,3 +10,4 @@ mod inheritance;
 mod neighbours;
 mod peers;
 mod resources;
+mod table;

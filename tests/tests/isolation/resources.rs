@@ -1,5 +1,8 @@
 //! Attacks on quantities: each ends at the limit of its sandbox, is named, and leaves the host as it was.
 
+use std::fs::File;
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -7,7 +10,7 @@ use sandbox_runner_tests::host::{self, Snapshot};
 use sandbox_runner_tests::needs_root;
 use sandbox_runner_tests::prober::{self, Row, Verdict};
 use sandbox_runner_tests::rootfs::{PROBER, Rootfs};
-use sandbox_runner_tests::runner::{Caller, Exec, wait};
+use sandbox_runner_tests::runner::{Caller, Exec, is_slow, wait};
 
 const MIB: u64 = 1 << 20;
 
@@ -317,6 +320,32 @@ fn assert_unread_output_costs_no_memory(caller: Caller) {
     for (pid, peak) in &peaks {
         assert!(*peak < 160 * 1024, "{caller:?}: process {pid} grew to {peak} KiB: {peaks:?}");
     }
+}
+
+/// Neither the filters nor landlock write down what they refuse, and the kernel bounds what it writes of killed processes.
+#[test]
+fn refused_calls_do_not_fill_the_kernel_log() {
+    needs_root!();
+    let _host = host::exclusive();
+    let log = File::options().read(true).custom_flags(nix::libc::O_NONBLOCK).open("/dev/kmsg");
+    let Ok(mut log) = log else { sandbox_runner_tests::skip!("the kernel log cannot be read") };
+    log.seek(SeekFrom::End(0)).expect("a log that is read from its end");
+    let count = if is_slow() { "5000" } else { "100000" };
+
+    let report = attack(&[], &["denied", count]);
+
+    let row = report.row("R20");
+    assert_eq!(row.result, Verdict::Held, "{row}");
+    let mut record = vec![0; 16 << 10];
+    let mut lines = 0;
+    loop {
+        match log.read(&mut record) {
+            Ok(length) if length > 0 => lines += 1,
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => panic!("the log was overrun"),
+            _ => break,
+        }
+    }
+    assert!(lines < 500, "{lines} lines of log for {row}");
 }
 
 fn peak_kib(pid: u32) -> Option<u64> {
