@@ -207,7 +207,9 @@ fn options_work_for_root_and_for_an_ordinary_user() {
         assert!(absent.errors().contains("cannot enter the working directory"), "{caller:?}: {}", absent.errors());
         let network = exec("--network", "none").run(["sh", "-c", "cat /proc/net/dev | wc -l"]);
         assert_eq!(network.text().trim(), "3", "{caller:?}: loopback and two lines of titles: {}", network.errors());
-        let mut input = Exec::new(caller).flag("--stdin").command(["sh", "-c", "read line; echo \"got $line\""]);
+        // Kept, so that its state directory is there as long as the command runs.
+        let with_input = Exec::new(caller).flag("--stdin");
+        let mut input = with_input.command(["sh", "-c", "read line; echo \"got $line\""]);
         input.stdin(std::fs::File::open("/proc/sys/kernel/ostype").expect("a file of one line"));
         let input = finish(input, PATIENCE).expect("the command ends");
         assert_eq!(input.text(), "got Linux\n", "{caller:?}: {}", input.errors());
