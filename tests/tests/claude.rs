@@ -224,6 +224,63 @@ async fn session_uses_all_tools_and_finds_its_workspace_in_the_next_work_item() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bash_rows_of_the_toolset_hold_in_a_sandbox() {
+    needs_root!();
+    let _host = host::shared();
+    let site = Site::start(300).await;
+    let session = site.session();
+    let command = |command: &str| json!({"command": command});
+    for (input, text, is_error) in [
+        (command("(exit 4)"), "exit code: 4", true),
+        (
+            json!({"command": "echo part; sleep 60", "timeout_ms": 1500}),
+            "part\nbash: command timed out after 1500ms",
+            true,
+        ),
+        (command("echo alive"), "alive", false),
+        (command("exit 7"), "exit code: 7 (shell restarted)", true),
+        (command("echo x"), "x", false),
+        (command("exit 0"), "exit code: 0 (shell restarted)", true),
+        (json!({"restart": true, "command": "echo r"}), "r", false),
+        (json!({"restart": true}), "bash session restarted", false),
+        (command("printf '\\033[31mred\\033[0m'"), "red", false),
+        (command("cd /tmp && export A=5"), "(no output)", false),
+        (command("pwd; echo $A"), "/tmp\n5", false),
+    ] {
+        assert_eq!(site.text(&session, "bash", input.clone()).await, (text.to_owned(), is_error), "{input}");
+    }
+    site.end_turn(&session);
+    site.end();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn output_that_was_spilled_can_be_read_and_searched_and_not_written() {
+    needs_root!();
+    let _host = host::shared();
+    let site = Site::start(300).await;
+    let session = site.session();
+
+    let long = site.bash(&session, "seq 1 30000").await;
+
+    let (_, note) = long.rsplit_once('\n').expect("a last line");
+    let path = note.strip_suffix(']').and_then(|note| note.rsplit_once(' ')).unwrap_or_else(|| panic!("{note}")).1;
+    let read = json!({"file_path": path, "view_range": [9, 10]});
+    assert_eq!(site.text(&session, "read", read).await, ("9\n10".to_owned(), false));
+    let found = site.text(&session, "grep", json!({"pattern": "^29999$", "path": path})).await;
+    assert_eq!((found.0.trim_end(), found.1), ("29999:29999", false));
+    for (tool, input) in [
+        ("write", json!({"file_path": path, "content": "x"})),
+        ("edit", json!({"file_path": path, "old_string": "29999", "new_string": "x"})),
+    ] {
+        let (text, is_error) = site.text(&session, tool, input).await;
+        assert!(is_error && text.contains("is inside read-only directory"), "{tool}: {text}");
+    }
+    assert_eq!(site.bash(&session, &format!("tail -1 {path}")).await, "30000");
+    site.end_turn(&session);
+    site.end();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn workspace_of_a_session_that_stays_away_for_longer_than_configured_is_removed() {
     needs_root!();
     let _host = host::shared();

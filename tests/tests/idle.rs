@@ -246,6 +246,11 @@ async fn assert_begins_anew(session: &Session, workspace: &Workspace, name: &str
     let note = note_of(&finished.message).expect("it is told");
     assert!(note.contains("variables") && note.contains("processes that earlier calls had left"), "{note}");
     assert!(text_of(&finished.message).contains(note), "the model is told: {}", text_of(&finished.message));
+    assert!(
+        !finished.message.result.as_ref().is_some_and(|result| result.is_error),
+        "it is no error: {:?}",
+        finished.message
+    );
     assert_eq!(workspace.read("count"), before, "what counted lives");
 }
 

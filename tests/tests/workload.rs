@@ -5,7 +5,8 @@
 use std::time::Duration;
 
 use proto::init::v1::{
-    Cancel, CancelMode, Note, NoteKind, StopWork, Tool, frame, outcome::Kind, request as init_request, start_call,
+    Bash, Cancel, CancelMode, Note, NoteKind, ReadOutput, StopWork, Stream, Tool, frame, outcome::Kind,
+    request as init_request, start_call,
 };
 use proto::launch::v1::{CreateSandbox, FreezeSandbox, InspectSandbox, KillSandbox, Limits, reply, request};
 use sandbox_runner_tests::keeper::{Finished, Keeper};
@@ -197,6 +198,106 @@ fn work_that_multiplies_and_does_not_listen_is_ended_running_or_not_and_the_sand
         // The very next process: one in a slot that was killed would be killed as well.
         let next = session.keeper.bash("echo on");
         assert_eq!((next.code(), next.text().trim()), (Some(0), "on"), "{next:?}");
+    }
+    session.assert_works();
+}
+
+/// Runs a command, waits until it has said `ready`, and interrupts it.
+fn interrupted(keeper: &mut Keeper, command: &str) -> Finished {
+    let work = Bash { command: format!("echo ready\n{command}"), restart: false };
+    let call_id = keeper.start(start_call::Work::Bash(work), 60_000).expect("the call is taken");
+    let read = ReadOutput { call_id: call_id.clone(), stream: Stream::Stdout.into(), offset: 0, max_bytes: 100 };
+    while !matches!(
+        keeper.ask(init_request::Body::ReadOutput(read.clone())).expect("an answer"),
+        frame::Body::OutputData(data) if data.data.starts_with(b"ready")
+    ) {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    // Until what it is about to start has started.
+    std::thread::sleep(Duration::from_millis(60) * patience());
+    let cancel = Cancel { call_id: call_id.clone(), mode: CancelMode::Interrupt.into() };
+    keeper.ask(init_request::Body::Cancel(cancel)).expect("an answer");
+    keeper.finish(&call_id).expect("the call ends")
+}
+
+/// How many times slower than a real one this machine is.
+fn patience() -> u32 {
+    std::env::var("SANDBOX_TEST_PATIENCE").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
+}
+
+#[test]
+fn interrupted_command_lets_nothing_begin_and_only_a_shell_that_ignores_interrupts_is_lost() {
+    needs_root!();
+    let mut session = Session::start();
+    for (command, is_kept) in [
+        ("sleep 30; touch f", true),
+        ("f() { sleep 30; touch f; }; g() { f; touch f; }; g; touch f", true),
+        ("while :; do :; done; touch f", true),
+        ("y=$(sleep 30); touch f", true),
+        ("sleep 30 | cat; touch f", true),
+        ("sleep 30 & wait; touch f", true),
+        ("(sleep 30; touch f); touch f", true),
+        ("sh -c 'trap \"\" INT; sleep 30'; touch f", true),
+        ("sh -c 'trap \"\" INT; sleep 30'; sleep 30; touch f", true),
+        ("sh -c 'trap \"\" INT TERM; while :; do sleep 30; done' || touch f; touch f", true),
+        ("(trap '' INT; sleep 30; touch f); touch f", true),
+        ("trap '' INT; sleep 30; touch f", false),
+        ("trap '' INT; f() { sleep 30 | cat; touch f; }; f; touch f", false),
+        ("trap '' INT; while :; do :; done; touch f", false),
+    ] {
+        session.keeper.bash("x=kept; cd /tmp; cd /workspace");
+
+        let ended = interrupted(&mut session.keeper, command);
+
+        let after = session.keeper.bash("echo ${x-lost} $PWD; ls; unset x");
+        let expected = if is_kept { "kept /workspace\n" } else { "lost /workspace\n" };
+        assert_eq!(after.text(), expected, "{command}: {ended:?}");
+        let is_told = ended.0.notes.iter().any(|note| note.kind() == NoteKind::ShellRestarted);
+        assert_eq!(is_told, !is_kept, "{command}: {ended:?}");
+        let Some(Kind::Cancelled(cancelled)) = ended.0.outcome.as_ref().and_then(|outcome| outcome.kind.as_ref())
+        else {
+            panic!("{command}: {ended:?}");
+        };
+        assert!(!is_kept || matches!(cancelled.code, 130 | 143), "{command}: {ended:?}");
+    }
+    session.assert_works();
+}
+
+#[test]
+fn children_of_the_shell_see_three_descriptors() {
+    needs_root!();
+    let mut session = Session::start();
+    // The fourth is the directory that ls itself reads.
+    for command in ["ls /proc/self/fd", "ls /proc/self/fd | cat", "(ls /proc/self/fd)", "exec ls /proc/self/fd"] {
+        assert_eq!(session.keeper.bash(command).text(), "0\n1\n2\n3\n", "{command}");
+    }
+    session.assert_works();
+}
+
+#[test]
+fn no_game_with_the_shell_makes_a_command_run_twice() {
+    needs_root!();
+    let mut session = Session::start();
+    for game in [
+        "readonly REPLY IFS PWD PS1 PS2 PROMPT_COMMAND BASH_SOURCE",
+        "readonly $(compgen -v) 2>/dev/null",
+        "unalias -a; unset -f read eval",
+        "alias read=false eval=false printf=false exit=false builtin=false .=false",
+        "exec 201>&-",
+        "exec 0<&- 1>&- 2>&-",
+        "for n in {3..255}; do eval \"exec $n>&-\"; done",
+        "ulimit -n 5",
+        "for n in {20..60}; do eval \"exec $n</dev/null\"; done; ulimit -S -n 20",
+        "trap '' STKFLT",
+        "trap - STKFLT",
+        "kill -9 $$",
+        "exit 125",
+    ] {
+        session.keeper.bash(&format!("echo x >>/workspace/count\n{game}"));
+        session.keeper.bash("echo y >&2");
+        let restart = Bash { command: "cat /workspace/count; rm /workspace/count".to_owned(), restart: true };
+        let call_id = session.keeper.start(start_call::Work::Bash(restart), 60_000).expect("the call is taken");
+        assert_eq!(session.keeper.finish(&call_id).expect("it ends").text(), "x\n", "{game}");
     }
     session.assert_works();
 }

@@ -37,7 +37,9 @@ pub fn refusal(input: &ToolInput) -> Option<ToolFailure> {
 #[must_use]
 pub fn command_text(input: &ToolInput, end: &CallEnd, output: Tail<'_>) -> ToolResult {
     let tool = input.name();
-    let restarted = end.notes.iter().any(|note| note.kind == NoteKind::ShellRestarted);
+    let has_note = |kind| end.notes.iter().any(|note| note.kind == kind);
+    // Only the first is the doing of this command.
+    let (lost, renewed) = (has_note(NoteKind::ShellRestarted), has_note(NoteKind::ShellRenewed));
     let only_restart =
         matches!(input, ToolInput::Bash(bash) if bash.restart && bash.command.as_ref().is_none_or(String::is_empty));
     if only_restart && end.outcome == (Outcome::Exited { code: 0 }) {
@@ -48,8 +50,9 @@ pub fn command_text(input: &ToolInput, end: &CallEnd, output: Tail<'_>) -> ToolR
     if !printed.is_empty() {
         lines.push(printed);
     }
-    let verdict = verdict(tool, &end.outcome, restarted && !only_restart && !restart_was_asked(input));
-    let is_error = verdict.is_some();
+    let verdict = verdict(tool, &end.outcome, (lost || renewed) && !only_restart && !restart_was_asked(input));
+    let is_success = end.outcome == (Outcome::Exited { code: 0 }) && !lost;
+    let is_error = verdict.is_some() && !is_success;
     lines.extend(verdict);
     lines.extend(end.notes.iter().filter(|note| is_for_the_model(note)).map(|note| format!("[{}]", note.text)));
     if lines.is_empty() {
@@ -94,8 +97,8 @@ fn is_for_the_model(note: &Note) -> bool {
         | NoteKind::FileUnchanged
         | NoteKind::FileUncertain
         | NoteKind::ProcessesEnded => true,
-        // The first is told in the verdict. The second is normal: agents start servers on purpose.
-        NoteKind::ShellRestarted | NoteKind::ProcessesLeft => false,
+        // The first two are told in the verdict. The third is normal: agents start servers on purpose.
+        NoteKind::ShellRestarted | NoteKind::ShellRenewed | NoteKind::ProcessesLeft => false,
     }
 }
 
@@ -225,7 +228,7 @@ mod tests {
 
     #[test]
     fn bash_rows_of_the_toolset() {
-        use NoteKind::{ProcessesLeft, ShellRestarted};
+        use NoteKind::{ProcessesLeft, ShellRenewed, ShellRestarted};
         let exited = |code| Outcome::Exited { code };
         let timed_out = Outcome::TimedOut { after: Duration::from_millis(500), killed: true, code: 130 };
         let rows = [
@@ -251,6 +254,11 @@ mod tests {
             ),
             (bash("sleep 3"), "", timed_out, &[], "bash: command timed out after 500ms", true),
             (bash("exit 7"), "", exited(7), &[ShellRestarted], "exit code: 7 (shell restarted)", true),
+            (bash("exit 0"), "", exited(0), &[ShellRestarted], "exit code: 0 (shell restarted)", true),
+            (bash("echo x"), "x\n", exited(0), &[ShellRenewed], "x\nexit code: 0 (shell restarted)", false),
+            (bash("(exit 4)"), "", exited(4), &[ShellRenewed], "exit code: 4 (shell restarted)", true),
+            (bash("exit 0"), "", exited(0), &[ShellRenewed, ShellRestarted], "exit code: 0 (shell restarted)", true),
+            (restart(Some("echo r")), "r\n", exited(0), &[ShellRenewed], "r", false),
             (restart(None), "", exited(0), &[ShellRestarted], "bash session restarted", false),
             (restart(Some("echo r")), "r\n", exited(0), &[ShellRestarted], "r", false),
             (bash("printf .."), "\x1b[31mred\x1b[0m", exited(0), &[], "red", false),

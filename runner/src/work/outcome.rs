@@ -93,9 +93,9 @@ pub enum NoteKind {
     ProcessesLeft,
     /// A destination was refused.
     EgressDenied,
-    /// A new shell was started; variables and functions are gone.
+    /// The command ended its shell; variables and functions are gone.
     ShellRestarted,
-    /// The rest of an interrupted list had begun to run and was killed in turn.
+    /// The command ignored an interrupt and was killed; the text says whether anything that followed it in its list had begun.
     RestKilled,
     /// Processes were killed for memory although the command went on.
     MemoryKills,
@@ -107,6 +107,8 @@ pub enum NoteKind {
     FileUncertain,
     /// Every process of the sandbox was ended before this call, because there was none for long.
     ProcessesEnded,
+    /// The shell had ended before this command began, and another one ran it; variables and functions are gone.
+    ShellRenewed,
 }
 
 /// Something the caller should know beside the outcome.

@@ -44,7 +44,7 @@ impl Engine {
             self.shells.lost_idle = false;
             self.shells.working_directory = self.working_directory.clone();
         } else if std::mem::take(&mut self.shells.lost_idle) {
-            running.notes.push(note(NoteKind::ShellRestarted, RESTARTED));
+            running.notes.push(note(NoteKind::ShellRenewed, RESTARTED));
         }
         if let Some(call) = self.calls.get_mut(&key) {
             call.phase = Phase::Running(Box::new(running));
@@ -329,7 +329,7 @@ impl Engine {
         running.outputs.clear();
         running.announced.has_begun = false;
         if lost.had_state {
-            running.notes.push(note(NoteKind::ShellRestarted, RESTARTED));
+            running.notes.push(note(NoteKind::ShellRenewed, RESTARTED));
         }
         let Some(body) = running.shell() else { return };
         body.nonce = None;

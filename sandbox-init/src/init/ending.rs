@@ -1,8 +1,10 @@
 //! How a call is ended, step by step. Pure: it says what to send and when to look again.
 //!
-//! A command in the shell is interrupted so that the shell survives: SIGINT to bash first and then to the others, because
-//! bash decides by its own SIGINT whether the rest of a list still runs. Bash is killed last and only if nothing else
-//! helped. A process of its own gets SIGTERM, and SIGKILL after the grace time.
+//! A command in the shell is interrupted so that the shell survives and nothing that follows in its list begins: SIGINT to bash
+//! first and then to the others, because bash decides by its own SIGINT whether the rest of a list still runs. Where a child
+//! ends otherwise than by SIGINT, bash would go on; so it gets [`super::shell::LIST_SIGNAL`] as well, whose trap breaks off the
+//! list as soon as that child is gone. Bash is killed last and only if nothing else helped.
+//! A process of its own gets SIGTERM, and SIGKILL after the grace time.
 
 use nix::sys::signal::Signal;
 use proto::init::v1::CancelMode;
@@ -35,8 +37,21 @@ pub(crate) struct Ending {
     sent: Option<Signal>,
     /// SIGKILL was sent.
     pub(crate) killed: bool,
-    /// SIGTERM or SIGKILL was sent to a command in the shell: what follows it in its list may have begun.
+    /// SIGTERM or SIGKILL was sent to a command in the shell.
     pub(crate) escalated: bool,
+    /// The shell was told to break off its list.
+    pub(crate) breaks_list: bool,
+}
+
+/// The first process of a call, and how it takes an interrupt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Leader {
+    /// A program of its own.
+    Program,
+    /// The shell.
+    Shell,
+    /// A program that has taken the place of the shell (`exec`), or a shell that is not ready.
+    Successor,
 }
 
 /// Signals of one step.
@@ -44,6 +59,8 @@ pub(crate) struct Ending {
 pub(crate) struct Step {
     /// To the first process: the shell, or the program. Sent first, except SIGKILL.
     pub(crate) leader: Option<Signal>,
+    /// To the shell right after that: break off the list.
+    pub(crate) breaks_list: bool,
     /// To every other process of the slot.
     pub(crate) others: Option<Signal>,
 }
@@ -51,7 +68,7 @@ pub(crate) struct Step {
 impl Ending {
     /// Begins to end a call now.
     pub(crate) fn new(ender: Ender, mode: CancelMode, now: Moment) -> Self {
-        Self { ender, mode, began: now, next: now, sent: None, killed: false, escalated: false }
+        Self { ender, mode, began: now, next: now, sent: None, killed: false, escalated: false, breaks_list: false }
     }
 
     /// Makes it harder, never softer; the first reason stays unless it is a cancel of a higher degree.
@@ -68,18 +85,24 @@ impl Ending {
     }
 
     /// The step that is due, and moves on to the next one.
-    pub(crate) fn step(&mut self, is_shell: bool, grace_ms: u64, now: Moment) -> Step {
+    pub(crate) fn step(&mut self, leader: Leader, grace_ms: u64, now: Moment) -> Step {
         let elapsed_ms = now.saturating_sub(self.began) / MILLISECOND;
-        let step = if is_shell {
-            shell_step(self.mode, elapsed_ms, grace_ms)
-        } else {
-            let signal = process_signal(self.mode, elapsed_ms, grace_ms);
-            // Once is enough, except for SIGKILL: the program may have started another process meanwhile.
-            if self.sent == Some(signal) && signal != Signal::SIGKILL { nothing() } else { all(signal) }
+        let step = match leader {
+            Leader::Program => {
+                let signal = process_signal(self.mode, elapsed_ms, grace_ms);
+                // Once is enough, except for SIGKILL: the program may have started another process meanwhile.
+                if self.sent == Some(signal) && signal != Signal::SIGKILL { nothing() } else { all(signal) }
+            }
+            Leader::Shell => {
+                let step = shell_step(self.mode, elapsed_ms, grace_ms);
+                Step { breaks_list: step.leader == Some(Signal::SIGINT), ..step }
+            }
+            Leader::Successor => shell_step(self.mode, elapsed_ms, grace_ms),
         };
         self.sent = step.leader.or(self.sent);
         self.killed |= step.leader == Some(Signal::SIGKILL) || step.others == Some(Signal::SIGKILL);
-        self.escalated |= is_shell && step.others != Some(Signal::SIGINT);
+        self.escalated |= leader != Leader::Program && step.others != Some(Signal::SIGINT);
+        self.breaks_list |= step.breaks_list;
         self.next = now.saturating_add(ROUND_MS.saturating_mul(MILLISECOND));
         step
     }
@@ -101,7 +124,7 @@ fn shell_step(mode: CancelMode, elapsed_ms: u64, grace_ms: u64) -> Step {
     } else {
         Signal::SIGINT
     };
-    Step { leader: Some(Signal::SIGINT), others: Some(others) }
+    Step { leader: Some(Signal::SIGINT), breaks_list: false, others: Some(others) }
 }
 
 /// The signal that a process of its own should have received by now.
@@ -118,11 +141,11 @@ fn process_signal(mode: CancelMode, elapsed_ms: u64, grace_ms: u64) -> Signal {
 }
 
 fn nothing() -> Step {
-    Step { leader: None, others: None }
+    Step { leader: None, breaks_list: false, others: None }
 }
 
 fn all(signal: Signal) -> Step {
-    Step { leader: Some(signal), others: Some(signal) }
+    Step { leader: Some(signal), breaks_list: false, others: Some(signal) }
 }
 
 #[cfg(test)]
@@ -130,16 +153,16 @@ mod tests {
     use super::*;
     use Signal::{SIGINT, SIGKILL, SIGTERM};
 
-    fn steps(is_shell: bool, mode: CancelMode, grace_ms: u64, at_ms: &[u64]) -> Vec<(Option<Signal>, Option<Signal>)> {
+    fn steps(leader: Leader, mode: CancelMode, grace_ms: u64, at_ms: &[u64]) -> Vec<(Option<Signal>, Option<Signal>)> {
         let mut ending = Ending::new(Ender::Shutdown, mode, 0);
-        let step = |at: &u64| ending.step(is_shell, grace_ms, at * MILLISECOND);
+        let step = |at: &u64| ending.step(leader, grace_ms, at * MILLISECOND);
         at_ms.iter().map(step).map(|step| (step.leader, step.others)).collect()
     }
 
     #[test]
     fn an_interrupted_command_is_asked_told_and_killed_and_the_shell_comes_last() {
         assert_eq!(
-            steps(true, CancelMode::Interrupt, 5000, &[0, 80, 100, 160, 180, 2160, 2180]),
+            steps(Leader::Shell, CancelMode::Interrupt, 5000, &[0, 80, 100, 160, 180, 2160, 2180]),
             [
                 (Some(SIGINT), Some(SIGINT)),
                 (Some(SIGINT), Some(SIGINT)),
@@ -153,9 +176,21 @@ mod tests {
     }
 
     #[test]
+    fn a_shell_is_told_to_break_off_its_list_with_every_interrupt_and_nobody_else_is() {
+        for (leader, breaks_list) in [(Leader::Shell, true), (Leader::Successor, false), (Leader::Program, false)] {
+            for mode in [CancelMode::Interrupt, CancelMode::Terminate] {
+                let mut ending = Ending::new(Ender::Shutdown, mode, 0);
+                assert_eq!(ending.step(leader, 5000, 0).breaks_list, breaks_list, "{leader:?} {mode:?}");
+                assert_eq!(ending.breaks_list, breaks_list);
+            }
+        }
+        assert!(!Ending::new(Ender::Shutdown, CancelMode::Kill, 0).step(Leader::Shell, 0, 0).breaks_list);
+    }
+
+    #[test]
     fn a_terminated_program_has_its_grace_time() {
         assert_eq!(
-            steps(false, CancelMode::Terminate, 100, &[0, 20, 99, 100]),
+            steps(Leader::Program, CancelMode::Terminate, 100, &[0, 20, 99, 100]),
             [(Some(SIGTERM), Some(SIGTERM)), (None, None), (None, None), (Some(SIGKILL), Some(SIGKILL))]
         );
     }
@@ -163,7 +198,7 @@ mod tests {
     #[test]
     fn a_program_that_ignores_an_interrupt_is_terminated_and_then_killed() {
         assert_eq!(
-            steps(false, CancelMode::Interrupt, 100, &[0, 50, 100, 150, 200]),
+            steps(Leader::Program, CancelMode::Interrupt, 100, &[0, 50, 100, 150, 200]),
             [
                 (Some(SIGINT), Some(SIGINT)),
                 (None, None),

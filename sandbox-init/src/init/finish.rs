@@ -5,17 +5,23 @@ use proto::init::v1::{
     CallFinished, CancelMode, Cancelled, NeverStarted, Note, NoteKind, Outcome, SandboxLost, Usage, outcome::Kind,
 };
 
+use crate::sys::child::Exit;
+
 use super::call::{Body, Finished, Phase, Running};
 use super::cause::{End, Ender, Facts, note, notes_of_usage, outcome};
 use super::clock::{Moment, now};
 use super::connection::PACKET_LIMIT;
+use super::ending::Leader;
 use super::event::Key;
 use super::late::LateOutput;
 use super::pipe::{Drained, USUAL_PIPE, capacity, drain};
 use super::prepare::Work;
 use super::serve::Engine;
+use super::shell::LIST_SIGNAL;
 use super::slot::Counters;
 
+/// What bash says of a list that an interrupt has broken off.
+const INTERRUPTED: i32 = 130;
 /// What a packet needs besides the streams: notes, paths, numbers.
 const PACKET_RESERVE: usize = 16 * 1024;
 
@@ -46,25 +52,32 @@ impl Engine {
         }
         let grace_ms = call.plan.grace_ms;
         let Some(ending) = running.ending.as_mut().filter(|ending| ending.next <= now) else { return };
-        let (is_shell, leader) = match &running.body {
-            Body::Shell(_) => (true, self.shells.current.as_ref().map(|shell| shell.pid)),
-            Body::Process(process) => (false, Some(process.pid)),
-            Body::Worker(body) => (false, Some(body.worker.pid)),
-        };
-        let step = ending.step(is_shell, grace_ms, now);
-        let slot = running.slot;
-        // Bash decides by its own SIGINT whether the rest of a list still runs, so it has to be first.
-        if let (Some(pid), Some(signal)) = (leader, step.leader)
-            && signal != Signal::SIGKILL
-        {
-            let _ = kill(pid, signal);
-        }
-        if let (Some(slot), Some(signal)) = (slot, step.others) {
-            if signal == Signal::SIGKILL && step.leader == Some(Signal::SIGKILL) {
-                self.slots.kill(slot);
-            } else {
-                self.slots.signal(slot, signal, leader);
+        let (leader, kind) = match &running.body {
+            Body::Shell(_) => {
+                let shell = self.shells.current.as_ref();
+                let is_shell = shell.is_some_and(|shell| shell.is_ready && !shell.is_replaced());
+                (shell.map(|shell| shell.pid), if is_shell { Leader::Shell } else { Leader::Successor })
             }
+            Body::Process(process) => (Some(process.pid), Leader::Program),
+            Body::Worker(body) => (Some(body.worker.pid), Leader::Program),
+        };
+        let step = ending.step(kind, grace_ms, now);
+        let slot = running.slot;
+        // Bash decides by its own SIGINT whether the rest of a list still runs, so it has to be first, and while nobody else moves.
+        let tell_leader = || {
+            if let (Some(pid), Some(signal)) = (leader, step.leader)
+                && signal != Signal::SIGKILL
+            {
+                let _ = kill(pid, signal);
+                if step.breaks_list {
+                    let _ = kill(pid, LIST_SIGNAL);
+                }
+            }
+        };
+        match (slot, step.others) {
+            (Some(slot), Some(Signal::SIGKILL)) if step.leader == Some(Signal::SIGKILL) => self.slots.kill(slot),
+            (Some(slot), Some(signal)) => self.slots.signal_after(tell_leader, slot, signal, leader),
+            _ => tell_leader(),
         }
         if let (Some(pid), Some(Signal::SIGKILL)) = (leader, step.leader) {
             let _ = kill(pid, Signal::SIGKILL);
@@ -118,13 +131,13 @@ impl Engine {
         // Whoever ended the call may have hit it, or is about to.
         let has_answered = matches!(end, End::Claimed(_)) || settling.is_some_and(|settling| settling.is_answered);
         let stays = has_answered && running.ending.is_none();
-        let facts = Facts {
-            end,
-            ender: running.ending.map(|ending| ending.ender),
-            killed: running.ending.is_some_and(|ending| ending.killed),
-            used,
-            program: program.as_deref(),
-        };
+        // A shell that ignores interrupts has killed itself because it was told to break off.
+        let is_shell = matches!(running.body, Body::Shell(_));
+        let killed_itself =
+            is_shell && matches!(end, End::Process(Exit::Signal { signal, .. }) if signal == libc::SIGKILL);
+        let killed = running.ending.is_some_and(|ending| ending.killed || killed_itself);
+        let facts =
+            Facts { end, ender: running.ending.map(|ending| ending.ender), killed, used, program: program.as_deref() };
         let outcome = outcome(&facts);
         let processes_left = self.settle_slot(key, &running, stays, &outcome, &used);
         let mut notes = std::mem::take(&mut running.notes);
@@ -220,10 +233,12 @@ impl Engine {
             };
             notes.push(note(NoteKind::ProcessesLeft, text));
         }
-        let escalated = running.ending.is_some_and(|ending| ending.escalated);
         let shell_lives = matches!(running.body, Body::Shell(_)) && self.shells.current.is_some();
-        if escalated && shell_lives {
-            let text = "the command ignored the interrupt and was killed; what followed it in its list may have begun, and was killed in turn";
+        if let Some(ending) = running.ending.filter(|ending| ending.escalated && shell_lives) {
+            // A list that was broken off has this status. Any other may be that of a later command.
+            let is_over = ending.breaks_list && status(outcome) == Some(INTERRUPTED);
+            let rest = if is_over { "was not begun" } else { "may have begun, and was killed in turn" };
+            let text = format!("the command ignored the interrupt and was killed; what followed it in its list {rest}");
             notes.push(note(NoteKind::RestKilled, text));
         }
         notes
@@ -273,5 +288,14 @@ impl Engine {
             ..CallFinished::default()
         };
         call.phase = Phase::Finished(Box::new(Finished { message, outputs: Vec::new(), ahead: 0, sent: false }));
+    }
+}
+
+/// The status of a call that was ended.
+fn status(outcome: &Outcome) -> Option<i32> {
+    match outcome.kind.as_ref()? {
+        Kind::TimedOut(timed_out) => Some(timed_out.code),
+        Kind::Cancelled(cancelled) => Some(cancelled.code),
+        _ => None,
     }
 }

@@ -21,6 +21,8 @@ use std::path::Path;
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
 use nix::sys::stat::{FchmodatFlags, Mode, fchmod, fchmodat};
 use nix::unistd::{Pid, UnlinkatFlags, mkfifoat, read, unlinkat, write};
 
@@ -29,6 +31,19 @@ use super::slot::SlotId;
 
 /// Number of the status descriptor in the shell; closed inside every command.
 pub(crate) const STATUS_NUMBER: i32 = 201;
+/// What a shell is told with an interrupt: break off the list. The kernel sends this signal to nobody, and hardly anybody uses it.
+pub(crate) const LIST_SIGNAL: Signal = Signal::SIGSTKFLT;
+/// A trap runs between two commands, however the first of them ended: so what a child that ignores SIGINT would let begin does not.
+/// A shell that ignores SIGINT itself has nothing to break off with, and kills itself; one that shows a trap of the user's goes on,
+/// as any bash does. It is asked three times, because the child that answers may be hit by the next interrupt. Outside of a
+/// command, where `BASH_SOURCE` is empty, nothing happens, so that the line with the status is not lost.
+const LIST_TRAP: &str = concat!(
+    r"trap '[[ ! ${BASH_SOURCE-} ]] || { \builtin kill -s INT $$; ",
+    r"[[ $(\builtin trap -p INT; \builtin echo x) == @(x|trap\ --\ ???*\ *INT*x) ]] || ",
+    r"[[ $(\builtin trap -p INT; \builtin echo x) == @(x|trap\ --\ ???*\ *INT*x) ]] || ",
+    r"[[ $(\builtin trap -p INT; \builtin echo x) == @(x|trap\ --\ ???*\ *INT*x) ]] || ",
+    r"\builtin kill -s KILL $$; }' STKFLT"
+);
 /// Longest pair of lines: bash takes this much in one read.
 const LINES_LIMIT: usize = 1024;
 /// Longest claim: a status and a path. What is longer is not from our line.
@@ -94,7 +109,7 @@ impl Shell {
         // The shell stays silent at its prompts, keeps no history, announces no jobs, survives a failing exec and does
         // not look for mail. A pipe that was just made takes these bytes; if not, the shell never becomes ready.
         let line = format!(
-            "PS1= PS2= PROMPT_COMMAND=; unset MAILCHECK; set +m +H +o history; history -c; shopt -s execfail; {}",
+            "PS1= PS2= PROMPT_COMMAND=; unset MAILCHECK; set +m +H +o history; history -c; shopt -s execfail; {LIST_TRAP}; {}",
             status_line(&shell.hello, shell.mute_status)
         );
         let _ = write(&shell.control, line.as_bytes());
@@ -104,6 +119,13 @@ impl Shell {
     /// Descriptor of the claims.
     pub(crate) fn status(&self) -> &OwnedFd {
         &self.status
+    }
+
+    /// Whether a program has taken its place: bash keeps its end of the control pipe for itself.
+    pub(crate) fn is_replaced(&self) -> bool {
+        let mut fds = [PollFd::new(self.control.as_fd(), PollFlags::empty())];
+        poll(&mut fds, PollTimeout::ZERO).is_ok()
+            && fds.iter().any(|fd| fd.revents().is_some_and(|events| events.contains(PollFlags::POLLERR)))
     }
 
     /// Whether this is what a new shell says first.

@@ -1,6 +1,8 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use proto::init::v1::{Bash, CancelMode, NoteKind, OutputMode, StartCall, Stream, outcome::Kind, request, start_call};
 
 use super::slot::Slots;
@@ -17,14 +19,19 @@ fn wait_for_file(path: &Path) {
 
 /// Runs `command`, waits for its file `ready`, interrupts it.
 fn interrupted(sandbox: &TestSandbox, client: &mut Client, command: &str) -> TestResult {
+    ended(sandbox, client, command, CancelMode::Interrupt)
+}
+
+/// Runs `command`, waits for its file `ready`, cancels it.
+fn ended(sandbox: &TestSandbox, client: &mut Client, command: &str, mode: CancelMode) -> TestResult {
     let ready = sandbox.work().join("ready");
     let _ = std::fs::remove_file(&ready);
     let call_id = client.start_bash(&format!("touch '{}'\n{command}", ready.display()));
     wait_for_file(&ready);
-    // An interrupt that reaches bash between two commands, or a subshell that is still being made, is another case: bash
-    // itself may then let the list go on. This one is meant to reach what comes after the file.
+    // An interrupt that reaches a subshell which is still being made is another case: that may then let its list go on. This
+    // one is meant to reach what comes after the file.
     std::thread::sleep(scaled(Duration::from_millis(60)));
-    client.cancel(&call_id, CancelMode::Interrupt);
+    client.cancel(&call_id, mode);
     client.finish(&call_id)
 }
 
@@ -38,7 +45,7 @@ fn status(result: &TestResult) -> (i32, bool) {
 }
 
 fn new_shell(result: &TestResult) -> bool {
-    result.has_note(NoteKind::ShellRestarted)
+    result.has_note(NoteKind::ShellRestarted) || result.has_note(NoteKind::ShellRenewed)
 }
 
 #[test]
@@ -186,13 +193,15 @@ fn an_interrupt_stops_lists_functions_loops_and_keeps_the_state() {
         "(sleep 30; touch f); touch f",
         "sleep 30 && touch f",
         "set -m; sleep 30; touch f",
+        "unset x; x=kept; cd /; cd -; sleep 30; touch f",
     ] {
         client.bash("x=kept; cd /usr");
         client.bash(&format!("cd '{}'", sandbox.work().display()));
         let result = interrupted(&sandbox, &mut client, command);
         assert_eq!(status(&result), (130, false), "{command}: {result:?}");
         assert!(!new_shell(&result), "{command}");
-        assert_eq!(client.bash("echo $x; unset x; set +m").text(), "kept\n", "{command}");
+        let kept = format!("kept\n{}\n", sandbox.work().display());
+        assert_eq!(client.bash("echo $x; pwd; unset x; set +m").text(), kept, "{command}");
         assert!(!sandbox.work().join("f").exists(), "{command} went on after its interrupt");
     }
 }
@@ -207,7 +216,115 @@ fn a_timeout_of_a_command_is_an_interrupt() {
     assert!(matches!(result.kind(), Kind::TimedOut(timed_out) if timed_out.after_ms == limit), "{result:?}");
     assert_eq!((status(&result), result.text().as_str()), ((130, false), "partial\n"));
     assert_eq!(client.bash("echo $x").text(), "kept\n");
+    let result = client.bash_with_timeout("while :; do :; done; touch f", limit);
+    assert_eq!((status(&result), new_shell(&result)), ((130, false), false));
+    assert_eq!(client.bash("echo $x; pwd").text(), format!("kept\n{}\n", sandbox.work().display()));
     assert!(!sandbox.work().join("f").exists());
+}
+
+/// What ignores SIGINT, and has `touch f` behind it in every way that a list can go on.
+const DEAF_COMMANDS: &[&str] = &[
+    "DEAF; touch f",
+    "DEAF; sleep 30; touch f",
+    "DEAF\ntouch f",
+    "DEAF && touch f",
+    "DEAF || touch f",
+    "! DEAF; touch f",
+    "DEAF || : >f",
+    "if DEAF; then touch f; else touch f; fi",
+    "while DEAF || :; do touch f; break; done",
+    "for i in 1 2 3; do DEAF; touch f; done",
+    "f() { DEAF; touch f; }; g() { f; touch f; }; g; touch f",
+    "{ DEAF; touch f; } 2>/dev/null; touch f",
+    "(DEAF; touch f); touch f",
+    "(trap '' INT; sleep 30; touch f); touch f",
+    "(trap '' INT TERM; sleep 30; touch f); touch f",
+    "y=$(DEAF); touch f",
+    "DEAF | cat; touch f",
+    "f() { DEAF; touch f; }; eval 'f; touch f'; touch f",
+    "set -eu; IFS=:; DEAF; touch f",
+];
+/// It dies of SIGTERM, or of SIGKILL only.
+const DEAF: [&str; 2] = ["sh -c \"trap '' INT; sleep 30\"", "sh -c \"trap '' INT TERM; while :; do sleep 30; done\""];
+
+#[test]
+fn nothing_begins_behind_a_command_that_ignores_interrupts_and_the_state_is_kept() {
+    let sandbox = TestSandbox::start();
+    let mut client = sandbox.connect(1);
+    client.bash("x=kept");
+    for mode in [CancelMode::Interrupt, CancelMode::Terminate] {
+        for command in DEAF_COMMANDS.iter().flat_map(|command| DEAF.map(|deaf| command.replace("DEAF", deaf))) {
+            let result = ended(&sandbox, &mut client, &command, mode);
+            let f = sandbox.work().join("f");
+            assert!(!f.exists(), "{command} went on after {mode:?}: {result:?}");
+            assert!(result.has_note(NoteKind::RestKilled) && !new_shell(&result), "{command}: {result:?}");
+            assert_eq!(client.bash("set +eu; unset IFS; echo $x").text(), "kept\n", "{command}");
+            assert!(!f.exists(), "{command} went on after its end");
+        }
+    }
+}
+
+#[test]
+fn nothing_begins_in_a_shell_that_ignores_interrupts_and_another_one_takes_its_place() {
+    let sandbox = TestSandbox::start();
+    let mut client = sandbox.connect(1);
+    for mode in [CancelMode::Interrupt, CancelMode::Terminate] {
+        for command in [
+            "sleep 30; touch f",
+            "sleep 30 || touch f",
+            "sleep 30 | cat; touch f",
+            "f() { sleep 30; touch f; }; g() { f; touch f; }; g; touch f",
+            "(sleep 30; touch f); touch f",
+            "y=$(sleep 30); touch f",
+            "while :; do :; done; touch f",
+            "trap '' TERM; sleep 30; touch f",
+            "env --default-signal=INT sleep 30; touch f",
+            "sleep 30 & wait; touch f",
+        ] {
+            client.bash("x=lost");
+            let result = ended(&sandbox, &mut client, &format!("trap '' INT; {command}"), mode);
+            let f = sandbox.work().join("f");
+            assert!(!f.exists(), "{command} went on after {mode:?}: {result:?}");
+            assert!(status(&result).1 && new_shell(&result), "{command}: {result:?}");
+            assert_eq!(client.bash("echo $x; pwd").text(), format!("\n{}\n", sandbox.work().display()), "{command}");
+            assert!(!f.exists(), "{command} went on after its end");
+        }
+    }
+}
+
+#[test]
+fn an_interrupt_at_any_moment_lets_nothing_begin() {
+    let sandbox = TestSandbox::start();
+    let mut client = sandbox.connect(1);
+    for round in 0..60 {
+        let call_id = client.start_bash("/bin/true; sleep 30; touch f; sleep 30");
+        std::thread::sleep(scaled(Duration::from_micros(round * 60)));
+        client.cancel(&call_id, CancelMode::Interrupt);
+        let result = client.finish(&call_id);
+        assert!(!sandbox.work().join("f").exists(), "round {round}: {result:?}");
+    }
+    assert_eq!(client.bash("echo alive").text(), "alive\n");
+}
+
+#[test]
+fn signal_that_breaks_off_a_list_does_nothing_between_commands() {
+    let sandbox = TestSandbox::start();
+    let mut client = sandbox.connect(1);
+    let shell = Pid::from_raw(client.bash("x=kept; echo $$").text().trim().parse().unwrap());
+    for _ in 0..20 {
+        kill(shell, super::shell::LIST_SIGNAL).unwrap();
+        let result = client.bash("/bin/true; /bin/true; echo $x");
+        assert_eq!((result.code(), result.text().as_str()), (0, "kept\n"));
+    }
+}
+
+#[test]
+fn program_that_has_replaced_the_shell_is_interrupted_and_not_killed() {
+    let sandbox = TestSandbox::start();
+    let mut client = sandbox.connect(1);
+    let command = "exec sh -c 'trap \"echo caught; exit 3\" INT; touch ready; while :; do sleep 0.01; done'";
+    let result = interrupted(&sandbox, &mut client, command);
+    assert_eq!((status(&result), result.text().as_str()), ((3, false), "caught\n"), "{result:?}");
 }
 
 #[test]
@@ -237,8 +354,9 @@ fn a_trap_of_the_user_runs_and_the_list_goes_on_as_in_any_bash() {
     let sandbox = TestSandbox::start();
     let mut client = sandbox.connect(1);
     let result = interrupted(&sandbox, &mut client, "trap 'echo caught' INT; sleep 30; echo rest");
-    assert_eq!((status(&result), result.text().as_str()), ((0, false), "caught\nrest\n"));
-    assert_eq!(client.bash("trap").text(), "trap -- 'echo caught' SIGINT\n");
+    assert_eq!(status(&result), (0, false), "{result:?}");
+    assert!(result.text().starts_with("caught\n") && result.text().ends_with("caught\nrest\n"), "{result:?}");
+    assert_eq!(client.bash("trap -p INT").text(), "trap -- 'echo caught' SIGINT\n");
 }
 
 #[test]
@@ -318,14 +436,56 @@ fn no_game_with_names_makes_a_command_run_twice() {
 }
 
 #[test]
-fn a_command_that_never_began_is_given_to_a_new_shell() {
+fn a_shell_without_descriptors_ends_with_the_command_that_took_them() {
     let sandbox = TestSandbox::start();
     let mut client = sandbox.connect(1);
     client.bash("cd /usr; x=lost");
-    // No descriptor is left for the redirections of the next command.
-    client.bash("for n in {20..60}; do eval \"exec $n</dev/null\"; done; ulimit -S -n 20");
+    let result = client.bash("for n in {20..60}; do eval \"exec $n</dev/null\"; done; ulimit -S -n 20");
+    assert!(matches!(result.kind(), Kind::StatusUnknown(_)) && new_shell(&result), "{result:?}");
     let result = client.bash("echo ran; echo $x; pwd");
-    assert_eq!(result.text(), "ran\n\n/usr\n", "{result:?}");
+    assert_eq!((result.text().as_str(), new_shell(&result)), ("ran\n\n/usr\n", false), "{result:?}");
+}
+
+#[test]
+fn a_command_that_never_began_is_given_to_a_new_shell() {
+    let sandbox = TestSandbox::start();
+    let mut client = sandbox.connect(1);
+    let shell = Pid::from_raw(client.bash("cd /usr; x=lost; echo $$").text().trim().parse().unwrap());
+    kill(shell, Signal::SIGSTOP).unwrap();
+    let count = sandbox.work().join("count");
+
+    let call_id = client.start_bash(&format!("echo x >>'{}'; echo \"<$x>\"; pwd", count.display()));
+    std::thread::sleep(scaled(Duration::from_millis(50)));
+    assert!(!count.exists(), "a shell that stands still has run something");
+    kill(shell, Signal::SIGKILL).unwrap();
+    let result = client.finish(&call_id);
+
+    assert_eq!((result.code(), result.text().as_str()), (0, "<>\n/usr\n"), "{result:?}");
+    assert_eq!(std::fs::read_to_string(&count).unwrap(), "x\n");
+    assert_eq!(result.finished.shell_generation, 2);
+    // It is not the doing of this command.
+    assert!(result.has_note(NoteKind::ShellRenewed) && !result.has_note(NoteKind::ShellRestarted), "{result:?}");
+}
+
+#[test]
+fn a_command_that_two_shells_have_not_begun_never_started() {
+    use std::os::unix::fs::PermissionsExt as _;
+    // Says that it is ready, takes a command and ends.
+    const FORGETFUL: &str = "#!/bin/bash\necho >>starts\nread -r line\neval \"$line\"\nread -r line\nexit 0\n";
+    let sandbox = TestSandbox::start_with(|context| {
+        let work = String::from_utf8(context.working_directory.clone()).unwrap();
+        context.shell_path = Path::new(&work).with_file_name("forgetful");
+        std::fs::write(&context.shell_path, FORGETFUL).unwrap();
+        std::fs::set_permissions(&context.shell_path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    });
+    let mut client = sandbox.connect(1);
+
+    let result = client.bash("echo x >>count");
+
+    let Kind::NeverStarted(never) = result.kind() else { panic!("{result:?}") };
+    assert_eq!((never.code, never.reason.as_str()), (125, "the shell ended before the command began, twice"));
+    assert!(!sandbox.work().join("count").exists());
+    assert_eq!(std::fs::read_to_string(sandbox.work().join("starts")).unwrap(), "\n\n");
 }
 
 #[test]
@@ -338,6 +498,8 @@ fn a_shell_that_died_between_two_commands_is_replaced_and_the_next_result_says_s
         let result = client.bash("pwd");
         assert_eq!(result.text(), "/usr\n");
         if new_shell(&result) {
+            // It is not the doing of this command.
+            assert!(!result.has_note(NoteKind::ShellRestarted), "{result:?}");
             break;
         }
         assert!(Instant::now() < until, "nobody said that the shell is new");

@@ -45,9 +45,9 @@ fn every_process_is_gone_and_the_next_command_finds_files_and_directory_and_is_t
     assert_eq!(next.text(), "unset kept sub\n");
     let told = told(&next).expect("a note");
     assert!(told.contains("the shell with its variables") && told.contains("a process that an earlier"), "{told}");
-    assert!(next.has_note(NoteKind::ShellRestarted) && !is_stopped(&mut client));
+    assert!(next.has_note(NoteKind::ShellRenewed) && !is_stopped(&mut client));
     let after = client.bash("echo on");
-    assert!(!after.has_note(NoteKind::ProcessesEnded) && !after.has_note(NoteKind::ShellRestarted), "told twice");
+    assert!(!after.has_note(NoteKind::ProcessesEnded) && !after.has_note(NoteKind::ShellRenewed), "told twice");
 }
 
 #[test]

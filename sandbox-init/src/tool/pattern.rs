@@ -9,7 +9,7 @@ use globset::{Glob, GlobBuilder, GlobSet, GlobSetBuilder};
 
 use crate::tool::failure::ToolFailure;
 
-/// Directories that are not searched unless the pattern names them: large, and never what is meant.
+/// Directories that are not searched unless the pattern names them before any `**`: large, and never what is meant.
 const SKIPPED: [&[u8]; 2] = [b".git", b"node_modules"];
 
 /// Longest pattern, in bytes: as long as the longest path.

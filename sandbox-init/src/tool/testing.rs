@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use proptest::prelude::*;
 use proto::init::v1::{ToolResult, content_block::Kind};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -99,3 +100,14 @@ pub(crate) fn ripgrep() -> Option<PathBuf> {
     }
     found
 }
+
+/// A path of one to three names, tame ones and such as have broken programs.
+pub(crate) fn any_path() -> impl Strategy<Value = Vec<u8>> {
+    let tame = "[.]?[ab]{1,2}".prop_map(String::into_bytes);
+    let wild: Vec<Vec<u8>> = WILD_NAMES.iter().map(|name| name.to_vec()).collect();
+    let name = prop_oneof![3 => tame, 2 => prop::sample::select(wild)];
+    prop::collection::vec(name, 1..4).prop_map(|names| names.join(&b'/'))
+}
+
+const WILD_NAMES: &[&[u8]] =
+    &[b"-x", b" ", b"a b", b"a\nb", b"\xff", b"[a]", b"{b}", b"a\\b", b"*", b"!a", b"#a", b"a:1:b", b"b "];

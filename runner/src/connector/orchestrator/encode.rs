@@ -224,6 +224,7 @@ fn note(note: &Note) -> pb::Note {
         NoteKind::FileUnchanged => pb::NoteKind::FileUnchanged,
         NoteKind::FileUncertain => pb::NoteKind::FileUncertain,
         NoteKind::ProcessesEnded => pb::NoteKind::ProcessesEnded,
+        NoteKind::ShellRenewed => pb::NoteKind::ShellRenewed,
     };
     pb::Note { kind: kind.into(), text: note.text.clone() }
 }

@@ -204,6 +204,7 @@ fn note(note: wire::Note) -> Checked<Note> {
         Ok(wire::NoteKind::FileUnchanged) => NoteKind::FileUnchanged,
         Ok(wire::NoteKind::FileUncertain) => NoteKind::FileUncertain,
         Ok(wire::NoteKind::ProcessesEnded) => NoteKind::ProcessesEnded,
+        Ok(wire::NoteKind::ShellRenewed) => NoteKind::ShellRenewed,
         Ok(wire::NoteKind::Unspecified) | Err(_) => return Err(Violation::impossible("note.kind", note.kind)),
     };
     Ok(Note { kind, text: text("note.text", note.text)? })

@@ -62,11 +62,17 @@ impl Slots {
     /// Sends a signal to every process of a slot except one.
     ///
     /// A shell in there must have it before its child dies of it, or it goes on with the rest of its list; and the last member
-    /// of a pipeline must not end by itself because an earlier one was hit before it. So the slot stands still meanwhile;
-    /// where that is not to be had, parents come first and of children the youngest.
+    /// of a pipeline must not end by itself because an earlier one was hit before it. So the slot stands still meanwhile, which
+    /// keeps nobody from dying of SIGKILL; where that is not to be had, parents come first and of children the youngest.
     pub(crate) fn signal(&self, id: SlotId, signal: Signal, except: Option<Pid>) {
-        let cgroup = self.slots.get(&id).and_then(|slot| slot.cgroup.as_ref()).filter(|_| signal != Signal::SIGKILL);
+        self.signal_after(|| {}, id, signal, except);
+    }
+
+    /// The same, with something to do first while the slot stands still already.
+    pub(crate) fn signal_after(&self, first: impl FnOnce(), id: SlotId, signal: Signal, except: Option<Pid>) {
+        let cgroup = self.slots.get(&id).and_then(|slot| slot.cgroup.as_ref());
         let still = cgroup.map(Standstill::begin);
+        first();
         for pid in self.processes(id) {
             if Some(pid) != except {
                 // A process that has just ended is what we wanted.

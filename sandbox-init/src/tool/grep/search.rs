@@ -26,13 +26,15 @@ use crate::tool::{
     search_threads,
 };
 
-/// Longest line that is searched. Without a bound a file without line ends would be read into memory whole.
+/// Longest line that is searched; a longer one ends its file, which is counted. Without a bound a file without line ends would
+/// be read into memory whole.
 const MAX_LINE_BYTES: usize = 32 * 1024 * 1024;
 /// What the searcher reads at once, as long as no line is longer.
 const READ_BYTES: u64 = 64 * 1024;
 /// Files with rules about what to leave out, besides `.git/info/exclude`.
 const IGNORE_FILES: [&str; 3] = [".gitignore", ".ignore", ".rgignore"];
-/// Largest ignore file; a directory with a larger one is passed over.
+/// Largest ignore file; a directory with a larger one is passed over and counted. In the search root, which somebody named, all
+/// rules are left out instead.
 const MAX_IGNORE_FILE_BYTES: i64 = 4 * 1024 * 1024;
 
 /// One search: what to look for and where to put what is found.
@@ -73,7 +75,14 @@ impl Search {
                 return true;
             }
             let rules = entry.path().strip_prefix(&base).ok().zip(directory.as_ref());
-            !collector.is_beyond(entry.path()) && rules.is_none_or(|(relative, root)| has_usable_rules(root, relative))
+            if collector.is_beyond(entry.path()) {
+                return false;
+            }
+            let is_usable = rules.is_none_or(|(relative, root)| has_usable_rules(root, relative));
+            if !is_usable {
+                collector.add_unsearched(entry.path());
+            }
+            is_usable
         });
         if parallel {
             builder.build_parallel().run(|| {
@@ -164,9 +173,11 @@ impl Worker {
             collector: &self.collector,
             lines: &mut self.lines,
         };
-        // A read that fails in the middle ends the file; the lines before it stay.
+        // A read that fails in the middle and a line that is too long end the file; the lines before it stay.
         let whole = Whole { file, left: (length > 0).then_some(length) };
-        let _ = self.searcher.search_reader(&self.matcher, whole, &mut sink);
+        if self.searcher.search_reader(&self.matcher, whole, &mut sink).is_err() {
+            self.collector.add_unfinished(key);
+        }
         if !self.lines.is_empty() {
             self.collector.add(key, &self.lines);
         }

@@ -11,7 +11,7 @@ use nix::{sys::stat::Mode, unistd::mkfifo};
 use proptest::prelude::*;
 use serde_json::json;
 
-use crate::tool::testing::{Workspace, ripgrep};
+use crate::tool::testing::{Workspace, any_path, ripgrep};
 
 /// What ripgrep prints for the same call, as lines in a fixed order.
 fn by_ripgrep(program: &Path, workspace: &Workspace, pattern: &str, path: &Path) -> Vec<String> {
@@ -140,7 +140,7 @@ proptest! {
 
     #[test]
     fn any_small_tree_gives_the_same_lines_as_ripgrep(
-        files in prop::collection::btree_map("[.]?[ab]{1,2}(/[.]?[ab]{1,2}){0,2}", "([abé \u{0}\t]{0,6}(\n|\r\n)){0,5}[ab]{0,2}", 1..8),
+        files in prop::collection::btree_map(any_path(), "([abé \u{0}\t]{0,6}(\n|\r\n)){0,5}[ab]{0,2}", 1..8),
         rules in prop::collection::vec("[!/]?[ab*]{1,3}/?", 0..3),
         ignore_file in prop::sample::select(vec![".gitignore", ".ignore", "a/.gitignore", "b/.rgignore"]),
         repository in any::<bool>(),
@@ -152,8 +152,9 @@ proptest! {
             fs::create_dir(workspace.path(".git")).expect("directory");
         }
         let ignore = (ignore_file.to_owned(), rules.join("\n"));
+        let ignore = (ignore.0.into_bytes(), ignore.1);
         for (name, content) in files.iter().map(|(name, content)| (name.clone(), content.clone())).chain([ignore]) {
-            let path = workspace.path(&name);
+            let path = workspace.root().join(OsStr::from_bytes(&name));
             // A file where a directory should be: the tree is then smaller.
             if fs::create_dir_all(path.parent().expect("parent")).is_ok() {
                 let _ = fs::write(path, content);
@@ -215,7 +216,10 @@ fn special_files_neither_block_nor_get_searched() {
 
     let text = workspace.ok("grep", &json!({"pattern": "match"}));
 
-    assert_eq!(text, format!("{}:1:match\n", workspace.path("good/file").display()));
+    let why = "because an ignore file in it cannot be read or is too large";
+    let first = workspace.path("bad").display().to_string();
+    let told = format!("[2 directories were not searched, {why}; the first is {first}]");
+    assert_eq!(text, format!("{}:1:match\n{told}", workspace.path("good/file").display()));
     assert_eq!(
         workspace.error("grep", &json!({"pattern": "x", "path": "good/fifo"})),
         "grep: good/fifo: not a regular file"
@@ -274,4 +278,24 @@ fn sparse_file_and_endless_line_are_bounded() {
         workspace.ok("grep", &json!({"pattern": "match"})),
         format!("{}:1:match\n", workspace.path("small").display())
     );
+}
+
+#[test]
+fn file_that_is_not_searched_to_its_end_is_counted_and_named() {
+    let workspace = Workspace::new();
+    let long = "match\n".to_owned() + &"x".repeat(33 << 20) + "\nmatch\n";
+    let why = "because a line is too long or reading failed";
+    workspace.put("b", &long);
+    workspace.put("c", "match\n");
+    let path = |name: &str| workspace.path(name).display().to_string();
+
+    let one = workspace.ok("grep", &json!({"pattern": "match"}));
+    workspace.put("a", &long);
+    let two = workspace.ok("grep", &json!({"pattern": "absent"}));
+    let single = workspace.ok("grep", &json!({"pattern": "match", "path": "b"}));
+
+    let found = format!("{}:1:match\n{}:1:match\n", path("b"), path("c"));
+    assert_eq!(one, format!("{found}[1 file was not searched to its end, {why}: {}]", path("b")));
+    assert_eq!(two, format!("no matches\n[2 files were not searched to their end, {why}; the first is {}]", path("a")));
+    assert_eq!(single, format!("1:match\n[1 file was not searched to its end, {why}]"));
 }
