@@ -89,7 +89,8 @@ impl Launcher<'_> {
         let ended = sandbox_id.map(|sandbox_id| wire::SandboxEnded {
             sandbox_id,
             wait_status: status,
-            oom_kills,
+            // The last may be there before it is counted.
+            oom_kills: last_memory_kill.as_ref().map_or(oom_kills, |kill| kill.number.max(oom_kills)),
             memory_limit_bytes,
             last_memory_kill: last_memory_kill.filter(|kill| kill.number >= oom_kills),
         });

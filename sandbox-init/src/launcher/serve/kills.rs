@@ -68,10 +68,14 @@ fn is_new(killed: Option<&Killed>) -> bool {
     killed.is_some_and(|killed| killed.told.number == 0)
 }
 
-/// Numbers what was read just now: the kernel counts a kill behind its record, so the newest is at most the last that it has counted.
+/// Numbers what was read just now: the newest is the last that the kernel has counted, or one that it is about to count, because
+/// it does that behind the record. There are never more records than kills.
 fn number(killed: &mut VecDeque<Killed>, counted: u64) {
+    let before = killed.iter().map(|killed| killed.told.number).max().unwrap_or_default();
+    let new = killed.iter().filter(|killed| killed.told.number == 0).count();
+    let last = counted.max(before.saturating_add(u64::try_from(new).unwrap_or(u64::MAX)));
     let new = killed.iter_mut().rev().take_while(|killed| killed.told.number == 0);
-    for (killed, number) in new.zip((1..=counted).rev()) {
+    for (killed, number) in new.zip((1..=last).rev()) {
         killed.told.number = number;
     }
 }
@@ -206,6 +210,8 @@ mod tests {
         add(&mut killed);
         add(&mut killed);
         number(&mut killed, 4);
-        assert_eq!(killed.back().map(|killed| killed.told.number), Some(4));
+        assert_eq!(numbers(&killed), [1, 3, 4, 5]);
+        number(&mut killed, 5);
+        assert_eq!(numbers(&killed), [1, 3, 4, 5]);
     }
 }
