@@ -27,12 +27,12 @@ pub use flow::{
 };
 pub use id::{CallId, IdError, RESERVED_PREFIX, RunnerId, SandboxId, SessionId};
 pub use outcome::{CallEnd, CallResult, Content, Note, NoteKind, Outcome, ToolResult, Usage};
-pub use output::{OutputChunk, OutputSource, Stream, StreamLengths, StreamSummary};
+pub use output::{OutputChunk, OutputSource, Stream, StreamLengths, StreamSummary, no_sandbox};
 pub use pressure::{Closed, Gauge, Pressure, Resource, Shortage};
 pub use progress::Progress;
 pub use sandbox::{
     Attached, CallEvent, CallObserver, EnvironmentRef, ExpectedCall, FoundCall, Gate, Layer, Network, PreparedCall,
-    Processes, Receipt, ResourceLimits, RootfsChoice, Sandbox, SandboxRequest, Sandboxes,
+    Processes, Receipt, ResourceLimits, RootfsChoice, Sandbox, SandboxRequest, Sandboxes, Slot,
 };
 
 /// A future that can be stored behind a trait object.

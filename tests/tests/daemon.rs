@@ -542,6 +542,66 @@ async fn operator_reads_the_output_of_a_call_and_ends_calls_and_sessions() {
     assert_eq!(daemon.sandboxes(), Vec::<String>::new());
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_calls_have_left_running_is_listed_by_call_to_the_orchestrator_and_to_the_operator() {
+    needs_root!();
+    let _host = host::shared();
+    let mut daemon = Daemon::start(Options { limits: small_sandboxes(), ..Options::default() }).await;
+    let session = daemon.session("leaves").await;
+    let ask = async |query_id, session_id: &str| {
+        let slots = pb::SlotsQuery { session_id: session_id.to_owned() };
+        let what = Some(pb::query::What::Slots(slots));
+        within("query", daemon.orchestrator.query(pb::Query { query_id, what })).await.expect("a reply").answer
+    };
+    let listed = async |query_id, session_id: &str| match ask(query_id, session_id).await {
+        Some(pb::query_reply::Answer::Slots(mut list)) => {
+            list.slots.sort_by(|a, b| a.call_id.cmp(&b.call_id));
+            list.slots
+        }
+        other => panic!("no slots: {other:?}"),
+    };
+    assert_eq!(listed(1, "leaves").await, []);
+
+    for (call_id, command) in [("two", "sleep 600.401 & sleep 600.402 & :"), ("none", ":"), ("one", "sleep 600.403 &")]
+    {
+        within(call_id, session.bash(call_id, command)).await.expect("an end");
+    }
+    let slots = listed(2, "leaves").await;
+    let left: Vec<_> = slots.iter().map(|slot| (slot.call_id.as_str(), slot.pids.len())).collect();
+    assert_eq!(left, [("one", 1), ("two", 2)]);
+    // As they are known inside, where they can be ended.
+    let pids: Vec<String> = slots[1].pids.iter().map(u32::to_string).collect();
+    let socket = daemon.directories()[1].join("admin.sock");
+    let inspect = |format: &[&str]| {
+        let socket = socket.to_str().expect("a plain path");
+        let arguments =
+            ["inspect", "--session", "leaves", "--socket", socket].into_iter().chain(format.iter().copied());
+        tokio::task::block_in_place(|| operator(arguments))
+    };
+    let shown = inspect(&[]);
+    assert!(shown.text().contains(&format!("left running by two: {}\n", pids.join(" "))), "{}", shown.text());
+    let shown: serde_json::Value = serde_json::from_slice(&inspect(&["--json"]).stdout).expect("JSON");
+    let counts: Vec<_> = shown["slots"].as_array().into_iter().flatten().map(|slot| slot["pids"].as_array()).collect();
+    assert_eq!(counts.iter().flatten().map(|pids| pids.len()).sum::<usize>(), 3, "{shown}");
+    let pids = pids.join(" ");
+    within("kill", session.bash("kill", &format!("kill {pids}; wait {pids}"))).await.expect("an end");
+
+    let left: Vec<_> = listed(3, "leaves").await.into_iter().map(|slot| slot.call_id).collect();
+    assert_eq!(left, ["one"]);
+    let what = Some(pb::query::What::Receipt(pb::ReceiptQuery { session_id: "leaves".to_owned() }));
+    let receipt = within("receipt", daemon.orchestrator.query(pb::Query { query_id: 6, what })).await.expect("a reply");
+    let Some(pb::query_reply::Answer::Receipt(receipt)) = receipt.answer else { panic!("a receipt") };
+    assert!(!receipt.layers.is_empty());
+    for (query_id, session_id, code) in [(4, "nobody", "SESSION_UNKNOWN"), (5, "a b", "INVALID_FIELD")] {
+        let Some(pb::query_reply::Answer::Failure(failure)) = ask(query_id, session_id).await else {
+            panic!("an answer")
+        };
+        assert_eq!(failure.code, code, "{session_id}");
+    }
+    within("close", session.close(Duration::ZERO)).await.expect("the session ends");
+    daemon.end_with_nothing_left();
+}
+
 /// Sockets of these processes on which somebody could be answered from elsewhere: those that listen for TCP, and any of UDP but
 /// connected ones.
 fn network_addresses(pids: &[u32]) -> Vec<String> {

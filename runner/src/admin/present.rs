@@ -7,7 +7,7 @@ use proto::admin::v1 as pb;
 use crate::connector::claude::{Board, ItemView};
 use crate::session::core::{CallStage, SessionStage};
 use crate::session::{ViewCall, ViewSession};
-use crate::work::{Outcome, Receipt};
+use crate::work::{Outcome, Receipt, Slot};
 
 /// One session.
 pub(super) fn session(session: &ViewSession, sandbox_id: Option<String>) -> pb::Session {
@@ -100,6 +100,12 @@ fn words(outcome: &Outcome) -> String {
 }
 
 /// A receipt.
+/// What calls have left running.
+pub(super) fn slots(slots: Vec<Slot>) -> pb::SlotList {
+    let slot = |slot: Slot| pb::Slot { call_id: slot.call_id.to_string(), pids: slot.pids };
+    pb::SlotList { slots: slots.into_iter().map(slot).collect() }
+}
+
 pub(super) fn receipt(receipt: &Receipt) -> pb::Receipt {
     let layer = |layer: &crate::work::Layer| pb::Layer {
         name: layer.name.clone(),

@@ -142,8 +142,13 @@ impl AdminService for Admin {
             work_items.retain(|item| item.session_id == session.request.session_id.as_str());
         }
         let receipt = session.as_ref().map(|session| present::receipt(&session.receipt));
+        let slots = match &session {
+            Some(session) => self.0.sessions.outputs.slots(&session.request.session_id).await.ok(),
+            None => None,
+        };
+        let slots = slots.map(present::slots);
         let session = session.map(|session| present::session(&session, self.sandbox_id(&session)));
-        Ok(Response::new(pb::InspectResponse { session, receipt, work_items }))
+        Ok(Response::new(pb::InspectResponse { session, receipt, work_items, slots }))
     }
 
     async fn kill(&self, request: Request<pb::KillRequest>) -> Result<Response<pb::KillResponse>, Status> {

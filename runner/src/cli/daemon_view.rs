@@ -156,13 +156,15 @@ pub(super) fn inspect(arguments: &InspectArguments) -> ExitCode {
             if let Some(session) = &answer.session {
                 value = session_json(session);
                 value["receipt"] = receipt_json(&receipt);
+                value["slots"] = answer.slots.as_ref().map_or(Value::Null, slots_json);
             }
             value["work_items"] = items.iter().map(work::json).collect();
             print(&value.to_string());
         } else {
             let session = answer.session.as_ref().map(|session| full(session, &receipt)).unwrap_or_default();
             let items: String = items.iter().map(work::lines).collect();
-            print(format!("{items}{session}").trim_end());
+            let left: String = answer.slots.iter().flat_map(|list| &list.slots).map(left_line).collect();
+            print(format!("{items}{session}{left}").trim_end());
         }
         Ok(())
     })
@@ -264,6 +266,15 @@ fn full(session: &wire::Session, receipt: &wire::Receipt) -> String {
         text += &format!("call         {name} {} {state}, {} of output\n", call.tool, display_size(call.output_bytes));
     }
     text
+}
+
+fn left_line(slot: &wire::Slot) -> String {
+    let pids: Vec<String> = slot.pids.iter().map(u32::to_string).collect();
+    format!("left running by {}: {}\n", outcome::printable(&slot.call_id), pids.join(" "))
+}
+
+fn slots_json(list: &wire::SlotList) -> Value {
+    list.slots.iter().map(|slot| json!({ "call_id": slot.call_id, "pids": slot.pids })).collect()
 }
 
 fn session_json(session: &wire::Session) -> Value {

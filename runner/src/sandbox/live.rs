@@ -14,7 +14,7 @@ use super::launch::{Ended, Inspection, LaunchError, Launcher};
 use super::victim;
 use crate::work::{
     BoxFuture, CallEnd, CallId, CallObserver, CancelMode, Code, OutputChunk, PreparedCall, Receipt, Sandbox, SandboxId,
-    Stream, ToolFailure,
+    Slot, Stream, ToolFailure,
 };
 
 /// How long an ending of process 1 may take to be reported by the launcher after its socket has closed.
@@ -352,6 +352,11 @@ impl Sandbox for LiveSandbox {
     fn stop(&self) -> BoxFuture<'static, Result<(), ToolFailure>> {
         let parts = Arc::clone(&self.parts);
         Box::pin(async move { parts.stop().await })
+    }
+
+    fn slots(&self) -> BoxFuture<'static, Result<Vec<Slot>, ToolFailure>> {
+        let parts = Arc::clone(&self.parts);
+        Box::pin(async move { parts.control.slots().await.map_err(failure) })
     }
 
     fn close(&self, grace: Duration) -> BoxFuture<'static, ()> {

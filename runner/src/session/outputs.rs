@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::work::{
-    BoxFuture, CallId, Code, OutputChunk, OutputSource, Receipt, Sandbox, SandboxId, SessionId, Stream, StreamLengths,
-    ToolFailure,
+    BoxFuture, CallId, Code, OutputChunk, OutputSource, Receipt, Sandbox, SandboxId, SessionId, Slot, Stream,
+    StreamLengths, ToolFailure, no_sandbox,
 };
 
 #[derive(Default)]
@@ -103,6 +103,17 @@ impl OutputSource for Outputs {
                 );
                 Box::pin(std::future::ready(Err(failure)))
             }
+        }
+    }
+
+    fn receipt_of(&self, session_id: &SessionId) -> Result<Receipt, ToolFailure> {
+        self.receipt(session_id).ok_or_else(|| no_sandbox(session_id))
+    }
+
+    fn slots(&self, session_id: &SessionId) -> BoxFuture<'static, Result<Vec<Slot>, ToolFailure>> {
+        match self.session(session_id) {
+            Some(sandbox) => sandbox.slots(),
+            None => Box::pin(std::future::ready(Err(no_sandbox(session_id)))),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{BoxFuture, CallId, ToolFailure};
+use super::{BoxFuture, CallId, Code, Receipt, SessionId, Slot, ToolFailure};
 
 /// Which pipe a byte went through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -105,7 +105,7 @@ impl StreamSummary {
     }
 }
 
-/// Retained output of calls, by offset.
+/// Retained output of calls, by offset, and what else sandboxes are asked for.
 pub trait OutputSource: Send + Sync {
     /// Reads at most `max_bytes` (and at most 64 KiB) of `stream` from `offset`.
     ///
@@ -120,6 +120,29 @@ pub trait OutputSource: Send + Sync {
         offset: u64,
         max_bytes: usize,
     ) -> BoxFuture<'static, Result<OutputChunk, ToolFailure>>;
+
+    /// What protects a session.
+    ///
+    /// # Errors
+    /// `SESSION_UNKNOWN` when it has no sandbox here.
+    fn receipt_of(&self, session_id: &SessionId) -> Result<Receipt, ToolFailure> {
+        Err(no_sandbox(session_id))
+    }
+
+    /// Processes that calls of a session have left behind, by call.
+    ///
+    /// # Errors
+    /// `SESSION_UNKNOWN` when it has no sandbox here, `SANDBOX_LOST`.
+    fn slots(&self, session_id: &SessionId) -> BoxFuture<'static, Result<Vec<Slot>, ToolFailure>> {
+        Box::pin(std::future::ready(Err(no_sandbox(session_id))))
+    }
+}
+
+/// That nothing can be asked about a session here.
+#[must_use]
+pub fn no_sandbox(session_id: &SessionId) -> ToolFailure {
+    let what = format!("session {session_id} has no sandbox here");
+    ToolFailure::new(Code::SessionUnknown, what, "ask about a session that is open")
 }
 
 #[cfg(test)]

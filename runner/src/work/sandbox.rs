@@ -281,6 +281,15 @@ pub trait Sandboxes: Send + Sync {
     }
 }
 
+/// The processes that one call has left behind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Slot {
+    /// The call that started them.
+    pub call_id: CallId,
+    /// As seen inside the sandbox, at most 64 of them.
+    pub pids: Vec<u32>,
+}
+
 /// One live sandbox. Dropping the last reference ends it like `close` with no grace.
 pub trait Sandbox: Send + Sync {
     /// Its id.
@@ -342,6 +351,11 @@ pub trait Sandbox: Send + Sync {
 
     /// New size of the terminal of a running call.
     fn resize(&self, call_id: &CallId, columns: u16, rows: u16) -> BoxFuture<'static, Result<(), ToolFailure>>;
+
+    /// Processes that calls have left behind and that are still there. Sandboxes in which nothing stays say that there are none.
+    fn slots(&self) -> BoxFuture<'static, Result<Vec<Slot>, ToolFailure>> {
+        Box::pin(std::future::ready(Ok(Vec::new())))
+    }
 
     /// Moves the moment, by CLOCK_BOOTTIME, at which the sandbox ends by itself.
     fn deadline(&self, boottime_ns: u64) -> BoxFuture<'static, Result<(), ToolFailure>>;

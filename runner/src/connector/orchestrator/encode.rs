@@ -6,7 +6,7 @@ use proto::runner::v1 as pb;
 use proto::runner::v1::runner_frame::Body;
 
 use crate::work::{
-    Blame, CallPhase, CallResult, CancelMode, Content, Note, NoteKind, Outcome, Receipt, RequestKind, SessionEnd,
+    Blame, CallPhase, CallResult, CancelMode, Content, Note, NoteKind, Outcome, Receipt, RequestKind, SessionEnd, Slot,
     Stream, StreamSummary, ToolFailure, ToolResult, Usage,
 };
 
@@ -69,6 +69,19 @@ pub(super) fn failure_to_wire(failure: &ToolFailure) -> pb::ToolFailure {
         remediation: failure.remediation.clone(),
         retry_after: failure.retry_after.map(time),
     }
+}
+
+/// The answer to a question about slots.
+pub(super) fn slots_to_wire(query_id: u64, slots: Result<Vec<Slot>, ToolFailure>) -> pb::QueryReply {
+    use pb::query_reply::Answer;
+    let answer = match slots {
+        Ok(slots) => {
+            let slot = |slot: Slot| pb::Slot { call_id: slot.call_id.to_string(), pids: slot.pids };
+            Answer::Slots(pb::SlotList { slots: slots.into_iter().map(slot).collect() })
+        }
+        Err(failure) => Answer::Failure(failure_to_wire(&failure)),
+    };
+    pb::QueryReply { query_id, answer: Some(answer) }
 }
 
 /// A receipt.

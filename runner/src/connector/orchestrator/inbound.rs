@@ -9,10 +9,10 @@ use tracing::{debug, info, warn};
 
 use super::codec::{BadFrame, Incoming};
 use super::link::{Link, Obeying};
-use super::task::{Ended, Task};
+use super::task::{Ended, MOST_QUESTIONS, Task};
 use super::{LinkError, Refusal, decode, encode};
 use crate::connector::backoff::draw;
-use crate::work::{Code, DrainMode, DrainedBy, ToolFailure, WorkItem, limits};
+use crate::work::{Code, DrainMode, DrainedBy, Receipt, ToolFailure, WorkItem, limits};
 
 /// The times of a Welcome.
 struct Times {
@@ -204,8 +204,18 @@ impl Task {
             Some(What::Receipt(receipt)) if receipt.session_id.is_empty() => {
                 Answer::Receipt(encode::receipt_to_wire(&self.settings.receipt))
             }
-            Some(What::Receipt(_)) => unimplemented("query.receipt of one session: see SessionOpened.receipt;"),
-            Some(What::Slots(_)) => unimplemented("query.slots"),
+            Some(What::Receipt(receipt)) => match self.receipt_of(&receipt.session_id) {
+                Ok(receipt) => Answer::Receipt(encode::receipt_to_wire(&receipt)),
+                Err(failure) => Answer::Failure(encode::failure_to_wire(&failure)),
+            },
+            Some(What::Slots(slots)) => match self.ask_for_slots(query.query_id, &slots.session_id) {
+                Ok(()) => return,
+                Err(failure) => {
+                    let labels = [("request", "query"), ("code", failure.code.as_str())];
+                    self.ports.counters.add("refused_total", &labels);
+                    Answer::Failure(encode::failure_to_wire(&failure))
+                }
+            },
             Some(What::Usage(_)) => unimplemented("query.usage"),
             Some(What::Ledger(_)) => unimplemented("query.ledger"),
             None => {
@@ -214,6 +224,21 @@ impl Task {
             }
         };
         self.reply(Body::QueryReply(pb::QueryReply { query_id: query.query_id, answer: Some(answer) }));
+    }
+
+    fn receipt_of(&self, session_id: &str) -> Result<Receipt, ToolFailure> {
+        self.ports.outputs.receipt_of(&decode::session_id(session_id)?)
+    }
+
+    /// A sandbox is asked as soon as the link has a place for the question, and answers for itself.
+    fn ask_for_slots(&mut self, query_id: u64, session_id: &str) -> Result<(), ToolFailure> {
+        let session_id = decode::session_id(session_id)?;
+        if self.questions.len() >= MOST_QUESTIONS {
+            let what = format!("{MOST_QUESTIONS} questions wait for their answer");
+            return Err(ToolFailure::new(Code::QueueFull, what, "wait for the answers, then ask again"));
+        }
+        self.questions.push_back((query_id, session_id));
+        Ok(())
     }
 
     /// Nothing new is taken while too much of the old is not acknowledged.

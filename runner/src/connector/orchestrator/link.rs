@@ -20,7 +20,7 @@ use super::encode::stream_to_wire;
 use super::outgoing::{CONTROL, Lanes};
 use super::rotation::{Successor, Turn, connected};
 use super::task::{Ended, Event, PENDING, Task};
-use super::{LinkError, Stop};
+use super::{LinkError, Stop, encode};
 use crate::crash_point::{self, Kind, Point};
 use crate::work::{BoxFuture, OutputChunk, SessionId, ToolFailure, Trouble};
 
@@ -29,6 +29,8 @@ pub(crate) mod simulated;
 
 /// Pieces of output that are read at the same time.
 const PARALLEL_READS: usize = 4;
+/// Sandboxes that are asked at once on one link.
+const PARALLEL_QUESTIONS: usize = 4;
 /// Time for Welcome and decisions.
 pub(super) const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Time for the orchestrator to close its half after Goodbye.
@@ -65,6 +67,8 @@ pub(super) struct Link {
     /// The Welcome of a newer orchestrator, which changes nothing before its term is on the disk.
     pub(super) obeying: Option<Obeying>,
     pub(super) reads: FuturesUnordered<Pin<Box<dyn Future<Output = Read> + Send>>>,
+    /// Sandboxes that were asked about their slots.
+    pub(super) asked: FuturesUnordered<BoxFuture<'static, pb::QueryReply>>,
     output_wait: Option<Instant>,
     output_full: bool,
     /// What waited when it was last looked at: orders, events, output.
@@ -108,6 +112,7 @@ impl Link {
             next_try: None,
             obeying: None,
             reads: FuturesUnordered::new(),
+            asked: FuturesUnordered::new(),
             output_wait: None,
             output_full: false,
             waits: [false; 3],
@@ -183,6 +188,7 @@ impl Task {
                 Some((piece, chunk)) = link.reads.next(), if !link.reads.is_empty() => {
                     self.piece(link, &piece, chunk)?;
                 }
+                Some(reply) = link.asked.next(), if !link.asked.is_empty() => self.reply(Body::QueryReply(reply)),
                 connected = connected(&mut link.successor), if link.successor.is_some() => {
                     link.successor = None;
                     match connected {
@@ -262,6 +268,12 @@ impl Task {
         }
         if !link.live {
             return Ok(());
+        }
+        while link.asked.len() < PARALLEL_QUESTIONS
+            && let Some((query_id, session_id)) = self.questions.pop_front()
+        {
+            let slots = self.ports.outputs.slots(&session_id);
+            link.asked.push(Box::pin(async move { encode::slots_to_wire(query_id, slots.await) }));
         }
         while let Ok(permit) = link.lanes.events.try_reserve() {
             let Some(body) = self.outbox.next_to_send() else { break };

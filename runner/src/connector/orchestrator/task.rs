@@ -19,10 +19,12 @@ use crate::connector::Ports;
 use crate::connector::backoff::{Backoff, draw};
 use crate::connector::tls::Credentials;
 use crate::connector::transport::connect;
-use crate::work::{BoxFuture, Code, DrainMode, DrainedBy, RequestKind, Update, WorkItem};
+use crate::work::{BoxFuture, Code, DrainMode, DrainedBy, RequestKind, SessionId, Update, WorkItem};
 
 /// Work that waits for the sessions. When it is full, no more frames are read from the link.
 pub(super) const PENDING: usize = 256;
+/// Questions for sandboxes that wait for a place on the link.
+pub(super) const MOST_QUESTIONS: usize = 64;
 /// After a refusal for good reasons there is no hurry, but an operator may repair it at any time.
 const REFUSED_DELAY: Duration = Duration::from_secs(60);
 
@@ -42,6 +44,8 @@ pub(super) struct Task {
     pub(super) pending: VecDeque<WorkItem>,
     /// Replies that are not events: of use on the link that asked, and on the one that was greeted before they were known.
     pub(super) replies: VecDeque<Body>,
+    /// What sandboxes are to be asked about slots, on the link that asked.
+    pub(super) questions: VecDeque<(u64, SessionId)>,
     pub(super) highest_term: u64,
     pub(super) link_id: String,
     /// How long sandboxes live beyond the lease when nobody says more.
@@ -94,6 +98,7 @@ impl Task {
             lease: Lease::new(),
             pending: VecDeque::new(),
             replies: VecDeque::new(),
+            questions: VecDeque::new(),
             highest_term,
             link_id: String::new(),
             orphan_time: ORPHAN_TIME,
@@ -188,6 +193,7 @@ impl Task {
         // Whoever asked on an earlier link asks again, unless what he asked for is named in the greeting: then he waits for the
         // answer, which may come before there is a link.
         self.replies.clear();
+        self.questions.clear();
         // The greeting waits in the lanes: it leaves as soon as there is somebody to greet.
         let greeting = self.greet(&lanes, self.reason)?;
         let (incoming, certificate) = loop {

@@ -24,7 +24,7 @@ use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::AbortHandle;
 
 use super::packet::{Descriptors, PacketSocket};
-use crate::work::{BoxFuture, CallObserver, CancelMode, OutputChunk, PreparedCall, Stream, limits};
+use crate::work::{BoxFuture, CallObserver, CancelMode, OutputChunk, PreparedCall, Slot, Stream, limits};
 pub use attach::Resumed;
 use calls::{AddError, CallTable};
 use exchange::{Shared, State, end_of};
@@ -388,6 +388,20 @@ impl Control {
     /// [`ControlError`]; after a refusal some of it may be gone.
     pub async fn stop_work(&self) -> Result<(), ControlError> {
         self.request_done("stop_work", wire::request::Body::StopWork(wire::StopWork {})).await
+    }
+
+    /// The processes that calls have left behind, by call.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn slots(&self) -> Result<Vec<Slot>, ControlError> {
+        // Of another kind than the question of who takes a sandbox over: no call is settled by the answer.
+        let kind = "slots";
+        let answer = match self.request(kind, wire::request::Body::Snapshot(wire::Snapshot {})).await? {
+            wire::frame::Body::Snapshot(reply) => snapshot::slots(&reply),
+            _ => Err(Violation::WrongAnswer { request: kind }),
+        };
+        Ok(answer.map_err(|violation| self.violated(violation))?)
     }
 
     async fn request_done(&self, kind: &'static str, body: wire::request::Body) -> Result<(), ControlError> {

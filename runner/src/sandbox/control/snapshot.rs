@@ -12,9 +12,13 @@ use proto::init::v1 as wire;
 use super::calls::{AddError, CallRecord, CallTable, MOST_CALLS, Origin, Phase};
 use super::decode;
 use super::violation::Violation;
-use crate::work::{CallId, ExpectedCall, FoundCall, Gate, StreamLengths};
+use crate::work::{CallId, ExpectedCall, FoundCall, Gate, Slot, StreamLengths};
 
 const EVENT: &str = "snapshot";
+/// Call slots of one sandbox: process 1 makes no more.
+const MOST_SLOTS: usize = 256;
+/// Process 1 names no more of one slot.
+const MOST_PIDS: usize = 64;
 
 /// One call as process 1 shows it.
 #[derive(Debug, PartialEq, Eq)]
@@ -77,6 +81,25 @@ pub(super) fn decode(reply: &wire::SnapshotReply) -> Result<Vec<SeenCall>, Viola
         seen.push(SeenCall { call_id: call.call_id.clone(), phase, lengths });
     }
     Ok(seen)
+}
+
+/// The processes that calls have left behind, as they are named in an answer.
+///
+/// # Errors
+/// [`Violation`] for what cannot be.
+pub(super) fn slots(reply: &wire::SnapshotReply) -> Result<Vec<Slot>, Violation> {
+    if reply.slots.len() > MOST_SLOTS {
+        return Err(Violation::impossible("snapshot.slots", format!("{} slots", reply.slots.len())));
+    }
+    let slot = |slot: &wire::SlotState| {
+        let call_id =
+            CallId::new(&slot.call_id).map_err(|_| Violation::impossible("snapshot.slots.call_id", &slot.call_id))?;
+        if slot.pids.len() > MOST_PIDS {
+            return Err(Violation::impossible("snapshot.slots.pids", format!("{} pids", slot.pids.len())));
+        }
+        Ok(Slot { call_id, pids: slot.pids.clone() })
+    };
+    reply.slots.iter().map(slot).collect()
 }
 
 impl CallTable {
@@ -356,5 +379,23 @@ mod tests {
         assert!(heard(true).settle(Vec::new()).is_err(), "nobody acknowledged it");
         assert!(longer.settle(vec![SeenCall { lengths, ..seen("c", FoundCall::Running) }]).is_err());
         assert!(heard(false).settle(vec![seen("c", FoundCall::Finished)]).is_ok(), "it ended in between");
+    }
+
+    #[test]
+    fn slots_that_cannot_be_are_a_violation() {
+        let slot = |call_id: &str, pids: usize| wire::SlotState { call_id: call_id.to_owned(), pids: vec![7; pids] };
+        let reply = |slots| wire::SnapshotReply { slots, ..wire::SnapshotReply::default() };
+
+        let good = reply(vec![slot("c", MOST_PIDS), slot("d", 0)]);
+        let pids: Vec<usize> = slots(&good).expect("as it is").iter().map(|slot| slot.pids.len()).collect();
+        assert_eq!(pids, [MOST_PIDS, 0]);
+        for (bad, field) in [
+            (vec![slot("c", MOST_PIDS + 1)], "snapshot.slots.pids"),
+            (vec![slot("", 1)], "snapshot.slots.call_id"),
+            (vec![slot("c", 1); MOST_SLOTS + 1], "snapshot.slots"),
+        ] {
+            let violation = slots(&reply(bad)).expect_err("a violation");
+            assert!(matches!(violation, Violation::Impossible { field: found, .. } if found == field), "{violation}");
+        }
     }
 }
