@@ -124,8 +124,21 @@ fn usage(error: &clap::Error, arguments: &[OsString]) -> ExitCode {
     let _ = error.print();
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::SUCCESS,
-        _ if arguments.get(1).is_some_and(|command| command == "exec") => ExitCode::from(code::OURS),
+        _ if subcommand(arguments).is_some_and(|command| command == "exec") => ExitCode::from(code::OURS),
         _ => ExitCode::from(2),
+    }
+}
+
+/// The first word that is no option and no value of one.
+fn subcommand(arguments: &[OsString]) -> Option<&OsString> {
+    let mut words = arguments.iter().skip(1);
+    loop {
+        let word = words.next()?;
+        if word == "--log-level" {
+            words.next();
+        } else if !word.as_encoded_bytes().starts_with(b"-") {
+            return Some(word);
+        }
     }
 }
 
@@ -161,4 +174,23 @@ fn print(text: &str) {
     use std::io::Write;
     // A reader that has gone away wants no more data, and there is nobody left to tell.
     let _ = writeln!(std::io::stdout().lock(), "{text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn subcommand_is_found_behind_options_and_is_no_value_of_one() {
+        let found = |text: &str| {
+            let arguments: Vec<OsString> = text.split_whitespace().map(OsString::from).collect();
+            subcommand(&arguments).map(|word| word.to_string_lossy().into_owned())
+        };
+        assert_eq!(found("sandbox-runner exec --memory junk -- x").as_deref(), Some("exec"));
+        assert_eq!(found("sandbox-runner --log-level debug exec -- x").as_deref(), Some("exec"));
+        assert_eq!(found("sandbox-runner --log-level=debug exec -- x").as_deref(), Some("exec"));
+        assert_eq!(found("sandbox-runner --log-level exec ps").as_deref(), Some("ps"));
+        assert_eq!(found("sandbox-runner --log-level"), None);
+        assert_eq!(found("sandbox-runner"), None);
+    }
 }

@@ -222,7 +222,14 @@ pub fn load(path: &Path) -> Result<(Policy, String), PolicyError> {
         });
     }
     let mut text = String::new();
-    file.by_ref().take(MAX_BYTES).read_to_string(&mut text).map_err(read)?;
+    // One byte more than is taken: what is cut would be tables that nobody misses.
+    file.by_ref().take(MAX_BYTES + 1).read_to_string(&mut text).map_err(read)?;
+    if text.len() as u64 > MAX_BYTES {
+        return Err(PolicyError::Value {
+            path: path.to_owned(),
+            problem: format!("it has more than {MAX_BYTES} bytes, write less into it"),
+        });
+    }
     Ok((parse(&text, path)?, text))
 }
 

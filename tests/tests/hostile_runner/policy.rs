@@ -67,13 +67,19 @@ fn policy_that_others_can_change_is_refused() {
 #[test]
 fn policy_with_a_mistake_is_refused_by_key() {
     needs_root!();
-    let cases: [(&str, &str, &str); 6] = [
+    let cases: [(&str, &str, &str); 11] = [
         ("version = 1", "version = 2", "version"),
         ("version = 1", "version = 1\nrunner_user = 5", "runner_user"),
         ("state_directory = \"/", "state_directory = \"", "state_directory"),
         ("pids = 64", "pids = 640", "default"),
         ("seccomp = \"standard\"", "seccomp = \"none\"", "seccomp"),
         ("without = []", "without = [\"everything\"]", "everything"),
+        ("[rootfs.allowed]\npath = \"/", "[rootfs.allowed]\npath = \"", "rootfs.allowed.path"),
+        ("per_sandbox = 65536", "per_sandbox = 0", "ids.per_sandbox"),
+        ("base = 2080374784", "base = 4294950000", "base + per_sandbox * slots"),
+        ("base = 2080374784", "base = 1000", "1000"),
+        // What would be cut may be a table that nobody misses.
+        ("version = 1", &format!("version = 1\n#{}", "x".repeat(1 << 20)), "bytes"),
     ];
     for (from, to, named) in cases {
         let message = policy_refusal(|setup| {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use sandbox_runner_tests::canary::VARIABLE;
 use sandbox_runner_tests::prober::Verdict;
 use sandbox_runner_tests::rootfs::{PROBER, Rootfs};
-use sandbox_runner_tests::runner::{Caller, Exec, Finished, finish};
+use sandbox_runner_tests::runner::{Caller, Exec, Finished, binary, finish};
 use sandbox_runner_tests::{host, needs_root};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -222,5 +222,62 @@ fn options_work_for_root_and_for_an_ordinary_user() {
             assert_eq!(value.pointer(pointer).and_then(|text| text.as_str()), Some(expected), "{caller:?}: {value}");
         }
         assert!(value.pointer("/receipt/layers").is_some_and(|layers| layers.is_array()), "{caller:?}: {value}");
+    }
+}
+
+/// A limit that this host does not enforce for this user is never left out in silence.
+#[test]
+fn limit_that_was_asked_for_is_enforced_or_said_to_have_no_effect() {
+    const OPTIONS: [(&str, &str, &str); 4] = [
+        ("--memory", "64M", "cgroup_memory"),
+        ("--cpus", "0.5", "cgroup_cpu"),
+        ("--pids", "64", "cgroup_pids"),
+        ("--disk", "16M", "disk_limit"),
+    ];
+    for caller in Caller::BOTH {
+        if let Some(obstacle) = caller.obstacle() {
+            sandbox_runner_tests::skip!("{obstacle}");
+        }
+        let _host = host::shared();
+        for (option, value, name) in OPTIONS {
+            let report = Exec::new(caller).option(option, value).flag("--json").run(["true"]);
+            let json: serde_json::Value = serde_json::from_slice(&report.stdout)
+                .unwrap_or_else(|error| panic!("{caller:?} {option}: no report ({error}): {}", report.errors()));
+            let layers = json.pointer("/receipt/layers").and_then(|layers| layers.as_array()).expect("layers");
+            let layer = layers.iter().find(|layer| layer["name"] == name).expect("the layer");
+            let is_enforced = layer["enforced"].as_str().is_some_and(|text| !text.is_empty());
+            let is_said = report.errors().contains(&format!("sandbox-runner: {option} has no effect here ("));
+            assert_eq!(is_said, !is_enforced, "{caller:?} {option}: {layer}: {}", report.errors());
+        }
+        let silent = Exec::new(caller).run(["true"]);
+        assert!(!silent.errors().contains("no effect"), "nobody asked for a limit: {}", silent.errors());
+    }
+}
+
+#[test]
+fn option_with_a_mistake_ends_exec_with_125_and_names_itself_wherever_other_options_are() {
+    let cases = [
+        ("--memory", "junk"),
+        ("--memory", "0"),
+        ("--cpus", "none"),
+        ("--cpus", "-1"),
+        ("--pids", "0"),
+        ("--pids", "1.5"),
+        ("--disk", "9999999999G"),
+        ("--timeout", "0"),
+        ("--timeout", "soon"),
+        ("--network", "all"),
+        ("--profile", "admin"),
+        ("--env", "=x"),
+    ];
+    for (option, value) in cases {
+        for before in [&[][..], &["--log-level", "debug"], &["--log-level=debug"]] {
+            let mut command = Command::new(binary());
+            command.args(before).args(["exec", option, value, "--", "true"]);
+            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+            let refused = finish(command, PATIENCE).expect("it ends");
+            assert_eq!(refused.code(), 125, "{before:?} {option} {value}: {}", refused.errors());
+            assert!(refused.errors().contains(option), "{option} {value}: {}", refused.errors());
+        }
     }
 }

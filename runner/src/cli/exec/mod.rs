@@ -21,18 +21,19 @@ use self::input::{Signals, cancel_on_signals, end_input, forward_stdin};
 use self::output::{CallState, Observer, Output, follow};
 use self::terminal::{Changes, RawMode};
 use super::embedded::{self, GIVEN_ROOTFS, Wishes};
-use super::{code, complain, floor, outcome, say};
+use super::{code, complain, doctor, floor, outcome, say};
 use crate::config::launcher_policy::{PROFILE_DEFAULT, PROFILE_STRICT, PROFILE_USER};
 use crate::config::units::{parse_cpus, parse_duration, parse_size};
 use crate::sandbox::HostSandboxes;
+use crate::sandbox::launch::HostReport;
 use crate::sandbox::live::LiveSandbox;
 use crate::sandbox::measure::{MeasureError, measure};
 use crate::sandbox::receipt::Tier;
 use crate::sandbox::spec::{EnvironmentVariable, Limits, Rootfs, Spec, parse_environment_variable};
 use crate::sandbox::start::StartedLauncher;
 use crate::work::{
-    CallEnd, CallId, CallLimits, CancelMode, ExecInput, Gate, Outcome, OutputMode, PreparedCall, Sandbox, Terminal,
-    ToolFailure, ToolInput,
+    CallEnd, CallId, CallLimits, CancelMode, ExecInput, Gate, Outcome, OutputMode, PreparedCall, Receipt, Sandbox,
+    Terminal, ToolFailure, ToolInput,
 };
 
 /// Output kept in the sandbox while it waits to be printed; the disk limit usually comes first.
@@ -47,19 +48,19 @@ pub(super) struct ExecArguments {
     #[arg(long, value_name = "host|DIR", default_value = "host")]
     rootfs: PathBuf,
     /// Memory limit, swap included, such as 64M or 1G
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, allow_negative_numbers = true)]
     memory: Option<u64>,
     /// Processor limit, such as 0.5 or 2
-    #[arg(long, value_name = "NUMBER", value_parser = parse_cpus)]
+    #[arg(long, value_name = "NUMBER", value_parser = parse_cpus, allow_negative_numbers = true)]
     cpus: Option<u64>,
     /// Most processes and threads at once
-    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..), allow_negative_numbers = true)]
     pids: Option<u64>,
     /// Most bytes written to disk
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, allow_negative_numbers = true)]
     disk: Option<u64>,
     /// Wall time after which the command is ended, such as 500ms, 2s or 5m
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, allow_negative_numbers = true)]
     timeout: Option<Duration>,
     /// What can be reached
     #[arg(long, value_name = "NETWORK", value_enum, default_value_t = NetworkChoice::None)]
@@ -257,12 +258,32 @@ async fn run_in_sandbox(
             // Nothing runs yet; the launcher drops what it has begun when its connection closes.
             mode = signals.next() => return Ok(cancelled_early(mode)),
         };
+        for line in missing_limits(arguments, &sandbox.receipt(), sandboxes.host()) {
+            say(&format!("sandbox-runner: {line}"));
+        }
         let result = run_call(arguments, &sandbox, signals).await;
         sandbox.close(Duration::ZERO).await;
         result
     }
     .await;
     (result, Some(process))
+}
+
+/// A line for each limit that was asked for and that this host does not enforce.
+fn missing_limits(arguments: &ExecArguments, receipt: &Receipt, host: &HostReport) -> Vec<String> {
+    let asked = [
+        ("--memory", arguments.memory.is_some(), "cgroup_memory"),
+        ("--cpus", arguments.cpus.is_some(), "cgroup_cpu"),
+        ("--pids", arguments.pids.is_some(), "cgroup_pids"),
+        ("--disk", arguments.disk.is_some(), "disk_limit"),
+    ];
+    let line = |(option, _, name): &(&str, bool, &str)| {
+        let layer = receipt.layers.iter().find(|layer| layer.name == *name && layer.enforced.is_empty())?;
+        let remedy = doctor::remedy(layer, host);
+        let remedy = if remedy.is_empty() { "run `sandbox-runner doctor`" } else { &remedy };
+        Some(format!("{option} has no effect here ({}): {remedy}", doctor::errno_name(layer.errno)))
+    };
+    asked.iter().filter(|(_, is_asked, _)| *is_asked).filter_map(line).collect()
 }
 
 async fn check_floor(sandboxes: &HostSandboxes, wanted: Tier) -> Result<(), ExecError> {
