@@ -160,10 +160,53 @@ static void irrevocable(void) {
     report_refusal("C03.disable", "prctl(PR_SET_SECCOMP, DISABLED)", prctl(PR_SET_SECCOMP, 0, 0, 0, 0));
 }
 
+/* Runs `program gained` as the user `uid`. Its answer is its exit code: 1 when it is somebody else than who started it. */
+static void report_set_uid(const char *what, const char *program, uid_t uid) {
+    pid_t child = fork();
+    if (child == 0) {
+        if (uid != geteuid() && (setgroups(0, NULL) < 0 || setresgid(uid, uid, uid) < 0 || setresuid(uid, uid, uid) < 0))
+            _exit(4);
+        execl(program, program, "gained", (char *)NULL);
+        _exit(127);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    int code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+    enum verdict verdict = code == 1 ? BREACHED : code == 0 ? HELD : code == 4 ? ABSENT : FAILED;
+    report("C04.gift", what, verdict, 0, "exit %d", code);
+}
+
+/* One that is set-uid for root came with the image; another is made here by whoever is root. */
+static void set_uid_gifts(void) {
+    if (!settings.set_uid)
+        return;
+    report_set_uid("set-uid file of root", settings.set_uid, geteuid() == 0 ? 1000 : geteuid());
+    char directory[] = "./prober-XXXXXX", path[64], block[65536];
+    int from = open("/proc/self/exe", O_RDONLY | O_CLOEXEC);
+    if (from < 0 || !mkdtemp(directory) || chmod(directory, 0755) < 0) {
+        report("C04.gift", "set-uid file made here", FAILED, errno, "no directory to write to");
+        return;
+    }
+    snprintf(path, sizeof path, "%s/gift", directory);
+    int to = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0755);
+    ssize_t got;
+    while ((got = read(from, block, sizeof block)) > 0)
+        if (write(to, block, (size_t)got) != got)
+            break;
+    close(to);
+    if (got != 0 || chmod(path, 06755) < 0)
+        report("C04.gift", "set-uid file made here", FAILED, errno, "not made");
+    else
+        report_set_uid("set-uid file made here", path, geteuid() == 0 ? 1000 : geteuid());
+    unlink(path);
+    rmdir(directory);
+}
+
 /* Programs that are set-uid on an ordinary system: run, they must not change who we are. */
 static void set_uid_programs(void) {
     static const char *const programs[] = {"/usr/bin/su", "/usr/bin/sudo", "/usr/bin/newuidmap", "/usr/bin/mount",
                                            "/usr/bin/passwd", "/usr/bin/chsh", "/usr/bin/fusermount3"};
+    set_uid_gifts();
     for (size_t i = 0; i < COUNT(programs); i++) {
         struct stat info;
         if (stat(programs[i], &info) < 0 || !(info.st_mode & S_ISUID)) {

@@ -235,7 +235,7 @@ static void push(struct list *list, const char *value) {
 static int usage(void) {
     dprintf(STDERR_FILENO,
             "usage: prober [--bare] [--external] [--file P] [--socket P] [--address A] [--string S] [--variable V]\n"
-            "              [--token T] [--abstract N] [--port N] all|GROUP|only ID|table FIRST LAST|COMMAND ...\n");
+            "              [--token T] [--abstract N] [--port N] [--set-uid P] all|GROUP|only ID|table FIRST LAST|COMMAND ...\n");
     return 2;
 }
 
@@ -271,6 +271,8 @@ int main(int argc, char **argv) {
             settings.token = value;
         else if (strcmp(name, "abstract") == 0)
             settings.abstract_name = value;
+        else if (strcmp(name, "set-uid") == 0)
+            settings.set_uid = value;
         else if (strcmp(name, "port") == 0)
             settings.port = atoi(value);
         else
@@ -285,5 +287,7 @@ int main(int argc, char **argv) {
     int code = settings.bare ? run_bare(argv[i]) : run_group(argv[i]);
     if (code == 2 && !settings.bare)
         code = resource_command(argc - i, argv + i);
+    if (code == 2 && !settings.bare)
+        code = peer_command(argc - i, argv + i);
     return code == 2 ? usage() : code;
 }

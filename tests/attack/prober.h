@@ -35,6 +35,7 @@ struct settings {
     struct list variables; /* environment variables that must not be inherited */
     const char *token;     /* in the command line of the canary process */
     const char *abstract_name;
+    const char *set_uid; /* a copy of this program that is set-uid for root */
     int port;      /* canary TCP listener */
     bool bare;     /* running on the bare host as a negative control */
     bool external; /* addresses outside this machine may be tried */
@@ -83,6 +84,9 @@ int scan_table(long first, long last);
 
 /* Attacks on quantities. Each takes a bound and prints what it reached; each gives back what it took. */
 int resource_command(int argc, char **argv);
+
+/* tenant SECRET PORT: a neighbour. peer SECRET PORT PID: the attack on it. */
+int peer_command(int argc, char **argv);
 
 /* Reads a small file into `buffer`, always terminated. Returns the length or -1. */
 ssize_t read_small(const char *path, char *buffer, size_t size);

@@ -8,10 +8,12 @@
 #include <fcntl.h>
 #include <mqueue.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -21,6 +23,7 @@
 #include <sys/statvfs.h>
 #include <sys/un.h>
 #include <sys/wait.h>
+#include <termios.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -149,8 +152,8 @@ static void *spin(void *until) {
     return NULL;
 }
 
-/* cpu THREADS MS: the processor time used, in percent of the wall time. */
-static int processor(long threads, long milliseconds) {
+/* cpu THREADS MS [MOST]: the processor time used, in percent of the wall time, and whether that is more than it may be. */
+static int processor(long threads, long milliseconds, long most) {
     long begin = now_ms(), until = begin + milliseconds;
     pthread_t list[64];
     long made = 0;
@@ -163,7 +166,8 @@ static int processor(long threads, long milliseconds) {
     getrusage(RUSAGE_SELF, &use);
     long used = (use.ru_utime.tv_sec + use.ru_stime.tv_sec) * 1000 + (use.ru_utime.tv_usec + use.ru_stime.tv_usec) / 1000;
     long elapsed = now_ms() - begin;
-    report("R07", "processor time", HELD, 0, "%ld", elapsed > 0 ? used * 100 / elapsed : 0);
+    long percent = elapsed > 0 ? used * 100 / elapsed : 0;
+    report("R07", "processor time", most && percent > most ? BREACHED : HELD, 0, "%ld", percent);
     return 0;
 }
 
@@ -243,6 +247,35 @@ static int missing_names(long count) {
     return 0;
 }
 
+/*
+ * denied COUNT: calls that the filter refuses, device commands that landlock refuses, and processes that the filter kills for a
+ * call of another table. Whoever writes each of them down fills the host's log.
+ */
+static int denied(long count) {
+    int device = open("/proc/cmdline", O_RDONLY | O_CLOEXEC);
+    struct termios ignored;
+    long refused = 0, killed = 0;
+    for (long i = 0; i < count; i++) {
+        refused += unshare(CLONE_NEWUSER) < 0;
+        refused += ioctl(device, TCGETS, &ignored) < 0;
+    }
+#ifdef __x86_64__
+    for (long i = 0; i < count / 100; i++) {
+        pid_t child = fork();
+        if (child == 0) {
+            long result = 20;
+            __asm__ volatile("int $0x80" : "+a"(result) : : "memory");
+            _exit(0);
+        }
+        int status = 0;
+        waitpid(child, &status, 0);
+        killed += WIFSIGNALED(status);
+    }
+#endif
+    report("R20", "denied calls", refused == 2 * count ? HELD : BREACHED, 0, "%ld refused, %ld killed", refused, killed);
+    return 0;
+}
+
 /* core: a process with much memory aborts. What is left is found by the caller. */
 static int dump_core(void) {
     memory_bomb(32);
@@ -313,6 +346,25 @@ static int shape(const char *name) {
     return 2;
 }
 
+/*
+ * flip DIRECTORY TARGET: `real`, a directory with a file `kept`, and `link`, a link to the target, exchange their names
+ * without end.
+ */
+static int flip(const char *directory, const char *target) {
+    char real[256], link[256], file[300];
+    snprintf(real, sizeof real, "%s/real", directory);
+    snprintf(link, sizeof link, "%s/link", directory);
+    snprintf(file, sizeof file, "%s/kept", real);
+    if (mkdir(directory, 0755) < 0 || mkdir(real, 0755) < 0 || symlink(target, link) < 0)
+        return 3;
+    int fd = open(file, O_WRONLY | O_CREAT, 0644);
+    if (fd < 0 || write(fd, "old", 3) != 3)
+        return 3;
+    while (renameat2(AT_FDCWD, real, AT_FDCWD, link, RENAME_EXCHANGE) == 0)
+        ;
+    return 1;
+}
+
 /* write PATH TEXT, read PATH, env, args: plain tools, so that a rootfs with nothing else can be used. */
 static int plain(int argc, char **argv) {
     extern char **environ;
@@ -372,6 +424,10 @@ static int plain(int argc, char **argv) {
         }
         return 0;
     }
+    if (strcmp(argv[0], "flip") == 0 && argc == 3)
+        return flip(argv[1], argv[2]);
+    if (strcmp(argv[0], "gained") == 0 && argc == 1)
+        return geteuid() != getuid() || getegid() != getgid();
     if (strcmp(argv[0], "exit") == 0 && argc == 2)
         return atoi(argv[1]);
     if (strcmp(argv[0], "sleep") == 0 && argc >= 2) {
@@ -395,13 +451,17 @@ int resource_command(int argc, char **argv) {
     if (strcmp(name, "inodes") == 0 && argc == 3)
         return inodes(argv[1], bound);
     if (strcmp(name, "cpu") == 0 && argc == 3)
-        return processor(atol(argv[1]), bound);
+        return processor(atol(argv[1]), bound, 0);
+    if (strcmp(name, "cpu") == 0 && argc == 4)
+        return processor(atol(argv[1]), atol(argv[2]), bound);
     if (strcmp(name, "zombies") == 0 && argc == 2)
         return zombies(bound);
     if (strcmp(name, "kernelobjects") == 0 && argc == 2)
         return kernel_objects(bound);
     if (strcmp(name, "files") == 0 && argc == 2)
         return open_files(bound);
+    if (strcmp(name, "denied") == 0 && argc == 2)
+        return denied(bound);
     if (strcmp(name, "names") == 0 && argc == 2)
         return missing_names(bound);
     if (strcmp(name, "flood") == 0 && argc == 2)

@@ -2,6 +2,7 @@
 //! compromised runner has.
 
 use std::fs::{self, Permissions};
+use std::io::IoSlice;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
@@ -10,7 +11,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, setsockopt, socket, sockopt};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recv, send, sendmsg, setsockopt, socket, sockopt,
+};
 use nix::sys::time::TimeVal;
 use prost::Message;
 use proto::launch::v1::{
@@ -284,6 +287,17 @@ impl Connection {
     /// The kernel's answer.
     pub fn send(&self, bytes: &[u8]) -> nix::Result<usize> {
         send(self.socket.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL)
+    }
+
+    /// The same with this many descriptors on top, which no message of the protocol has.
+    ///
+    /// # Errors
+    /// The kernel's answer.
+    pub fn send_with_descriptors(&self, bytes: &[u8], count: usize) -> nix::Result<usize> {
+        let descriptors = vec![self.socket.as_raw_fd(); count];
+        let rights = [ControlMessage::ScmRights(&descriptors)];
+        let parts = [IoSlice::new(bytes)];
+        sendmsg::<()>(self.socket.as_raw_fd(), &parts, &rights, MsgFlags::MSG_NOSIGNAL, None)
     }
 
     /// The next packet; empty when the launcher has closed the connection. Descriptors that came along are closed.

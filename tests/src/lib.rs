@@ -18,6 +18,7 @@
 //! - [`ledger`]: what calls say that they do, kept outside of everything that runner and launcher have
 //! - [`successor`]: runners that follow one another on the sandboxes of one launcher
 //! - [`terminal`]: a terminal of the host around the command, with somebody who types
+//! - [`way`]: what lies between a daemon and a server, such as a proxy
 //! - [`skip`]: how a missing capability is reported
 #![forbid(unsafe_code)]
 
@@ -35,3 +36,4 @@ pub mod runner;
 pub mod skip;
 pub mod successor;
 pub mod terminal;
+pub mod way;

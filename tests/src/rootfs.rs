@@ -9,6 +9,9 @@ use tempfile::TempDir;
 /// Where the prober is inside.
 pub const PROBER: &str = "/usr/bin/prober";
 
+/// Where [`Rootfs::with_set_uid_prober`] has the second one.
+pub const SET_UID_PROBER: &str = "/usr/bin/set-uid-prober";
+
 /// Where a runner keeps its journal in these suites: on a disk on every distribution, unlike /tmp.
 pub const ON_DISK: &str = "/var/tmp";
 
@@ -54,6 +57,19 @@ impl Rootfs {
         let prober = rootfs.path().join(PROBER.trim_start_matches('/'));
         fs::copy(crate::prober::path(), &prober).expect("a copy of the prober");
         fs::set_permissions(&prober, Permissions::from_mode(0o755)).expect("chmod of the prober");
+        rootfs
+    }
+
+    /// The same and a second prober, which is set-uid and set-gid for root as `su` is in most images.
+    ///
+    /// # Panics
+    /// When the files cannot be written.
+    #[must_use]
+    pub fn with_set_uid_prober() -> Self {
+        let rootfs = Self::with_prober();
+        let gift = rootfs.path().join(SET_UID_PROBER.trim_start_matches('/'));
+        fs::copy(crate::prober::path(), &gift).expect("a copy of the prober");
+        fs::set_permissions(&gift, Permissions::from_mode(0o6755)).expect("chmod of the prober");
         rootfs
     }
 

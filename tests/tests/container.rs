@@ -4,6 +4,8 @@
 
 #[path = "isolation/expectations.rs"]
 mod expectations;
+#[path = "isolation/table.rs"]
+mod table;
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -13,14 +15,17 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use sandbox_init::policy::Profile;
+use sandbox_init::policy::seccomp::Options;
 use sandbox_runner_tests::canary::Canaries;
 use sandbox_runner_tests::needs_root;
-use sandbox_runner_tests::prober::{Row, Verdict};
+use sandbox_runner_tests::prober::{self, Row, Verdict};
 use sandbox_runner_tests::rootfs::{PROBER, Rootfs, shared_directory};
 use sandbox_runner_tests::runner::{Finished, binary, finish};
 use serde_json::Value;
 
 use crate::expectations::assert_held;
+use crate::table::{LAST, assert_answers};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 const RUNNER: &str = "/usr/bin/sandbox-runner";
@@ -415,9 +420,28 @@ fn assert_nested(container: &mut Container) {
         }
     }
     assert_held(&others);
+    assert_table(container);
     assert_exec_works(container);
     assert_refused_below(container, &report, "full");
     container.assert_nothing_left();
+}
+
+/// Every system call is answered as the table says, beside what the container's own filter says to an ordinary user.
+fn assert_table(container: &Container) {
+    let last = LAST.to_string();
+    let scan = [PROBER, "table", "0", &last];
+    let inside = container.sandbox(&[], &scan);
+    let mut arguments = vec!["exec", "--user", "65534", &container.name];
+    arguments.extend(scan);
+    let outside = podman(&arguments).expect("the command ends");
+    let options = Options { profile: Profile::Standard, shared_identity: false, no_namespaces: true };
+
+    let [inside, outside] = [inside, outside].map(|finished| {
+        let scanned = prober::scan(&finished.stdout).expect("a scan");
+        assert!(!scanned.is_empty(), "{}", finished.errors());
+        scanned
+    });
+    assert_answers(&options, &inside, &outside);
 }
 
 #[test]

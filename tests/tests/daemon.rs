@@ -4,7 +4,7 @@
 #![allow(clippy::await_holding_lock, reason = "a test that needs the host alone keeps it to its end")]
 
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use proto::runner::v1 as pb;
@@ -14,7 +14,8 @@ use sandbox_runner_tests::daemon::{Daemon, Options, bash, exec, small_sandboxes,
 use sandbox_runner_tests::host;
 use sandbox_runner_tests::needs_root;
 use sandbox_runner_tests::rootfs::ON_DISK;
-use sandbox_runner_tests::runner::{binary, finish, scaled, wait};
+use sandbox_runner_tests::runner::{Finished, binary, finish, scaled, wait};
+use sandbox_runner_tests::way::Way;
 
 const MIB: u64 = 1 << 20;
 
@@ -263,6 +264,8 @@ async fn every_mistake_is_refused_by_field_and_nothing_of_it_runs() {
     assert_eq!(daemon.orchestrator.links(), 1);
     assert_eq!(daemon.sandboxes().len(), 1);
     assert_eq!(daemon.orchestrator.complaints(), Vec::<String>::new());
+    // Neither of what ran nor of what was refused is any input in the log.
+    assert!(!daemon.log().contains("echo ") && !daemon.log().contains("ls -A"), "{}", daemon.end_of_log());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -391,4 +394,201 @@ fn runner_ends_when_the_launcher_of_its_own_is_killed() {
     host::kill_now(runner.id());
     assert_eq!(status.and_then(|status| status.code()), Some(1), "{}", said());
     assert!(said().contains("the launcher is gone"), "{}", said());
+}
+
+/// A command of an operator, and how it ended.
+fn operator<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Finished {
+    let mut command = Command::new(binary());
+    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    finish(command, Duration::from_secs(60)).expect("it ends")
+}
+
+fn config_command(daemon: &Daemon, what: &str) -> Finished {
+    operator(["config", what, "--config", daemon.config().to_str().expect("a plain path")])
+}
+
+fn rewrite(daemon: &Daemon, from: &str, to: &str) {
+    let text = std::fs::read_to_string(daemon.config()).expect("the configuration");
+    assert!(text.contains(from), "{from} is not in it");
+    std::fs::write(daemon.config(), text.replacen(from, to, 1)).expect("the configuration");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn link_goes_through_a_proxy_that_wants_credentials_and_nobody_is_shown_them() {
+    needs_root!();
+    let _host = host::shared();
+    let proxy = Way::proxy().await;
+    let mut daemon = Daemon::install(Options::default()).await;
+    let line = format!("proxy = \"http://runner:hunter2@127.0.0.1:{}\"\n", proxy.port());
+    rewrite(&daemon, "server_name", &format!("{line}server_name"));
+    daemon.start_launcher().await;
+    daemon.start_runner().await;
+    let session = daemon.session("s").await;
+
+    let finished = within("call", session.bash("c", "echo hi")).await.expect("an end");
+
+    assert_eq!(finished.streams[&1].bytes, b"hi\n");
+    let (heads, asked) = (proxy.heads(), format!("CONNECT 127.0.0.1:{} HTTP/1.1\r\n", daemon.wire.port()));
+    let credentials = "\r\nProxy-Authorization: Basic cnVubmVyOmh1bnRlcjI=\r\n";
+    assert!(!heads.is_empty() && heads.iter().all(|head| head.starts_with(&asked) && head.contains(credentials)));
+    let shown = config_command(&daemon, "show");
+    assert_eq!(shown.code(), 0, "{}", shown.errors());
+    assert!(shown.text().contains("http://...@127.0.0.1:"), "{}", shown.text());
+    for text in [shown.text(), shown.errors(), daemon.log(), config_command(&daemon, "check").text()] {
+        assert!(!text.contains("hunter2"), "{text}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn check_of_a_configuration_tells_every_problem_at_once_with_those_of_the_certificates() {
+    needs_root!();
+    let _host = host::shared();
+    let daemon = Daemon::install(Options::default()).await;
+    let good = config_command(&daemon, "check");
+    assert_eq!((good.code(), good.text().trim()), (0, "no problem found"), "{}", good.errors());
+
+    rewrite(&daemon, "id = \"runner-1\"", "id = \"runner-2\"");
+    rewrite(&daemon, "server_name = \"localhost\"", "server_name = \"two words\"");
+    rewrite(&daemon, "min_tier = \"none\"", "min_tier = \"best\"");
+
+    let bad = config_command(&daemon, "check");
+    assert_eq!(bad.code(), 78, "{}", bad.errors());
+    let expected = [
+        "orchestrator.server_name: \"two words\" is neither a host name nor an address",
+        "runner.min_tier: \"best\" is not a tier",
+        "names runner runner-1, and runner.id is runner-2; write id = \"runner-1\" into [runner]",
+    ];
+    for text in expected {
+        assert!(bad.errors().contains(text), "{} does not say {text}", bad.errors());
+    }
+    assert_eq!(bad.errors().lines().count(), expected.len(), "{}", bad.errors());
+    assert_eq!(config_command(&daemon, "show").code(), 78);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn certificates_of_another_runner_end_it_with_78_and_those_that_may_be_good_later_with_1() {
+    needs_root!();
+    let _host = host::shared();
+    let mut daemon = Daemon::install(Options::default()).await;
+    daemon.start_launcher().await;
+    let ends = |expected: &str| {
+        let mut command = daemon.runner_command();
+        command.stderr(Stdio::piped());
+        let finished = finish(command, Duration::from_secs(60)).expect("it ends");
+        assert!(finished.errors().contains(expected), "{}", finished.errors());
+        finished.code()
+    };
+    let key = daemon.directories()[0].join("identity/key.pem");
+    let away = key.with_extension("away");
+
+    std::fs::rename(&key, &away).expect("renamed");
+    let missing = ends("cannot read private key");
+    std::fs::rename(&away, &key).expect("renamed");
+    rewrite(&daemon, "id = \"runner-1\"", "id = \"runner-2\"");
+    let another = ends("names runner runner-1, and runner.id is runner-2; write id = \"runner-1\"");
+
+    assert_eq!((missing, another), (1, 78));
+    assert_eq!(daemon.orchestrator.links(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn operator_reads_the_output_of_a_call_and_ends_calls_and_sessions() {
+    needs_root!();
+    let _host = host::shared();
+    let daemon = Daemon::start(Options::default()).await;
+    let session = daemon.session("s").await;
+    session.send("runs", bash("echo first; echo other >&2; sleep 600"));
+    session.send("waits", bash("echo never"));
+    within("start", session.started("runs")).await.expect("started");
+    let socket = daemon.directories()[1].join("admin.sock");
+    let ask = |arguments: &[&str]| {
+        let socket = socket.to_str().expect("a plain path");
+        tokio::task::block_in_place(|| operator(arguments.iter().copied().chain(["--socket", socket])))
+    };
+    let told = |finished: &Finished, expected: &str| {
+        assert_eq!(finished.code(), 1, "{}", finished.text());
+        assert!(finished.errors().contains(expected), "{} does not say {expected}", finished.errors());
+    };
+
+    // Without --follow it ends although the call goes on.
+    let deadline = std::time::Instant::now() + scaled(Duration::from_secs(60));
+    while ask(&["logs", "runs"]).text() != "first\nother\n" {
+        assert!(std::time::Instant::now() < deadline, "{:?}", ask(&["logs", "runs"]));
+    }
+    assert_eq!(ask(&["logs", "runs", "--offset", "6"]).text(), "other\n");
+    told(&ask(&["logs", "nobody"]), "call nobody is not known here; `ps` lists what is");
+    told(&ask(&["logs", "a b"]), "call_id contains ' '");
+    told(&ask(&["kill", "--call", "nobody"]), "call nobody is not known here");
+    told(&ask(&["kill", "--session", "nobody"]), "session nobody is not known here");
+    assert_eq!(ask(&["kill"]).code(), 2, "neither a session nor a call");
+
+    for call_id in ["waits", "runs"] {
+        let killed = ask(&["kill", "--call", call_id]);
+        assert_eq!((killed.code(), killed.text().as_str()), (0, ""), "{}", killed.errors());
+        let finished = within(call_id, session.outcome(call_id)).await.expect("an end");
+        let kind = finished.message.outcome.and_then(|outcome| outcome.kind);
+        assert!(matches!(kind, Some(pb::outcome::Kind::Cancelled(_))), "{call_id}: {kind:?}");
+    }
+    // It prints faster than anybody reads, so its output has no end; what is there has one.
+    session.send("floods", bash("yes"));
+    within("start", session.started("floods")).await.expect("started");
+    let shown = ask(&["logs", "floods"]);
+    assert_eq!(shown.code(), 0, "{}", shown.errors());
+    assert!(shown.stdout.starts_with(b"y\ny\n"), "{} bytes", shown.stdout.len());
+    assert_eq!(ask(&["kill", "--call", "floods"]).code(), 0);
+    within("floods", session.ended("floods")).await.expect("an end");
+    assert_eq!(ask(&["kill", "--session", "s"]).code(), 0);
+    within("end", session.over()).await.expect("an end");
+    assert_eq!(daemon.sandboxes(), Vec::<String>::new());
+}
+
+/// Sockets of these processes on which somebody could be answered from elsewhere: those that listen for TCP, and any of UDP but
+/// connected ones.
+fn network_addresses(pids: &[u32]) -> Vec<String> {
+    let inodes: Vec<String> = pids
+        .iter()
+        .flat_map(|pid| std::fs::read_dir(format!("/proc/{pid}/fd")).expect("a process that lives"))
+        .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok()?.to_str().map(str::to_owned))
+        .filter_map(|target| Some(target.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
+        .collect();
+    assert!(!inodes.is_empty(), "no socket of {pids:?} is seen");
+    let tables = ["tcp", "tcp6", "udp", "udp6", "raw", "raw6"];
+    let lines = tables.iter().flat_map(|table| {
+        let text = std::fs::read_to_string(format!("/proc/net/{table}")).unwrap_or_default();
+        text.lines().skip(1).map(|line| format!("{table} {line}")).collect::<Vec<_>>()
+    });
+    lines
+        .filter(|line| {
+            // table, sl, local, remote, state, queues, timer, retransmits, uid, timeout, inode: proc(5)
+            let words: Vec<_> = line.split_whitespace().collect();
+            // TCP_LISTEN of a stream, TCP_CLOSE of what is not connected.
+            let open = if line.starts_with("tcp") { "0A" } else { "07" };
+            words.get(4) == Some(&open) && words.get(10).is_some_and(|inode| inodes.iter().any(|own| own == inode))
+        })
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn runner_and_launcher_listen_on_no_network_address_and_sandbox_init_has_one_thread_while_they_serve() {
+    needs_root!();
+    let _host = host::shared();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    // Other tests of this process have listeners as well.
+    let port = format!(":{:04X} ", listener.local_addr().expect("its address").port());
+    let own = network_addresses(&[std::process::id()]);
+    assert!(own.iter().any(|line| line.contains(&port)), "our own listener is not seen: {own:?}");
+    let daemon = Daemon::start(Options::default()).await;
+    let session = daemon.session("s").await;
+    session.send("runs", bash("exec sleep 600"));
+    within("start", session.started("runs")).await.expect("started");
+
+    let pids = [daemon.runner_pid().expect("a runner"), daemon.launcher_pid().expect("a launcher")];
+
+    assert_eq!(network_addresses(&pids), Vec::<String>::new());
+    // The launcher, process 1, the spawner, and what they have for calls.
+    let family = host::family_of(pids[1]);
+    assert!(family.len() > 3, "{family:?}");
+    let several: Vec<_> =
+        family.iter().filter_map(|pid| host::status_field(*pid, "Threads:")).filter(|threads| threads != "1").collect();
+    assert!(several.is_empty(), "{several:?}");
 }

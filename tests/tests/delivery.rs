@@ -117,7 +117,7 @@ async fn storm(plan: Plan) {
     cutter.abort();
     assert!(cutter.await.is_err_and(|error| error.is_cancelled()), "the cutter ended by itself");
     let hits = world.hits.borrow().clone();
-    println!("{sent} calls, {} links, cuts by what they hit: {hits:?}", world.daemon.orchestrator.links());
+    println!("figures: {sent} calls, {} links, cuts by what they hit: {hits:?}", world.daemon.orchestrator.links());
     assert!(sent >= plan.calls);
     assert!(plan.is_satisfied_by(&hits), "too few cuts: {hits:?}");
     assert_eq!(world.daemon.orchestrator.complaints(), Vec::<String>::new());

@@ -7,10 +7,16 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::time::Duration;
 
+use proto::init::v1::{Exec as Program, start_call};
+use proto::launch::v1::{CreateSandbox, HostRootfs, create_sandbox};
+use sandbox_runner_tests::canary::Canaries;
 use sandbox_runner_tests::host::{self, Snapshot};
+use sandbox_runner_tests::keeper::Keeper;
+use sandbox_runner_tests::launcher::{Connection, Launcher, Setup, plain_sandbox};
 use sandbox_runner_tests::needs_root;
 use sandbox_runner_tests::rootfs::{PROBER, Rootfs, shared_directory};
 use sandbox_runner_tests::runner::{Caller, Exec, Finished};
+use serde_json::json;
 use tempfile::TempDir;
 
 /// A directory of the host that a hostile name points to.
@@ -132,7 +138,7 @@ fn image_with_a_file_in_place_of_a_special_directory_is_refused() {
     }
 }
 
-/// Case 4: a working directory named by the caller that leads out through the image or through proc.
+/// Beside the eight: a working directory named by the caller that leads out through the image or through proc.
 #[test]
 fn given_working_directory_never_leads_out() {
     needs_root!();
@@ -140,67 +146,78 @@ fn given_working_directory_never_leads_out() {
     let target = Target::new();
     let rootfs = Rootfs::with_link("escape", target.path());
     let kept = target.path().join("kept");
-    for name in [
-        "/escape",
-        "/escape/..",
-        "/proc/1/root",
-        "/proc/1/cwd",
-        "/proc/self/fd/7",
-        "/proc/self/root/..",
-        "../../../..",
-        "/../..",
-    ] {
-        let exec = Exec::in_rootfs(Caller::Root, rootfs.path()).option("--workdir", name);
+    let kept = kept.strip_prefix("/").expect("absolute").to_str().expect("UTF-8");
+    let within = |name: &str, path: &str| {
+        Exec::in_rootfs(Caller::Root, rootfs.path()).option("--workdir", name).prober(["read", path])
+    };
+    let works = within("/etc", "passwd");
+    assert_eq!((works.code(), works.text().as_str()), (0, "root:x:0:0::/root:/bin/sh\n"), "{}", works.errors());
 
-        let relative = exec.prober(["read", "kept"]);
-        let by_path = exec.prober(["read", kept.strip_prefix("/").expect("absolute").to_str().expect("UTF-8")]);
-
-        for finished in [relative, by_path] {
-            assert_ne!(finished.code(), 0, "{name} leads out: {}", finished.text());
-            assert!(!finished.text().contains("untouched"), "{name} leads out");
+    for name in ["/escape", "/escape/..", "/proc/1/root", "/proc/1/cwd", "/proc/self/fd/7", "../../../.."] {
+        assert_refused(&within(name, "kept"), &[if name.starts_with('/') { "working directory" } else { "cwd" }]);
+    }
+    // Back at the sandbox's own root, where nothing of the host is.
+    for name in ["/proc/self/root/..", "/../.."] {
+        for path in ["kept", kept] {
+            let finished = within(name, path);
+            assert_eq!((finished.code(), finished.text().as_str()), (1, ""), "{name} leads out: {}", finished.errors());
+            assert!(finished.errors().contains("No such file or directory"), "{name}: {}", finished.errors());
         }
+        assert_eq!(within(name, "etc/passwd").code(), 0, "{name} leads nowhere");
     }
     target.assert_untouched();
 }
 
-/// Case 5: files that are written or bound for every sandbox, replaced by links in the image.
+/// Case 4: files that programs expect to be made for them, replaced by links in the image, and the directory of our own.
 #[test]
-fn generated_files_do_not_follow_links_of_the_image() {
+fn files_of_etc_and_our_own_directory_do_not_follow_links_of_the_image() {
     needs_root!();
     let _host = host::shared();
     let target = Target::new();
     let rootfs = Rootfs::with_prober();
-    for name in ["hosts", "resolv.conf", "hostname"] {
+    let names = ["hosts", "resolv.conf", "hostname"];
+    for name in names {
         symlink(target.path().join(name), rootfs.path().join("etc").join(name)).expect("a link");
     }
+
+    for name in names {
+        let path = format!("/etc/{name}");
+        for arguments in [vec!["read", &path], vec!["write", &path, "changed"]] {
+            let finished = Exec::in_rootfs(Caller::Root, rootfs.path()).prober(arguments);
+            assert_eq!((finished.code(), finished.text().as_str()), (1, ""), "{path}: {}", finished.errors());
+            assert!(finished.errors().contains("No such file or directory"), "{path}: {}", finished.errors());
+        }
+    }
     symlink(target.path(), rootfs.path().join("run/sandbox-runner")).expect("a link");
-
-    let finished = Exec::in_rootfs(Caller::Root, rootfs.path()).prober(["read", "/etc/hosts"]);
-
-    assert!(!finished.text().contains("untouched"), "a file of the host is shown inside");
+    let refused = Exec::in_rootfs(Caller::Root, rootfs.path()).prober(["exit", "0"]);
+    assert_refused(&refused, &["/run/sandbox-runner"]);
     target.assert_untouched();
 }
 
-/// Case 6: output is kept in a directory the sandbox can see; it must not be able to put a link there.
+/// Case 5: output is kept in a directory the sandbox can see; it must not be able to put a link there.
 #[test]
 fn spool_directory_cannot_be_changed_from_inside() {
     needs_root!();
     let _host = host::shared();
     let rootfs = Rootfs::with_prober();
     let exec = Exec::in_rootfs(Caller::Root, rootfs.path());
+    let output = "/run/sandbox-runner/output";
 
-    for name in ["/run/sandbox-runner/output/planted", "/run/sandbox-runner/planted"] {
-        let finished = exec.prober(["write", name, "x"]);
-        // The parent may be an ordinary private directory; the spool itself is not.
-        if name.contains("/output/") {
-            assert_ne!(finished.code(), 0, "{name} was written");
-        }
-    }
     let listing = exec.prober(["list", "/run/sandbox-runner"]);
+    assert!(listing.text().lines().any(|name| name == "output"), "{} {}", listing.text(), listing.errors());
     assert!(!listing.text().contains("sock"), "a socket of the runner is visible inside: {}", listing.text());
+    assert_eq!(exec.prober(["list", output]).code(), 0, "the spool is not there, so nothing below is tried");
+    for (path, reason) in [
+        (format!("{output}/planted"), "Read-only file system"),
+        ("/run/sandbox-runner/planted".into(), "Permission denied"),
+    ] {
+        let written = exec.prober(["write", &path, "x"]);
+        assert_eq!(written.code(), 1, "{path} was written");
+        assert!(written.errors().contains(reason), "{path}: {}", written.errors());
+    }
 }
 
-/// Case 7: what the workload leaves in its tree is removed by a process with rights over it.
+/// Case 6: what the workload leaves in its tree is removed by a process with rights over it.
 #[test]
 fn removal_does_not_follow_links_of_the_workload() {
     needs_root!();
@@ -225,7 +242,7 @@ fn removal_does_not_follow_links_of_the_workload() {
     target.assert_untouched();
 }
 
-/// Case 8: the root filesystem and the state directory are names, too.
+/// Beside the eight: the root filesystem and the state directory are names, too.
 #[test]
 fn unusable_roots_and_state_directories_are_refused_with_their_name() {
     needs_root!();
@@ -242,6 +259,147 @@ fn unusable_roots_and_state_directories_are_refused_with_their_name() {
     let finished =
         Exec::in_rootfs(Caller::Root, rootfs.path()).option("--state-dir", shared.path()).prober(["exit", "0"]);
     assert_ne!(finished.code(), 0, "a state directory that anybody can write to was used");
+}
+
+/// A sandbox of a launcher, and a connection to its process 1.
+struct Session {
+    keeper: Keeper,
+    connection: Connection,
+    launcher: Launcher,
+    _rootfs: Rootfs,
+}
+
+impl Session {
+    fn start(root: create_sandbox::Rootfs) -> Self {
+        let rootfs = Rootfs::with_prober();
+        let launcher = Setup::new(1, rootfs.path()).start().expect("the launcher starts");
+        let connection = Connection::greeted(&launcher.setup().socket()).expect("served");
+        let sandbox = CreateSandbox { rootfs: Some(root), ..plain_sandbox("deputy") };
+        let created = connection.create(sandbox).expect("a sandbox");
+        let [_, run] = launcher.setup().directories();
+        let keeper = Keeper::connect(&run.join("sandboxes").join(created.socket_name)).expect("process 1 answers");
+        Self { keeper, connection, launcher, _rootfs: rootfs }
+    }
+
+    fn end(self) {
+        drop((self.keeper, self.connection));
+        self.launcher.stop();
+    }
+}
+
+/// Case 7: file tools, which take paths of the model and follow links of the workload.
+#[test]
+fn file_tools_find_nothing_of_the_host_by_dotdot_or_through_links() {
+    needs_root!();
+    let _host = host::shared();
+    let (mut canaries, target) = (Canaries::plant(), Target::new());
+    let mut session = Session::start(create_sandbox::Rootfs::Host(HostRootfs {}));
+    let keeper = &mut session.keeper;
+    let kept = target.path().join("kept").display().to_string();
+    let made = keeper.bash(&format!(
+        "cd /workspace && echo inside > own && ln -s own link && ln -s / root && ln -s /proc/1/root first && \
+         ln -s /proc/self/root self && ln -s {kept} file && ln -s {} folder && ln -s ../../../../.. up",
+        target.path().display()
+    ));
+    assert_eq!(made.code(), Some(0), "{made:?}");
+    // A link by itself is fine, so what is refused below is refused for where it leads.
+    let own = keeper.tool("read", &json!({"file_path": "/workspace/link"}));
+    assert_eq!(own.answer(), Some(("inside\n".to_owned(), false)), "{own:?}");
+
+    let hidden: Vec<String> =
+        canaries.files().iter().map(|file| file.display().to_string()).chain([kept.clone()]).collect();
+    let roots = [
+        "",
+        "../../../../../../..",
+        "/workspace/root",
+        "/workspace/first",
+        "/workspace/self",
+        "/workspace/up",
+        "/proc/1/root",
+    ];
+    let reached = roots.iter().flat_map(|root| hidden.iter().map(move |file| format!("{root}{file}")));
+    let reached: Vec<String> = reached.chain(["/workspace/file".into(), "/workspace/folder/kept".into()]).collect();
+    for path in &reached {
+        let folder = path.rsplit_once('/').map(|(folder, _)| folder).filter(|folder| *folder != "/workspace");
+        for (tool, input) in [
+            ("read", json!({"file_path": path})),
+            ("edit", json!({"file_path": path, "old_string": "e", "new_string": "E", "replace_all": true})),
+            ("glob", json!({"pattern": "**/*", "path": folder.unwrap_or("/workspace/folder")})),
+            ("grep", json!({"pattern": "secret|untouched", "path": path})),
+        ] {
+            let (text, is_error) = keeper.tool(tool, &input).answer().expect("an answer");
+            assert!(is_error, "{tool} {path}: {text}");
+        }
+    }
+    // Inside, such a place may be made; on the host nothing may be.
+    for path in &reached {
+        keeper.tool("write", &json!({"file_path": path, "content": "changed"}));
+    }
+
+    session.end();
+    canaries.assert_untouched();
+    target.assert_untouched();
+}
+
+/// Beside the eight: what has no end, or never answers, is an error of the tool that reads it.
+#[test]
+fn files_without_an_end_are_refused_by_the_file_tools() {
+    needs_root!();
+    let _host = host::shared();
+    let mut session = Session::start(create_sandbox::Rootfs::Host(HostRootfs {}));
+    let keeper = &mut session.keeper;
+    let made = keeper.bash("cd /workspace && mkfifo fifo && truncate -s 1T sparse && ln -s /proc/kmsg log");
+    assert_eq!(made.code(), Some(0), "{made:?}");
+
+    for path in ["/workspace/fifo", "/workspace/sparse", "/workspace/log", "/proc/kmsg", "/dev/zero", "/dev/ptmx"] {
+        for (tool, input) in [
+            ("read", json!({"file_path": path})),
+            ("edit", json!({"file_path": path, "old_string": "a", "new_string": "b"})),
+        ] {
+            let (text, is_error) = keeper.tool(tool, &input).answer().expect("an answer");
+            assert!(is_error, "{tool} {path}: {text}");
+        }
+    }
+    let works = keeper.tool("write", &json!({"file_path": "/workspace/alive", "content": "yes"}));
+    assert!(matches!(works.answer(), Some((_, false))), "{works:?}");
+    session.end();
+}
+
+/// Case 8: the same while the workload exchanges a directory for a link under the tools' hands.
+#[test]
+fn file_tools_are_not_led_out_by_a_link_that_changes_meanwhile() {
+    needs_root!();
+    let _host = host::shared();
+    let target = Target::new();
+    let mut session = Session::start(create_sandbox::Rootfs::Directory("allowed".to_owned()));
+    let keeper = &mut session.keeper;
+    let argv = [PROBER, "flip", "/workspace/race", target.path().to_str().expect("UTF-8")];
+    let argv = argv.map(|argument| argument.as_bytes().to_vec()).to_vec();
+    keeper.start(start_call::Work::Exec(Program { argv, ..Program::default() }), 0).expect("the call is taken");
+    let path = "/workspace/race/real/kept";
+
+    let mut done = [0, 0];
+    let mut refused = 0;
+    for round in 0..5000 {
+        let calls = [
+            ("write", json!({"file_path": path, "content": format!("round {round}\n")})),
+            ("edit", json!({"file_path": path, "old_string": "round", "new_string": "turn"})),
+        ];
+        for ((tool, input), done) in calls.iter().zip(&mut done) {
+            match keeper.tool(tool, input).answer().expect("an answer") {
+                (_, false) => *done += 1,
+                (_, true) => refused += 1,
+            }
+        }
+        if round >= 50 && done.iter().all(|done| *done > 10) && refused > 10 {
+            break;
+        }
+    }
+
+    session.end();
+    target.assert_untouched();
+    assert!(done.iter().all(|done| *done > 0), "the tools never met the directory: {done:?}");
+    assert!(refused > 0, "the tools never met the link");
 }
 
 /// Beside the eight: the root filesystem is never written to, whatever the workload does to its files.

@@ -14,7 +14,7 @@ use runner::dev::{Link, LinkSettings};
 use sandbox_runner_tests::daemon::{Daemon, MARKER, Options, Workspace, bash, within};
 use sandbox_runner_tests::host;
 use sandbox_runner_tests::needs_root;
-use sandbox_runner_tests::runner::{Caller, Exec, scaled, wait};
+use sandbox_runner_tests::runner::{Caller, Exec, is_slow, scaled, wait};
 
 /// What buffers, allocators and page tables may add once a flood runs.
 const GROWTH: u64 = 16 << 20;
@@ -197,7 +197,9 @@ async fn daemon_flood(taker: Taker, time: Duration) {
     for pair in beats.windows(2) {
         let [(seq, sent), (next_seq, next_sent)] = pair else { continue };
         assert_eq!(*next_seq, seq + 1, "a heartbeat is missing");
-        assert!(u128::from(next_sent - sent) < LEASE.as_nanos(), "no heartbeat for {} ns", next_sent - sent);
+        // Four of them may be late on a machine that is busy, and no more than the lease on an emulated one.
+        let most = if is_slow() { LEASE } else { LEASE / 5 };
+        assert!(u128::from(next_sent - sent) < most.as_nanos(), "no heartbeat for {} ns", next_sent - sent);
     }
     assert!(!daemon.log().contains("lease lapsed"), "{}", daemon.end_of_log());
     assert_eq!(daemon.orchestrator.links(), 1);
@@ -220,6 +222,53 @@ async fn slow_orchestrator_costs_no_memory_and_holds_up_nobody() {
 async fn stalled_orchestrator_costs_no_memory_and_holds_up_nobody() {
     needs_root!();
     daemon_flood(Taker::Stalled, Duration::from_secs(5)).await;
+}
+
+/// It has asked for more than it takes, so only the socket holds the runner back; the lease ends, and what runs goes on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn orchestrator_that_reads_nothing_any_more_costs_no_memory_and_ends_no_call() {
+    needs_root!();
+    let _alone = host::exclusive();
+    let daemon = Daemon::start(Options {
+        link: LinkSettings {
+            window: 1 << 30,
+            lease_ttl: LEASE,
+            heartbeat_every: LEASE / 20,
+            ..LinkSettings::default()
+        },
+        ..Options::default()
+    })
+    .await;
+    let session = daemon.session("flooding").await;
+    session.run("first", bash(format!("echo flooding > {MARKER}"))).await.expect("the first call");
+    let workspace = Workspace::find("flooding").expect("its sandbox");
+    let command = Some("yes 0123456789abcdef0123456789abcdef".to_owned());
+    let input = pb::BashInput { command, timeout_ms: 10_000, ..Default::default() };
+    session.send("flood", pb::call::Input::Bash(input));
+    within("start", session.started("flood")).await.expect("started");
+    let held = || {
+        let processes = [daemon.runner_pid(), daemon.launcher_pid(), Some(workspace.process_1), workspace.spawner()];
+        processes.into_iter().flatten().map(host::resident_bytes).sum::<u64>()
+    };
+    // While it still reads, everything that is ever kept in memory has its size.
+    let (begin, mut early, mut most) = (Instant::now(), 0, 0);
+    while begin.elapsed() < Duration::from_secs(2) {
+        early = early.max(held());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+
+    daemon.wire.keep_what_comes_from_the_runner();
+    while begin.elapsed() < Duration::from_secs(7) {
+        most = most.max(held());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+
+    assert!(early > 0 && most <= early + GROWTH, "{early} bytes resident at first, {most} at most");
+    daemon.wire.release();
+    let finished = within("output", session.outcome("flood")).await.expect("an end");
+    let outcome = finished.message.outcome.and_then(|outcome| outcome.kind);
+    assert!(matches!(outcome, Some(pb::outcome::Kind::TimedOut(_))), "{outcome:?}");
+    assert_eq!(daemon.orchestrator.complaints(), Vec::<String>::new());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -281,26 +281,26 @@ async fn session_without_processes_is_taken_over_by_the_next_runner_and_the_next
     needs_root!();
     let _host = host::shared();
     let mut daemon = Daemon::start(options("freeze_after_seconds = 1\nstop_after_seconds = 2")).await;
-    let (session, workspace) = counting(&daemon, "kept", "600.281", pb::OpenSession::default()).await;
+    let (session, workspace) = counting(&daemon, "emptied", "600.281", pb::OpenSession::default()).await;
     let count = "(while :; do echo >> /workspace/count; sleep 0.02; done) & sleep 600.281 & export KEPT=yes; cd /tmp";
 
     until_stopped(&daemon, &workspace, "600.281").await;
     daemon.kill_runner();
     daemon.start_runner().await;
     until_stopped(&daemon, &workspace, "600.281").await;
-    assert_begins_anew(&session, &workspace, "kept", "after-runner").await;
+    assert_begins_anew(&session, &workspace, "emptied", "after-runner").await;
 
     printed(&session, "again", count).await;
     until_stopped(&daemon, &workspace, "600.281").await;
     daemon.replace_launcher_by_force().await;
-    assert_begins_anew(&session, &workspace, "kept", "after-launcher").await;
+    assert_begins_anew(&session, &workspace, "emptied", "after-launcher").await;
 
     printed(&session, "once-more", count).await;
     until_stopped(&daemon, &workspace, "600.281").await;
     daemon.kill_runner();
     daemon.replace_launcher_by_force().await;
     daemon.start_runner().await;
-    assert_begins_anew(&session, &workspace, "kept", "after-both").await;
+    assert_begins_anew(&session, &workspace, "emptied", "after-both").await;
     end(daemon, vec![session]).await;
 }
 

@@ -1,6 +1,7 @@
 //! Nothing is left behind, whoever ends and however: counted from outside over every cgroup hierarchy, the host's mounts,
 //! namespaces by inode, loop devices, processes, and files of the state directory.
 #![forbid(unsafe_code)]
+#![allow(clippy::await_holding_lock, reason = "a test that needs the host alone keeps it to its end")]
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -8,10 +9,11 @@ use std::process::{Child, ExitStatus, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant, SystemTime};
 
+use sandbox_runner_tests::daemon::{Daemon, MARKER, Options, Workspace, bash, within};
 use sandbox_runner_tests::host::{self, SandboxPids, Snapshot};
 use sandbox_runner_tests::needs_root;
 use sandbox_runner_tests::rootfs::{PROBER, Rootfs};
-use sandbox_runner_tests::runner::{Caller, Exec, wait};
+use sandbox_runner_tests::runner::{Caller, Exec, is_slow, scaled, wait};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const SANDBOXES: usize = 200;
@@ -373,4 +375,51 @@ fn two_hundred_sandboxes_of_which_a_fifth_is_killed_leave_nothing() {
     assert!(failures.is_empty(), "sandboxes that were not attacked failed: {failures:#?}");
     let states: Vec<&Path> = execs.iter().map(Exec::state_directory).collect();
     baseline.assert_restored(&states);
+}
+
+/// A session with a call; every fifth ends with its process 1, which is killed while a call runs.
+async fn visit(daemon: &Daemon, number: usize) {
+    let name = format!("visit-{number}");
+    let session = daemon.session(&name).await;
+    let mark = format!("echo {name} > /workspace/{MARKER}; head -c 100000 /dev/zero");
+    let marked = within("mark", session.bash(&format!("{name}-mark"), &mark)).await.expect("an end");
+    assert_eq!(marked.streams[&1].bytes.len(), 100_000, "{name}");
+    if !number.is_multiple_of(KILLED_EVERY) {
+        within("close", session.close(Duration::ZERO)).await.expect("the session ends");
+        return;
+    }
+    session.send(&format!("{name}-runs"), bash("sleep 600"));
+    within("start", session.started(&format!("{name}-runs"))).await.expect("started");
+    host::kill_now(Workspace::find(&name).expect("its sandbox lives").process_1);
+    within("over", session.over()).await.expect("the session ends");
+}
+
+/// The runner and the launcher that serve on, unlike the commands above, which end with their sandbox.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sessions_of_which_a_fifth_is_killed_leave_no_descriptor_in_runner_and_launcher() {
+    needs_root!();
+    let _host = host::exclusive();
+    let mut daemon = Daemon::start(Options::default()).await;
+    let served = [daemon.runner_pid().expect("a runner"), daemon.launcher_pid().expect("a launcher")];
+    for number in 0..10 {
+        visit(&daemon, number).await;
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let before = served.map(host::descriptors);
+    let count = if is_slow() { 20 } else { 100 };
+
+    for number in 10..10 + count {
+        visit(&daemon, number).await;
+    }
+
+    let deadline = Instant::now() + scaled(PATIENCE);
+    let mut after = served.map(host::descriptors);
+    while after.iter().zip(&before).any(|(after, before)| after > before) {
+        assert!(Instant::now() < deadline, "descriptors of runner and launcher: {before:?} before, {after:?} after");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        after = served.map(host::descriptors);
+    }
+    assert_eq!(served, [daemon.runner_pid(), daemon.launcher_pid()].map(|pid| pid.expect("it still runs")));
+    assert_eq!(daemon.orchestrator.complaints(), Vec::<String>::new());
+    daemon.end_with_nothing_left();
 }

@@ -178,7 +178,8 @@ fn without_a_terminal_to_type_into_the_command_says_so_or_runs_with_the_usual_si
 fn output_of_a_terminal_is_whole_though_the_command_ends_at_once() {
     needs_root!();
     let _host = host::shared();
-    let command = Exec::new(Caller::Root).flag("-t").command(["seq", "200000"]);
+    let exec = Exec::new(Caller::Root).flag("-t");
+    let command = exec.command(["seq", "200000"]);
 
     let finished = finish(command, PATIENCE).expect("the command ends");
 

@@ -18,10 +18,14 @@ use crate::journal::Journal;
 use crate::session::core::CallStage;
 use crate::session::{SessionHandle, View, ViewCall, ViewSession};
 use crate::work::{
-    CallId, CancelMode, Code, OutputSource, Pressure, Receipt, Sandboxes, SessionClose, SessionId, Stream, ToolFailure,
-    WorkItem, limits,
+    CallId, CancelMode, Code, IdError, OutputSource, Pressure, Receipt, Sandboxes, SessionClose, SessionId, Stream,
+    ToolFailure, WorkItem, limits,
 };
 
+/// Connections that were let in and are not served yet.
+const QUEUED_PEERS: usize = 16;
+/// Pieces of output that whoever reads a call's output has not taken.
+const QUEUED_PIECES: usize = 4;
 /// How often new output is looked for while somebody follows a call.
 const FOLLOW_EVERY: Duration = Duration::from_millis(100);
 
@@ -69,7 +73,7 @@ impl std::fmt::Debug for Counted {
 /// `SocketError`; nothing is served then.
 pub fn serve(parts: Parts) -> Result<tokio::task::JoinHandle<()>, SocketError> {
     let listener = bind(&parts.path)?;
-    let (sender, peers) = mpsc::channel(16);
+    let (sender, peers) = mpsc::channel(QUEUED_PEERS);
     let (own_uid, counters) = (parts.own_uid, parts.sessions.counters.clone());
     let service = AdminServiceServer::new(Admin(parts));
     Ok(tokio::spawn(async move {
@@ -155,7 +159,8 @@ impl AdminService for Admin {
             Some(Target::CallId(id)) => {
                 let (session, call) = find_call(&view, &id)?;
                 if matches!(call.stage, CallStage::Finished(_)) {
-                    return Err(Status::failed_precondition(format!("call_id: call {id} has ended already")));
+                    let problem = format!("call_id: call {id} has ended already; `logs` shows what it has printed");
+                    return Err(Status::failed_precondition(problem));
                 }
                 let session = session.ok_or_else(|| not_found("session of call", &id))?;
                 self.put(WorkItem::Cancel {
@@ -176,9 +181,9 @@ impl AdminService for Admin {
     async fn logs(&self, request: Request<pb::LogsRequest>) -> Result<Response<Self::LogsStream>, Status> {
         let request = request.into_inner();
         let stream = stream_named(&request.stream)?;
-        let call_id = CallId::new(&request.call_id).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let call_id = CallId::new(&request.call_id).map_err(|error| no_id(&error))?;
         find_call(&self.view().await?, call_id.as_str())?;
-        let (sender, receiver) = mpsc::channel(4);
+        let (sender, receiver) = mpsc::channel(QUEUED_PIECES);
         let sessions = self.0.sessions.clone();
         tokio::spawn(async move {
             if let Err(status) = follow(&sessions, &call_id, stream, &request, &sender).await {
@@ -248,6 +253,8 @@ async fn follow(
     sender: &mpsc::Sender<Result<pb::LogsResponse, Status>>,
 ) -> Result<(), Status> {
     let mut offset = request.offset;
+    // Who does not follow gets what was there a moment ago: a call may print faster than anybody reads.
+    let mut until = request.follow.then_some(u64::MAX);
     loop {
         let view = sessions.view().await.ok_or_else(|| Status::unavailable("the runner is ending"))?;
         let Ok((_, call)) = find_call(&view, call_id.as_str()) else {
@@ -280,7 +287,8 @@ async fn follow(
             Some(Ok(chunk)) if !chunk.bytes.is_empty() => {
                 let response = pb::LogsResponse { offset: chunk.offset, data: chunk.bytes };
                 offset = response.offset + response.data.len() as u64;
-                if sender.send(Ok(response)).await.is_err() {
+                let until = *until.get_or_insert_with(|| sessions.outputs.lengths(call_id).get(stream));
+                if sender.send(Ok(response)).await.is_err() || (total.is_none() && offset >= until) {
                     return Ok(());
                 }
                 continue;
@@ -305,14 +313,18 @@ fn not_found(what: &str, id: &str) -> Status {
     Status::not_found(format!("{what} {id} is not known here; `ps` lists what is"))
 }
 
+fn no_id(error: &IdError) -> Status {
+    Status::invalid_argument(format!("{error}; `ps` lists what there is"))
+}
+
 fn find_session<'v>(view: &'v View, id: &str) -> Result<&'v ViewSession, Status> {
-    let session_id = SessionId::new(id).map_err(|error| Status::invalid_argument(error.to_string()))?;
+    let session_id = SessionId::new(id).map_err(|error| no_id(&error))?;
     let found = view.sessions.iter().find(|session| session.request.session_id == session_id);
     found.ok_or_else(|| not_found("session", id))
 }
 
 fn find_call<'v>(view: &'v View, id: &str) -> Result<(Option<&'v ViewSession>, &'v ViewCall), Status> {
-    let call_id = CallId::new(id).map_err(|error| Status::invalid_argument(error.to_string()))?;
+    let call_id = CallId::new(id).map_err(|error| no_id(&error))?;
     let of_sessions =
         view.sessions.iter().flat_map(|session| session.calls.iter().map(move |call| (Some(session), call)));
     let leftover = view.leftover.iter().map(|call| (None, call));

@@ -73,7 +73,7 @@ pub(super) async fn accept(
             }
         };
         match stream.peer_cred() {
-            Ok(peer) if peer.uid() == own_uid || peer.uid() == 0 => {
+            Ok(peer) if may_come_in(own_uid, peer.uid()) => {
                 let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
                     counters.add("admin_connections_refused_total", &[]);
                     warn!(limit = MAX_CONNECTIONS, "administration socket has as many connections as it takes");
@@ -89,11 +89,23 @@ pub(super) async fn accept(
     }
 }
 
+fn may_come_in(own_uid: u32, peer: u32) -> bool {
+    peer == own_uid || peer == 0
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use tokio::io::AsyncReadExt;
     use tokio::net::UnixStream;
+
+    #[test]
+    fn nobody_comes_in_but_the_runners_own_user_and_root() {
+        assert_eq!(
+            [1000, 0, 1001, 65534, u32::MAX].map(|peer| may_come_in(1000, peer)),
+            [true, true, false, false, false]
+        );
+    }
 
     #[tokio::test]
     async fn connection_that_is_one_too_many_is_closed_and_counted_until_another_has_gone() {

@@ -1,5 +1,7 @@
 //! `sandbox-runner config check|show`: every problem of the configuration, or what it means.
 
+mod files;
+
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -12,6 +14,7 @@ use crate::config::file::ConfigFile;
 use crate::config::problem::Problem;
 use crate::config::resolve::resolve;
 use crate::config::resolved::{Config, Host};
+use crate::daemon::settings;
 
 /// Where the configuration is when nobody says otherwise.
 pub(super) const DEFAULT_PATH: &str = "/etc/sandbox-runner/config.toml";
@@ -46,7 +49,10 @@ enum ConfigCommand {
 
 /// Runs the subcommand.
 pub(super) fn run(arguments: &ConfigArguments) -> ExitCode {
-    let loaded = load_beside(&arguments.config);
+    let loaded = match &arguments.command {
+        ConfigCommand::Check { .. } => load_with(&arguments.config, credentials_beside(), true),
+        ConfigCommand::Show { .. } => load_beside(&arguments.config),
+    };
     match (&arguments.command, loaded) {
         (ConfigCommand::Check { json }, Ok(_)) => {
             print(if *json { "[]" } else { "no problem found" });
@@ -66,12 +72,13 @@ pub(super) fn run(arguments: &ConfigArguments) -> ExitCode {
     }
 }
 
-/// Reads and checks the configuration at `path`, the files it names included.
+/// Reads and checks the configuration at `path`, and the files of work queues that it names. Those of the link are looked at when
+/// they are used: they may be in the middle of a renewal.
 ///
 /// # Errors
 /// Every problem found.
 pub(super) fn load(path: &Path) -> Result<Config, Vec<Problem>> {
-    load_with(path, passed_credentials())
+    load_with(path, passed_credentials(), false)
 }
 
 /// The same for a command that only looks, beside the service: what that was given is found where systemd keeps it. Whoever
@@ -80,8 +87,12 @@ pub(super) fn load(path: &Path) -> Result<Config, Vec<Problem>> {
 /// # Errors
 /// Every problem found.
 pub(super) fn load_beside(path: &Path) -> Result<Config, Vec<Problem>> {
+    load_with(path, credentials_beside(), false)
+}
+
+fn credentials_beside() -> Option<PathBuf> {
     let of_service = || Some(PathBuf::from(UNIT_CREDENTIALS)).filter(|directory| directory.is_dir());
-    load_with(path, passed_credentials().or_else(of_service))
+    passed_credentials().or_else(of_service)
 }
 
 /// Where the service manager has put credentials of this process.
@@ -89,7 +100,7 @@ fn passed_credentials() -> Option<PathBuf> {
     std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from)
 }
 
-fn load_with(path: &Path, credentials: Option<PathBuf>) -> Result<Config, Vec<Problem>> {
+fn load_with(path: &Path, credentials: Option<PathBuf>, with_link: bool) -> Result<Config, Vec<Problem>> {
     let problem = |what: String, fix: &str| {
         vec![Problem { file: path.to_path_buf(), key: String::new(), what, fix: fix.to_owned() }]
     };
@@ -100,21 +111,28 @@ fn load_with(path: &Path, credentials: Option<PathBuf>) -> Result<Config, Vec<Pr
         Err(error) => return Err(problem(format!("cannot be read: {error}"), "name a readable file with --config")),
     };
     let (file, mut problems) = ConfigFile::parse_all(path, &text);
-    match resolve(path, &file, &host(file.runner.state_directory.as_deref(), credentials)) {
-        Ok(config) => {
-            problems.extend(unreadable_files(path, &config));
-            if problems.is_empty() { Ok(config) } else { Err(problems) }
-        }
-        Err(more) => {
-            // A value of the wrong type reads as absent; saying that it is missing too would only confuse.
-            let reported: Vec<_> = problems.iter().map(|problem| problem.key.clone()).collect();
-            problems.extend(more.into_iter().filter(|problem| !reported.contains(&problem.key)));
-            Err(problems)
-        }
+    // A value of the wrong type reads as absent; saying that it is missing too would only confuse.
+    let mut add = |more: Vec<Problem>| {
+        let reported: Vec<_> = problems.iter().map(|problem| problem.key.clone()).collect();
+        problems.extend(more.into_iter().filter(|problem| !reported.contains(&problem.key)));
+    };
+    let in_credentials = files::of_queues(path, &file, credentials.as_deref());
+    let resolved = resolve(path, &file, &host(file.runner.state_directory.as_deref(), credentials));
+    add(resolved.as_ref().err().cloned().unwrap_or_default());
+    add(in_credentials);
+    if with_link {
+        add(files::of_link(path, &file));
+    }
+    match resolved {
+        Ok(config) if problems.is_empty() => Ok(config),
+        _ => Err(problems),
     }
 }
 
 fn show(config: &Config, json: bool) -> ExitCode {
+    // The name that counts may be in a certificate, where that can be read.
+    let runner_id = settings::runner_id(config).unwrap_or_else(|_| config.runner_id.clone());
+    let config = &Config { runner_id, ..config.clone() };
     let text = if json {
         serde_json::to_string_pretty(config).map_err(|error| error.to_string())
     } else {
@@ -130,31 +148,6 @@ fn show(config: &Config, json: bool) -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-fn unreadable_files(path: &Path, config: &Config) -> Vec<Problem> {
-    let mut files: Vec<(String, &Path)> = Vec::new();
-    if let Some(given) = config.orchestrator.as_ref().and_then(|one| one.files.as_ref()) {
-        files.push(("orchestrator.ca_file".to_owned(), &given.ca_file));
-        files.push(("orchestrator.certificate_file".to_owned(), &given.certificate_file));
-        files.push(("orchestrator.key_file".to_owned(), &given.key_file));
-    }
-    for (number, claude) in config.claude.iter().enumerate() {
-        files.push((format!("claude[{number}].key_file"), &claude.key_file));
-        files.extend(claude.ca_file.as_deref().map(|file| (format!("claude[{number}].ca_file"), file)));
-    }
-    files
-        .into_iter()
-        .filter_map(|(key, file)| {
-            let error = fs::File::open(file).err()?;
-            Some(Problem {
-                file: path.to_path_buf(),
-                key,
-                what: format!("{} cannot be read: {error}", file.display()),
-                fix: "create the file, or let the runner's user read it".to_owned(),
-            })
-        })
-        .collect()
 }
 
 /// What this machine has.
@@ -198,16 +191,20 @@ mod tests {
     }
 
     #[test]
-    fn certificate_files_that_cannot_be_read_are_each_a_problem() {
+    fn files_that_cannot_be_read_are_problems_beside_every_other_one_and_those_of_the_link_only_for_a_check() {
         let directory = tempfile::tempdir().expect("temporary directory");
         let path = directory.path().join("config.toml");
         let text = "[orchestrator]\nendpoint = \"https://o:1\"\nca_file = \"/none/a\"\ncertificate_file = \"/none/b\"\n\
-                    key_file = \"/none/c\"\n[runner]\nid = \"r\"\n";
+                    key_file = \"/none/c\"\n[[claude]]\nenvironment_id = \"env_1\"\nkey_file = \"/none/d\"\n\
+                    [runner]\nid = \"a b\"\n";
         fs::write(&path, text).expect("written");
+        let keys = |with_link| {
+            let problems = load_with(&path, None, with_link).expect_err("problems");
+            problems.into_iter().map(|problem| problem.key).collect::<Vec<_>>()
+        };
 
-        let problems = load(&path).expect_err("problems");
-
-        assert_eq!(problems.len(), 3);
-        assert!(problems[2].to_string().contains("orchestrator.key_file: /none/c cannot be read"), "{problems:?}");
+        let of_link = ["ca_file", "certificate_file", "key_file"].map(|name| format!("orchestrator.{name}"));
+        assert_eq!(keys(false), ["runner.id", "claude[0].key_file"]);
+        assert_eq!(keys(true)[2..], of_link);
     }
 }

@@ -133,15 +133,20 @@ pub(super) fn failed(error: &RunError) -> ExitCode {
         return ExitCode::from(code::BELOW_FLOOR);
     }
     complain(error);
-    let settings = match error {
-        RunError::Settings(_)
-        | RunError::Daemon(DaemonError::Certificates(_) | DaemonError::Queue { .. })
-        | RunError::Forgetful { .. } => true,
+    if needs_the_operator(error) { ExitCode::from(code::CONFIGURATION) } else { ExitCode::FAILURE }
+}
+
+/// Whether another attempt would end in the same way.
+fn needs_the_operator(error: &RunError) -> bool {
+    match error {
+        // A renewal that is half written, or a clock that is not set yet, must not leave a runner dead.
+        RunError::Settings(SettingsError::Certificates(problem))
+        | RunError::Daemon(DaemonError::Certificates(problem)) => problem.is_final(),
+        RunError::Settings(_) | RunError::Daemon(DaemonError::Queue { .. }) | RunError::Forgetful { .. } => true,
         // What is written there does not change by trying again.
         RunError::Journal(OpenError::Scan(_)) => true,
         _ => false,
-    };
-    if settings { ExitCode::from(code::CONFIGURATION) } else { ExitCode::FAILURE }
+    }
 }
 
 fn try_run(arguments: &RunArguments, config: &mut Config) -> Result<(), RunError> {
@@ -399,6 +404,35 @@ fn check_floor(config: &Config, receipt: &Receipt, host: &HostReport) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::connector::tls::TlsError;
+
+    #[test]
+    fn certificates_that_may_be_good_a_little_later_are_tried_again_and_those_of_another_runner_are_not() {
+        let path = || PathBuf::from("/c");
+        let problem = || "x".to_owned();
+        let later = || {
+            [
+                TlsError::Read { what: "certificate", path: path(), source: std::io::ErrorKind::NotFound.into() },
+                TlsError::Content { what: "certificate", path: path(), problem: problem() },
+                TlsError::Mismatch { key: path(), certificate: path() },
+                TlsError::Time { path: path(), problem: problem() },
+            ]
+        };
+        let never = || {
+            [
+                TlsError::Runner { path: path(), problem: problem(), fix: problem() },
+                TlsError::Identity { path: path(), now: problem(), before: problem() },
+            ]
+        };
+        let [of_settings, of_daemon]: [fn(TlsError) -> RunError; 2] = [
+            |problem| SettingsError::Certificates(problem).into(),
+            |problem| DaemonError::Certificates(problem).into(),
+        ];
+        for of in [of_settings, of_daemon] {
+            assert!(later().into_iter().all(|problem| !needs_the_operator(&of(problem))));
+            assert!(never().into_iter().all(|problem| needs_the_operator(&of(problem))));
+        }
+    }
 
     #[test]
     fn a_slot_is_left_for_the_measurement_of_the_next_runner() {

@@ -94,7 +94,7 @@ pub struct ClaudeSection {
 /// `[runner]`
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RunnerSection {
-    /// Name of this runner; the host name when absent.
+    /// Name of this runner; when absent that of its certificate, and without one the host name.
     pub id: Option<String>,
     /// Labels that placement may ask for.
     pub labels: BTreeMap<String, String>,

@@ -5,6 +5,8 @@ mod claude;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use rustls_pki_types::ServerName;
+
 use super::file::{ConfigFile, IdleSection, LimitsSection, OrchestratorSection, PressureSection};
 use super::problem::Problem;
 use super::resolved::{Capacity, CertificateFiles, Config, Host, Idle, Orchestrator, Pressure, SandboxDefaults};
@@ -42,6 +44,7 @@ pub fn resolve(path: &Path, file: &ConfigFile, host: &Host) -> Result<Config, Ve
         orchestrator,
         claude,
         runner_id,
+        runner_id_is_given: file.runner.id.is_some(),
         labels: file.runner.labels.clone(),
         state_directory,
         run_directory,
@@ -76,10 +79,7 @@ impl Check<'_> {
             self.report("orchestrator.endpoint", what, "write for example \"https://orchestrator.example:443\"");
         }
         let proxy = section.proxy.clone();
-        if let Some(proxy) = proxy.as_deref().filter(|proxy| url_host(proxy, "http://").is_none()) {
-            let what = format!("{proxy:?} is not http://HOST:PORT");
-            self.report("orchestrator.proxy", what, "write for example \"http://proxy.example:3128\"");
-        }
+        self.proxy("orchestrator.proxy", proxy.as_deref());
         let files = self.certificate_files(section);
         let first = section.reconnect_first_ms.unwrap_or(500);
         let most = section.reconnect_most_ms.unwrap_or(first.max(30_000));
@@ -93,6 +93,10 @@ impl Check<'_> {
             self.report("orchestrator.reconnect_most_ms", what, "write the larger of the two here");
         }
         let server_name = section.server_name.clone().or(host)?;
+        if ServerName::try_from(server_name.as_str()).is_err() {
+            let what = format!("{server_name:?} is neither a host name nor an address");
+            self.report("orchestrator.server_name", what, "write the name that the orchestrator's certificate has");
+        }
         Some(Orchestrator { endpoint, files, server_name, proxy, reconnect_first_ms: first, reconnect_most_ms: most })
     }
 
@@ -112,6 +116,14 @@ impl Check<'_> {
         }
         let [ca, certificate, key] = [0, 1, 2].map(|part| self.absolute(names[part], given[part].as_deref()?));
         Some(CertificateFiles { ca_file: ca?, certificate_file: certificate?, key_file: key? })
+    }
+
+    /// Its text may hold a password, so no problem repeats it.
+    fn proxy(&mut self, key: &str, given: Option<&str>) {
+        if given.is_some_and(|proxy| !is_proxy(proxy)) {
+            let fix = "write for example \"http://proxy.example:3128\"";
+            self.report(key, "is not http://[USER:PASSWORD@]HOST:PORT", fix);
+        }
     }
 
     fn required<T>(&mut self, key: &str, value: Option<T>) -> Option<T> {
@@ -256,6 +268,11 @@ impl Check<'_> {
     }
 }
 
+fn is_proxy(text: &str) -> bool {
+    let address = text.strip_prefix("http://").map(|rest| rest.rsplit_once('@').map_or(rest, |(_, address)| address));
+    address.is_some_and(|address| url_host(&format!("http://{address}"), "http://").is_some())
+}
+
 /// Host of `scheme` + host + optional port, nothing behind it.
 fn url_host(url: &str, scheme: &str) -> Option<String> {
     let authority = url.strip_prefix(scheme)?;
@@ -273,7 +290,7 @@ fn url_host(url: &str, scheme: &str) -> Option<String> {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::config::launcher_policy::HostSize;
 
@@ -287,7 +304,7 @@ pub(super) mod tests {
         }
     }
 
-    pub(super) fn resolved(text: &str) -> Result<Config, Vec<String>> {
+    pub(crate) fn resolved(text: &str) -> Result<Config, Vec<String>> {
         let path = Path::new("c.toml");
         let file = ConfigFile::parse(path, text).expect("readable");
         resolve(path, &file, &host()).map_err(|problems| problems.iter().map(ToString::to_string).collect())
@@ -314,7 +331,7 @@ pub(super) mod tests {
 
         let expected = [
             "orchestrator.endpoint: \"http://o\" is not https://HOST:PORT",
-            "orchestrator.proxy: \"p:1\" is not http://HOST:PORT",
+            "orchestrator.proxy: is not http://[USER:PASSWORD@]HOST:PORT",
             "orchestrator.ca_file: ca.pem is a relative path; write an absolute path",
             "orchestrator.certificate_file: is missing",
             "orchestrator.key_file: is missing",
@@ -400,6 +417,34 @@ pub(super) mod tests {
             resolved(&format!("[orchestrator]\nendpoint = \"https://o.example:8443\"\n{files}")).expect("good");
 
         assert_eq!(config.orchestrator.map(|orchestrator| orchestrator.server_name).as_deref(), Some("o.example"));
+    }
+
+    #[test]
+    fn server_names_that_no_certificate_can_have_are_refused() {
+        let with = |more: &str| resolved(&format!("[orchestrator]\nendpoint = \"https://o\"\n{more}"));
+        for good in ["o.example", "10.0.0.1", "::1", "a_b"] {
+            assert!(with(&format!("server_name = {good:?}\n")).is_ok(), "{good}");
+        }
+        for bad in ["two words", "", "a..b", "https://o"] {
+            let problems = with(&format!("server_name = {bad:?}\n")).expect_err("problems");
+            let expected = format!("orchestrator.server_name: {bad:?} is neither a host name nor an address; write");
+            assert!(problems[0].contains(&expected), "{problems:?}");
+        }
+        let problems = resolved("[orchestrator]\nendpoint = \"https://a..b\"\n").expect_err("problems");
+        assert!(problems[0].contains("orchestrator.server_name: \"a..b\""), "{problems:?}");
+    }
+
+    #[test]
+    fn password_of_a_proxy_of_the_link_is_taken_and_not_shown() {
+        let with = |proxy: &str| resolved(&format!("[orchestrator]\nendpoint = \"https://o\"\nproxy = {proxy:?}\n"));
+        let config = with("http://u:hunter2@p:1").expect("good");
+        let shown = toml::to_string(&config).expect("a text");
+        assert!(shown.contains("http://...@p:1") && !shown.contains("hunter2"), "{shown}");
+        let orchestrator = config.orchestrator.expect("a section");
+        assert_eq!(orchestrator.proxy.as_deref(), Some("http://u:hunter2@p:1"));
+        let problems = with("http://u:hunter2@").expect_err("problems");
+        assert!(problems[0].contains("orchestrator.proxy: is not http://[USER:PASSWORD@]HOST:PORT"), "{problems:?}");
+        assert!(!problems[0].contains("hunter2"), "{problems:?}");
     }
 
     #[test]

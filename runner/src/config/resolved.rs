@@ -15,8 +15,11 @@ pub struct Config {
     pub orchestrator: Option<Orchestrator>,
     /// Work queues that are served, one for each environment.
     pub claude: Vec<Claude>,
-    /// Name of this runner.
+    /// Name of this runner; the host name when the file has none.
     pub runner_id: String,
+    /// The file has it, so that it counts more than the name in a certificate.
+    #[serde(skip)]
+    pub runner_id_is_given: bool,
     /// Labels that placement may ask for.
     pub labels: BTreeMap<String, String>,
     /// What outlives a boot.
@@ -52,6 +55,7 @@ pub struct Orchestrator {
     /// Name its certificate must have.
     pub server_name: String,
     /// `http://host:port` of a proxy.
+    #[serde(serialize_with = "without_password")]
     pub proxy: Option<String>,
     /// Longest wait before the first attempt to connect again, in milliseconds.
     pub reconnect_first_ms: u64,

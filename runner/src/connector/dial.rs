@@ -9,6 +9,7 @@ use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::time::Instant;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
@@ -130,18 +131,34 @@ async fn dial_unbounded(target: &Target, tls: Arc<ClientConfig>) -> Result<TlsSt
 
 async fn tcp(host: &str, port: u16) -> Result<TcpStream, DialError> {
     let failed = |source| DialError::Connect { host: host.to_owned(), port, source };
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "no address");
-    for address in resolve(host).await.map_err(failed)? {
-        match TcpStream::connect(SocketAddr::new(address, port)).await {
-            Ok(stream) => {
-                // Small frames must not wait for each other.
-                stream.set_nodelay(true).map_err(failed)?;
-                return Ok(stream);
-            }
-            Err(error) => last = error,
+    let addresses = resolve(host).await.map_err(failed)?;
+    let addresses: Vec<_> = addresses.into_iter().map(|address| SocketAddr::new(address, port)).collect();
+    let stream = connect(&addresses, DIAL_TIMEOUT).await.map_err(failed)?;
+    // Small frames must not wait for each other.
+    stream.set_nodelay(true).map_err(failed)?;
+    Ok(stream)
+}
+
+/// Tries one address after the other. One that drops what is sent to it has an equal share of the `time` that is left, so that it
+/// does not hide the others; the last one has as long as the caller waits.
+async fn connect(addresses: &[SocketAddr], time: Duration) -> io::Result<TcpStream> {
+    let begun = Instant::now();
+    let mut problem = io::Error::new(io::ErrorKind::NotFound, "no address");
+    for (address, others) in addresses.iter().zip((0..u32::try_from(addresses.len()).unwrap_or(u32::MAX)).rev()) {
+        let connecting = TcpStream::connect(address);
+        let connected = if others == 0 {
+            connecting.await
+        } else {
+            let share = time.saturating_sub(begun.elapsed()) / (others + 1);
+            let silent = |_| Err(io::Error::new(io::ErrorKind::TimedOut, format!("{address} does not answer")));
+            tokio::time::timeout(share, connecting).await.unwrap_or_else(silent)
+        };
+        match connected {
+            Ok(stream) => return Ok(stream),
+            Err(error) => problem = error,
         }
     }
-    Err(failed(last))
+    Err(problem)
 }
 
 async fn tunnel(proxy: &Proxy, mut stream: TcpStream, target: &Target) -> Result<TcpStream, DialError> {
@@ -170,5 +187,45 @@ async fn tunnel(proxy: &Proxy, mut stream: TcpStream, target: &Target) -> Result
         Ok(stream)
     } else {
         Err(refused(status.chars().filter(|c| !c.is_control()).take(120).collect()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::net::{TcpListener, TcpSocket};
+
+    /// An address that answers nothing: whoever listens there has as many connections as it takes.
+    async fn silent() -> (TcpListener, Vec<TcpStream>) {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = socket.listen(0).unwrap();
+        let mut held = Vec::new();
+        while let Ok(stream) =
+            tokio::time::timeout(Duration::from_millis(500), TcpStream::connect(listener.local_addr().unwrap())).await
+        {
+            held.push(stream.unwrap());
+        }
+        (listener, held)
+    }
+
+    #[tokio::test]
+    async fn address_that_does_not_answer_hides_no_other_one() {
+        let (silent, _held) = silent().await;
+        let answers = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addresses = [&silent, &silent, &answers].map(|listener| listener.local_addr().unwrap());
+
+        let connected =
+            tokio::time::timeout(Duration::from_secs(60), connect(&addresses, Duration::from_secs(3))).await;
+
+        assert_eq!(connected.expect("in time").unwrap().peer_addr().unwrap(), addresses[2]);
+    }
+
+    #[tokio::test]
+    async fn what_the_last_address_said_is_told() {
+        let refuses = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+        let error = connect(&[refuses], Duration::from_secs(3)).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+        assert_eq!(connect(&[], Duration::from_secs(3)).await.unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 }

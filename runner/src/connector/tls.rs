@@ -66,6 +66,16 @@ pub enum TlsError {
         /// Expired or not yet valid, and when.
         problem: String,
     },
+    /// The certificate is not that of this runner.
+    #[error("certificate {} {problem}; {fix}", path.display())]
+    Runner {
+        /// The certificate file.
+        path: PathBuf,
+        /// Whom it names.
+        problem: String,
+        /// What to write.
+        fix: String,
+    },
     /// The certificate names somebody else than before.
     #[error("certificate {} names {now}, this runner is {before}", path.display())]
     Identity {
@@ -76,6 +86,15 @@ pub enum TlsError {
         /// Who it must name.
         before: String,
     },
+}
+
+impl TlsError {
+    /// Whether only somebody who changes the configuration or the certificate's name can help. Files that are being replaced, and a
+    /// clock that is not set yet, are good a little later.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        matches!(self, Self::Runner { .. } | Self::Identity { .. })
+    }
 }
 
 /// A checked set.
@@ -148,6 +167,35 @@ impl TlsSource {
     #[must_use]
     pub fn current(&self) -> &Credentials {
         &self.current
+    }
+
+    /// The runner that our certificate names first: as the last part of a URI, or as a whole host name.
+    ///
+    /// # Errors
+    /// `TlsError::Runner` when it names nobody.
+    pub fn runner_id(&self) -> Result<&str, TlsError> {
+        let name = self.current.names.first().and_then(|name| name.rsplit('/').next()).filter(|name| !name.is_empty());
+        name.ok_or_else(|| TlsError::Runner {
+            path: self.files.certificate.clone(),
+            problem: "has no subject alternative name, so it names no runner".to_owned(),
+            fix: "get one whose name ends in /RUNNER-ID".to_owned(),
+        })
+    }
+
+    /// Refuses a certificate of another runner: an orchestrator knows a runner by its certificate.
+    ///
+    /// # Errors
+    /// `TlsError::Runner`.
+    pub fn check_runner(&self, runner_id: &str) -> Result<(), TlsError> {
+        let named = self.runner_id()?;
+        if named == runner_id {
+            return Ok(());
+        }
+        Err(TlsError::Runner {
+            path: self.files.certificate.clone(),
+            problem: format!("names runner {named}, and runner.id is {runner_id}"),
+            fix: format!("write id = \"{named}\" into [runner], or name the certificate of {runner_id}"),
+        })
     }
 
     /// Looks at the content of the files again. Links of old certificates are not touched.

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use crate::config::resolved::{CertificateFiles, Claude, Config, Orchestrator};
 use crate::connector::backoff::Backoff;
@@ -11,7 +11,7 @@ use crate::connector::claude;
 use crate::connector::dial::{Proxy, Target};
 use crate::connector::enrollment::{self, Renewal, StoreError};
 use crate::connector::orchestrator::{Capacity, Identity, Settings};
-use crate::connector::tls::{self, TlsError, TlsFiles};
+use crate::connector::tls::{self, TlsError, TlsFiles, TlsSource};
 use crate::pressure::{self, judge::Marks};
 use crate::session::core::IdlePolicy;
 use crate::session::registry::{DESCRIPTORS_PER_SESSION, Reserve};
@@ -46,6 +46,9 @@ pub enum SettingsError {
     /// The authorities of a work queue.
     #[error("claude.ca_file: {0}")]
     Authorities(#[from] TlsError),
+    /// The certificates of the link.
+    #[error("the certificates of the link cannot be used")]
+    Certificates(#[source] TlsError),
     /// The stored identity.
     #[error(transparent)]
     Enrollment(#[from] StoreError),
@@ -125,10 +128,7 @@ pub fn link(
     let count = |number| u32::try_from(number).unwrap_or(u32::MAX);
     let target = target(orchestrator)?;
     let (tls, renewal) = match &orchestrator.files {
-        Some(files) => {
-            let CertificateFiles { ca_file, certificate_file, key_file } = files.clone();
-            (TlsFiles { authorities: ca_file, certificate: certificate_file, key: key_file }, None)
-        }
+        Some(files) => (tls_files(files), None),
         None => {
             let directory = identity_directory(&config.state_directory);
             let renewal = Renewal { directory: directory.clone(), proxy: target.proxy.clone() };
@@ -240,16 +240,29 @@ pub fn identity_directory(state_directory: &Path) -> PathBuf {
     state_directory.join("identity")
 }
 
-/// Name of this runner: as its stored identity has it, where that is what it uses; else the configured one.
+/// The certificate files that the operator keeps.
+#[must_use]
+pub fn tls_files(files: &CertificateFiles) -> TlsFiles {
+    let CertificateFiles { ca_file, certificate_file, key_file } = files.clone();
+    TlsFiles { authorities: ca_file, certificate: certificate_file, key: key_file }
+}
+
+/// Name of this runner: as its stored identity has it, where that is what it uses; else the configured one, and without one that
+/// of its certificate.
 ///
 /// # Errors
-/// `SettingsError::NotEnrolled` where neither certificate files are configured nor an identity is stored.
+/// `SettingsError::NotEnrolled` where neither certificate files are configured nor an identity is stored,
+/// `SettingsError::Certificates` where the configured ones are not usable.
 pub fn runner_id(config: &Config) -> Result<String, SettingsError> {
     match &config.orchestrator {
         Some(Orchestrator { files: None, .. }) => {
             let directory = identity_directory(&config.state_directory);
             let about = enrollment::about(&directory)?.ok_or(SettingsError::NotEnrolled { directory })?;
             Ok(about.runner_id)
+        }
+        Some(Orchestrator { files: Some(files), .. }) if !config.runner_id_is_given => {
+            let source = TlsSource::load(tls_files(files), SystemTime::now()).map_err(SettingsError::Certificates)?;
+            source.runner_id().map(str::to_owned).map_err(SettingsError::Certificates)
         }
         _ => Ok(config.runner_id.clone()),
     }
@@ -401,6 +414,26 @@ mod tests {
         let proxy = target.proxy.unwrap();
         assert_eq!((proxy.host.as_str(), proxy.port), ("proxy", 8080));
         assert_eq!(proxy.authorization.as_deref(), Some("Basic dTpw"));
+    }
+
+    #[test]
+    fn name_that_is_not_configured_is_that_of_the_certificate() {
+        let directory = tempfile::tempdir().unwrap();
+        let authority = crate::dev::pki::Authority::new("ours").unwrap();
+        let client = authority.client("runner-7", crate::dev::pki::Validity::Now).unwrap();
+        let files = authority.write_client_files(directory.path(), &client).unwrap();
+        let name = |id: &str| {
+            let text = format!(
+                "{id}[orchestrator]\nendpoint = \"https://o\"\nca_file = {:?}\ncertificate_file = {:?}\nkey_file = {:?}\n",
+                files.authorities, files.certificate, files.key
+            );
+            runner_id(&crate::config::resolve::tests::resolved(&text).unwrap())
+        };
+        assert_eq!(name("").unwrap(), "runner-7");
+        assert_eq!(name("[runner]\nid = \"configured\"\n").unwrap(), "configured");
+
+        std::fs::write(&files.key, "").unwrap();
+        assert!(matches!(name(""), Err(SettingsError::Certificates(TlsError::Content { .. }))));
     }
 
     #[test]

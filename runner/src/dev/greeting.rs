@@ -138,6 +138,10 @@ fn may_be_served(
     if let Some(denied) = holder.and_then(|holder| revocation::denial(state, holder)) {
         return Err((Refusal::CertificateRevoked, denied));
     }
+    let runner_id = hello.runner.as_ref().map_or("", |runner| runner.runner_id.as_str());
+    if let Some(problem) = holder.and_then(|holder| revocation::mismatch(holder, runner_id)) {
+        return Err((Refusal::IdentityMismatch, problem));
+    }
     if hello.major != 1 || hello.minor_min > 0 {
         let (major, from, to) = (hello.major, hello.minor_min, hello.minor_max);
         let problem = format!("version 1.0 is spoken here, {major}.{from} to {major}.{to} were offered");

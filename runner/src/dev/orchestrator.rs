@@ -16,7 +16,7 @@ use super::loss::Backup;
 use super::pki::{Authority, Issued, PkiError, Validity};
 use super::revocation::Denied;
 use super::session::Session;
-use super::state::{CallRecord, SessionRecord, Shared, State};
+use super::state::{CallRecord, SessionRecord, Shared, State, too_large};
 use crate::connector::tls::TlsFiles;
 
 /// What can go wrong.
@@ -211,9 +211,13 @@ impl Orchestrator {
             let mut state = self.shared.state();
             state.next_epoch += 1;
             request.epoch = state.next_epoch;
+            let body = Body::OpenSession(request.clone());
+            if let Some(failure) = too_large(&body).map(Box::new) {
+                return Err(DevError::Refused { what: format!("session {session_id}"), failure });
+            }
             let record = SessionRecord { request: request.clone(), ..SessionRecord::default() };
             state.sessions.insert(session_id.clone(), record);
-            state.send(Body::OpenSession(request.clone()));
+            state.send(body);
         }
         let found = |state: &State| {
             let record = state.sessions.get(&session_id)?;

@@ -141,6 +141,16 @@ impl Authority {
         self.issue(runner_id, client_params(runner_id, validity)?)
     }
 
+    /// A certificate for a client that names nobody.
+    ///
+    /// # Errors
+    /// `PkiError::Generate`.
+    pub fn nameless(&self) -> Result<Issued, PkiError> {
+        let mut params = client_params("nobody", Validity::Now)?;
+        params.subject_alt_names.clear();
+        self.issue("nobody", params)
+    }
+
     fn issue(&self, name: &str, params: CertificateParams) -> Result<Issued, PkiError> {
         let failed = |source| PkiError::Generate { name: name.to_owned(), source };
         let key = KeyPair::generate().map_err(failed)?;

@@ -1,5 +1,5 @@
-//! Certificates that are not good any more although they have not expired: a list of names and serial numbers, looked at when a
-//! link is made and, for the link that is there, when the list changes.
+//! Whose a certificate is, and which ones are not good any more although they have not expired: a list of names and serial numbers,
+//! looked at when a link is made and, for the link that is there, when the list changes.
 
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
@@ -48,6 +48,13 @@ fn name_in(certificate: &X509Certificate<'_>) -> Option<String> {
 /// Without the zero that only says that the number is not negative.
 pub(super) fn serial_in(certificate: &X509Certificate<'_>) -> Vec<u8> {
     certificate.raw_serial().iter().copied().skip_while(|byte| *byte == 0).collect()
+}
+
+/// Why this certificate is refused to a runner that greets under this name, if it is not its own.
+pub(super) fn mismatch(holder: &Holder, runner_id: &str) -> Option<String> {
+    let named = holder.name.as_deref();
+    (named != Some(runner_id))
+        .then(|| format!("the certificate is of {}, and {runner_id} greets with it", named.unwrap_or("nobody")))
 }
 
 /// Why this certificate is refused, if it is.

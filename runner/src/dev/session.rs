@@ -7,7 +7,7 @@ use proto::runner::v1 as pb;
 use proto::runner::v1::orchestrator_frame::Body;
 
 use super::orchestrator::DevError;
-use super::state::{CallRecord, Shared, State};
+use super::state::{CallRecord, Shared, State, too_large};
 use super::transcript::Finished;
 
 /// A finished call.
@@ -36,10 +36,14 @@ impl Session {
     pub fn send_call(&self, mut request: pb::Call) {
         request.session_id.clone_from(&self.session_id);
         request.epoch = self.epoch;
+        let (call_id, body) = (request.call_id.clone(), Body::Call(request.clone()));
+        let refused = too_large(&body);
+        let is_sent = refused.is_none();
         let mut state = self.shared.state();
-        let record = CallRecord { request: request.clone(), ..CallRecord::default() };
-        state.calls.insert(request.call_id.clone(), record);
-        state.send(Body::Call(request));
+        state.calls.insert(call_id, CallRecord { request, refused, ..CallRecord::default() });
+        if is_sent {
+            state.send(body);
+        }
     }
 
     /// Waits for the end of a call with all its output.

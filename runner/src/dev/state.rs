@@ -14,6 +14,11 @@ use tokio::time::Instant;
 use super::orchestrator::{DevError, Link, LinkSettings};
 use super::revocation::{Denied, Holder};
 use super::transcript::Transcript;
+use crate::work::Code;
+use crate::work::limits::FRAME_BYTES;
+
+/// Most that number and kind of a frame add to its body.
+const FRAME_HEAD_BYTES: usize = 24;
 
 /// State and its observers.
 #[derive(Debug)]
@@ -216,6 +221,18 @@ impl State {
     pub(super) fn is_elsewhere(&self, session_id: &str) -> bool {
         self.sessions.get(session_id).is_some_and(|record| record.elsewhere)
     }
+}
+
+/// Why a request is put on no link: a frame above this size would be refused, or end the link, and be sent again on the next one.
+pub(super) fn too_large(body: &Body) -> Option<pb::ToolFailure> {
+    let length = body.encoded_len() + FRAME_HEAD_BYTES;
+    (length > FRAME_BYTES).then(|| pb::ToolFailure {
+        code: Code::TooLarge.as_str().to_owned(),
+        blame: pb::Blame::Caller.into(),
+        message: format!("the frame has {length} bytes, and at most {FRAME_BYTES} are sent"),
+        remediation: "split the input into several calls".to_owned(),
+        ..Default::default()
+    })
 }
 
 fn kind_of(body: &Body) -> u32 {

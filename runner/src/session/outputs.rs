@@ -7,13 +7,14 @@ use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::work::{
-    BoxFuture, CallId, Code, OutputChunk, OutputSource, Receipt, Sandbox, SandboxId, SessionId, Stream, ToolFailure,
+    BoxFuture, CallId, Code, OutputChunk, OutputSource, Receipt, Sandbox, SandboxId, SessionId, Stream, StreamLengths,
+    ToolFailure,
 };
 
 #[derive(Default)]
 struct Maps {
     sessions: HashMap<SessionId, Arc<dyn Sandbox>>,
-    calls: HashMap<CallId, Arc<dyn Sandbox>>,
+    calls: HashMap<CallId, (Arc<dyn Sandbox>, StreamLengths)>,
 }
 
 /// Shared by the session loop, which adds and removes, and by connectors, which read.
@@ -42,15 +43,27 @@ impl Outputs {
     }
 
     pub(super) fn insert_call(&self, call_id: CallId, sandbox: Arc<dyn Sandbox>) {
-        self.write().calls.insert(call_id, sandbox);
+        self.write().calls.insert(call_id, (sandbox, StreamLengths::default()));
     }
 
     pub(super) fn remove_call(&self, call_id: &CallId) -> Option<Arc<dyn Sandbox>> {
-        self.write().calls.remove(call_id)
+        self.write().calls.remove(call_id).map(|(sandbox, _)| sandbox)
     }
 
     pub(super) fn call(&self, call_id: &CallId) -> Option<Arc<dyn Sandbox>> {
-        self.read().calls.get(call_id).cloned()
+        self.read().calls.get(call_id).map(|(sandbox, _)| Arc::clone(sandbox))
+    }
+
+    pub(super) fn advanced(&self, call_id: &CallId, lengths: &StreamLengths) {
+        if let Some((_, known)) = self.write().calls.get_mut(call_id) {
+            known.merge(lengths);
+        }
+    }
+
+    /// What a call has printed so far, as its sandbox has said; nothing of one that is not known.
+    #[must_use]
+    pub fn lengths(&self, call_id: &CallId) -> StreamLengths {
+        self.read().calls.get(call_id).map(|(_, lengths)| *lengths).unwrap_or_default()
     }
 
     /// The sandbox of a session, if it has one.

@@ -105,7 +105,7 @@ fn refusal(name: &str, wanted: u64, held: u64, limit: u64) -> ToolFailure {
         Code::Capacity,
         format!("{name}: {wanted} asked, {held} of {limit} are reserved by open sessions"),
         if never {
-            format!("ask for at most {limit}, or raise the limit for {name} in the configuration of the runner")
+            format!("ask for at most {limit}, or {}", more_of(name))
         } else {
             "close a session, try again later, or place the session on another runner".to_owned()
         },
@@ -117,15 +117,32 @@ fn refusal(name: &str, wanted: u64, held: u64, limit: u64) -> ToolFailure {
     failure
 }
 
+/// What the operator of the runner can do so that more is set aside.
+fn more_of(name: &str) -> &'static str {
+    match name {
+        "memory_bytes" => "lower limits.host_reserve_memory_bytes of the runner, whose host has no more memory",
+        "disk_bytes" => {
+            "lower limits.host_reserve_disk_bytes of the runner, or make room on the disk of its state directory"
+        }
+        "pids" => "lower limits.host_reserve_pids of the runner, or raise kernel.pid_max of its host",
+        "descriptors" => "raise LimitNOFILE in the unit of the runner",
+        _ => "raise limits.max_sessions of the runner",
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::file::ConfigFile;
 
     const DEFAULTS: ResourceLimits = ResourceLimits { cpu_millis: 1000, memory_bytes: 100, disk_bytes: 10, pids: 5 };
 
+    fn reserve_of(max_sessions: usize) -> Reserve {
+        Reserve { max_sessions, memory_bytes: 1000, disk_bytes: 1000, pids: 1000, descriptors: 1000 }
+    }
+
     fn registry(max_sessions: usize, memory_bytes: u64) -> Registry {
-        let reserve = Reserve { max_sessions, memory_bytes, disk_bytes: 1000, pids: 1000, descriptors: 1000 };
-        Registry::new(reserve, DEFAULTS)
+        Registry::new(Reserve { memory_bytes, ..reserve_of(max_sessions) }, DEFAULTS)
     }
 
     fn id(text: &str) -> SessionId {
@@ -160,9 +177,47 @@ mod tests {
     }
 
     #[test]
-    fn request_above_the_whole_reserve_is_not_retryable() {
-        let mut registry = registry(1, 1000);
-        let asked = ResourceLimits { memory_bytes: u64::MAX, ..Default::default() };
-        assert!(!registry.admit(&id("a"), asked).unwrap_err().retryable);
+    fn every_resource_is_reserved_and_the_session_that_finds_too_little_is_refused_by_its_name() {
+        let much = reserve_of(9);
+        let cases = [
+            ("sessions: 1 asked, 1 of 1", Reserve { max_sessions: 1, ..much }),
+            ("memory_bytes: 100 asked, 100 of 199", Reserve { memory_bytes: 199, ..much }),
+            ("disk_bytes: 10 asked, 10 of 19", Reserve { disk_bytes: 19, ..much }),
+            ("pids: 5 asked, 5 of 9", Reserve { pids: 9, ..much }),
+            ("descriptors: 16 asked, 16 of 31", Reserve { descriptors: 31, ..much }),
+        ];
+        for (expected, reserve) in cases {
+            let mut registry = Registry::new(reserve, DEFAULTS);
+            registry.admit(&id("a"), ResourceLimits::default()).unwrap();
+            let failure = registry.admit(&id("b"), ResourceLimits::default()).unwrap_err();
+            assert!(failure.message.starts_with(expected) && failure.retryable, "{failure:?}");
+            registry.release(&id("a"));
+            registry.admit(&id("b"), ResourceLimits::default()).unwrap();
+        }
+    }
+
+    #[test]
+    fn request_above_the_whole_reserve_is_not_retryable_and_names_the_setting_that_exists() {
+        let more =
+            |limits| Registry::new(Reserve { descriptors: 1, ..reserve_of(1) }, DEFAULTS).admit(&id("a"), limits);
+        let most = u64::MAX;
+        let cases = [
+            ("host_reserve_memory_bytes", ResourceLimits { memory_bytes: most, ..Default::default() }),
+            ("host_reserve_disk_bytes", ResourceLimits { disk_bytes: most, ..Default::default() }),
+            ("host_reserve_pids", ResourceLimits { pids: most, ..Default::default() }),
+        ];
+        for (key, limits) in cases {
+            let failure = more(limits).unwrap_err();
+            assert!(
+                !failure.retryable && failure.remediation.contains(&format!("lower limits.{key} of")),
+                "{failure:?}"
+            );
+            ConfigFile::parse("c.toml".as_ref(), &format!("[limits]\n{key} = 1\n")).expect("a key that is known");
+        }
+        let failure = more(ResourceLimits::default()).unwrap_err();
+        assert!(!failure.retryable && failure.remediation.contains("LimitNOFILE"), "{failure:?}");
+        let failure = Registry::new(reserve_of(0), DEFAULTS).admit(&id("a"), ResourceLimits::default()).unwrap_err();
+        assert!(failure.remediation.contains("raise limits.max_sessions of"), "{failure:?}");
+        ConfigFile::parse("c.toml".as_ref(), "[limits]\nmax_sessions = 1\n").expect("a key that is known");
     }
 }

@@ -34,6 +34,14 @@ use board::{Board, Line};
 use result::presented;
 pub use view::{View, ViewCall, ViewSession};
 
+/// What connectors have put in and the loop has not taken.
+const QUEUED_WORK: usize = 256;
+/// What the loop has said and connectors have not taken.
+const QUEUED_UPDATES: usize = 1024;
+/// Questions of people about what is open.
+const QUEUED_VIEWS: usize = 16;
+/// Answers of journal and sandboxes that the loop has not taken.
+const QUEUED_DONE: usize = 1024;
 /// Sandboxes that are made at the same time.
 const PARALLEL_CREATES: usize = 4;
 /// A call that runs from one of these moments to the next is none that runners die of.
@@ -90,10 +98,10 @@ impl Sessions {
     /// The receiver must be drained without waiting for anything that waits for this loop.
     #[must_use]
     pub fn start(self) -> (SessionHandle, mpsc::Receiver<Update>) {
-        let (work_sender, work) = mpsc::channel(256);
-        let (update_sender, updates) = mpsc::channel(1024);
-        let (view_sender, views) = mpsc::channel(16);
-        let (done_sender, done) = mpsc::channel(1024);
+        let (work_sender, work) = mpsc::channel(QUEUED_WORK);
+        let (update_sender, updates) = mpsc::channel(QUEUED_UPDATES);
+        let (view_sender, views) = mpsc::channel(QUEUED_VIEWS);
+        let (done_sender, done) = mpsc::channel(QUEUED_DONE);
         let config = Config { gated: self.journal.is_durable(), ..self.config };
         let state = Loop {
             core: Core::new(config, self.registry),
@@ -331,6 +339,7 @@ impl Loop {
                 self.inputs.push_back(Input::Started { call_id: call_id.clone(), boottime_ns, shell_generation });
             }
             if let Some(lengths) = lengths {
+                self.outputs.advanced(&call_id, &lengths);
                 self.settle().await;
                 let (call_id, session_id) = (call_id.clone(), session_id.clone());
                 self.tell(Update::OutputAdvanced { call_id, session_id, lengths }).await;

@@ -10,7 +10,7 @@ use runner::dev::{LinkSettings, Orchestrator};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 
-use crate::world::within;
+use crate::world::{Options, Runner, within};
 
 async fn dial_error(server: impl Fn(&Authority) -> Issued, trusted: Option<&Authority>) -> String {
     let authority = Authority::new("ours").unwrap();
@@ -111,6 +111,30 @@ async fn runner_whose_certificate_is_of_another_authority_never_gets_a_link() {
     })
     .await;
     assert!(orchestrator.refused_handshakes()[0].contains("UnknownIssuer"), "{:?}", orchestrator.refused_handshakes());
+    assert_eq!(orchestrator.links(), 0);
+}
+
+/// An orchestrator knows a runner by its certificate, so another name would only be refused there.
+#[tokio::test]
+async fn runner_does_not_dial_with_the_certificate_of_another_runner_or_of_nobody() {
+    let orchestrator = Orchestrator::start(LinkSettings::default()).await.unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let authority = orchestrator.authority();
+    let cases = [
+        (
+            authority.client("runner-2", Validity::Now),
+            "names runner runner-2, and runner.id is runner-1; write id = \"runner-2\"",
+        ),
+        (authority.nameless(), "has no subject alternative name, so it names no runner; get one"),
+    ];
+    for (issued, expected) in cases {
+        let files = authority.write_client_files(directory.path(), &issued.unwrap()).unwrap();
+
+        let refused = Runner::try_dial(orchestrator.address().port(), files, Options::default());
+
+        let error = refused.err().expect("refused").to_string();
+        assert!(error.contains("certificate.pem") && error.contains(expected), "{error}");
+    }
     assert_eq!(orchestrator.links(), 0);
 }
 

@@ -119,6 +119,60 @@ async fn socket_is_private_shows_what_runs_follows_its_output_and_ends_it() {
 }
 
 #[tokio::test]
+async fn requests_that_name_nothing_here_are_refused_with_the_fix_and_nothing_ends() {
+    use admin::{inspect_request, kill_request};
+    let world = World::new(Options {
+        link: LinkSettings { acknowledge: false, ..LinkSettings::default() },
+        ..Options::default()
+    })
+    .await;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("admin.sock");
+    let _server = runner::admin::serve(parts(&world, path.clone())).unwrap();
+    let session = within("session", world.session("s")).await;
+    session.send("over", bash("print 5"));
+    within("over", session.ended("over")).await.unwrap();
+    session.send("runs", bash("hang"));
+    within("started", session.started("runs")).await.unwrap();
+
+    let mut client = client(&path).await;
+    let mut refused = Vec::new();
+    let ids = ["nobody", "a b", "", &"x".repeat(300)];
+    for id in ids {
+        let call = Some(kill_request::Target::CallId(id.into()));
+        refused.push(client.kill(admin::KillRequest { target: call }).await.unwrap_err());
+        let session = Some(kill_request::Target::SessionId(id.into()));
+        refused.push(client.kill(admin::KillRequest { target: session }).await.unwrap_err());
+        let call = Some(inspect_request::Target::CallId(id.into()));
+        refused.push(client.inspect(admin::InspectRequest { target: call }).await.unwrap_err());
+        let logs = admin::LogsRequest { call_id: id.into(), ..Default::default() };
+        refused.push(client.logs(logs).await.unwrap_err());
+    }
+    for status in &refused {
+        assert!(status.message().contains("`ps` lists what"), "{status:?}");
+    }
+    refused.clear();
+    refused.push(client.kill(admin::KillRequest { target: None }).await.unwrap_err());
+    refused.push(client.inspect(admin::InspectRequest { target: None }).await.unwrap_err());
+    let over = Some(kill_request::Target::CallId("over".into()));
+    refused.push(client.kill(admin::KillRequest { target: over }).await.unwrap_err());
+    let stream = admin::LogsRequest { call_id: "runs".into(), stream: "stdin".into(), ..Default::default() };
+    refused.push(client.logs(stream).await.unwrap_err());
+    let expected = [
+        "target: is missing; name a session or a call",
+        "target: is missing; name a session, a call or a work item",
+        "call_id: call over has ended already; `logs` shows what it has printed",
+        "stream: \"stdin\" is not stdout, stderr, terminal or result",
+    ];
+    let said: Vec<_> = refused.iter().map(tonic::Status::message).collect();
+    assert_eq!(said, expected);
+
+    session.cancel("runs", pb::CancelMode::Kill);
+    within("runs", session.ended("runs")).await.unwrap();
+    assert_eq!(world.fakes.executions_of("runs"), 1);
+}
+
+#[tokio::test]
 async fn second_runner_at_the_same_socket_is_refused_and_a_dead_one_is_replaced() {
     let world = World::new(Options::default()).await;
     let directory = tempfile::tempdir().unwrap();

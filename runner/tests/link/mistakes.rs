@@ -2,6 +2,7 @@
 
 use proto::runner::v1 as pb;
 use proto::runner::v1::orchestrator_frame::Body;
+use runner::dev::DevError;
 
 use crate::world::{Options, World, within};
 
@@ -160,4 +161,27 @@ async fn admission_names_the_limit_that_is_reached() {
     let request = pb::OpenSession { session_id: "b".into(), ..Default::default() };
     let error = within("second", world.orchestrator.open_session(request)).await.unwrap_err();
     assert!(error.to_string().contains("sessions: 1 asked, 1 of 1 are reserved"), "{error}");
+}
+
+/// A reference orchestrator that sent it would lose its link again and again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn call_that_no_frame_can_hold_is_refused_before_it_is_sent_and_the_link_stays() {
+    let world = World::new(Options::default()).await;
+    let session = within("session", world.session("s")).await;
+
+    let huge = pb::BashInput { command: Some("x".repeat(5 << 20)), ..Default::default() };
+    let error = within("huge", session.run("huge", pb::call::Input::Bash(huge))).await.unwrap_err();
+    let variables = [("A".to_owned(), "x".repeat(5 << 20))].into();
+    let request = pb::OpenSession { session_id: "t".into(), variables, ..Default::default() };
+    let other = within("t", world.orchestrator.open_session(request)).await.unwrap_err();
+
+    for error in [error, other] {
+        let DevError::Refused { failure, .. } = error else { panic!("{error}") };
+        assert_eq!((failure.code.as_str(), failure.retryable), ("TOO_LARGE", false));
+        assert!(failure.message.starts_with("the frame has 52") && !failure.remediation.is_empty(), "{failure:?}");
+    }
+    world.wire.cut();
+    within("next", session.bash("next", "print 5")).await.unwrap();
+    assert_eq!(world.fakes.executions_of("huge"), 0);
+    assert_eq!(world.orchestrator.complaints(), Vec::<String>::new());
 }

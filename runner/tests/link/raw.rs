@@ -16,7 +16,11 @@ use crate::world::{Options, left, within};
 
 /// The frame of a call with one place of it replaced.
 fn spoiled(number: u64, call_id: &str, place: &[u8], with: &[u8]) -> Vec<u8> {
-    let mut bytes = frame(number, 15, Body::Call(bash(call_id, "echo PLACE")));
+    spoiled_call(number, bash(call_id, "echo PLACE"), place, with)
+}
+
+fn spoiled_call(number: u64, call: pb::Call, place: &[u8], with: &[u8]) -> Vec<u8> {
+    let mut bytes = frame(number, 15, Body::Call(call));
     let at = bytes.windows(place.len()).position(|window| window == place).unwrap();
     bytes[at..at + with.len()].copy_from_slice(with);
     bytes
@@ -33,6 +37,54 @@ async fn text_that_is_not_utf8_is_refused_with_its_field_and_its_call() {
     let failure = refused.failure.unwrap();
     assert_eq!((refused.call_id.as_str(), failure.code.as_str()), ("c1", "INVALID_FIELD"));
     assert!(failure.message.contains("BashInput.command"), "{}", failure.message);
+    assert_eq!(world.runner.fakes.executions_of("c1"), 0);
+    world.assert_works("c2").await;
+}
+
+/// Every text of every tool with PLACE in it, and what it is called in the schema and by its caller.
+fn every_text() -> Vec<(pb::call::Input, &'static str, &'static str)> {
+    use pb::call::Input;
+    let place = || "PLACE".to_owned();
+    let write = || pb::WriteInput { file_path: "f".into(), content: "x".into() };
+    let edit =
+        || pb::EditInput { file_path: "f".into(), old_string: "x".into(), new_string: "y".into(), replace_all: false };
+    let bash = pb::BashInput { command: Some(place()), ..Default::default() };
+    let (glob, grep) = (pb::GlobInput::default, pb::GrepInput::default);
+    vec![
+        (Input::Bash(bash), "BashInput.command", "bash.command"),
+        (
+            Input::Read(pb::ReadInput { file_path: place(), view_range: Vec::new() }),
+            "ReadInput.file_path",
+            "read.file_path",
+        ),
+        (Input::Write(pb::WriteInput { file_path: place(), ..write() }), "WriteInput.file_path", "write.file_path"),
+        (Input::Write(pb::WriteInput { content: place(), ..write() }), "WriteInput.content", "write.content"),
+        (Input::Edit(pb::EditInput { file_path: place(), ..edit() }), "EditInput.file_path", "edit.file_path"),
+        (Input::Edit(pb::EditInput { old_string: place(), ..edit() }), "EditInput.old_string", "edit.old_string"),
+        (Input::Edit(pb::EditInput { new_string: place(), ..edit() }), "EditInput.new_string", "edit.new_string"),
+        (Input::Glob(pb::GlobInput { pattern: place(), ..glob() }), "GlobInput.pattern", "glob.pattern"),
+        (Input::Glob(pb::GlobInput { path: Some(place()), ..glob() }), "GlobInput.path", "glob.path"),
+        (Input::Grep(pb::GrepInput { pattern: place(), ..grep() }), "GrepInput.pattern", "grep.pattern"),
+        (Input::Grep(pb::GrepInput { path: Some(place()), ..grep() }), "GrepInput.path", "grep.path"),
+    ]
+}
+
+#[tokio::test]
+async fn no_text_of_any_tool_is_taken_that_is_not_utf8_or_has_a_nul() {
+    let mut world = World::new().await;
+    world.open().await;
+
+    for (input, of_schema, of_caller) in every_text() {
+        let call = pb::Call { input: Some(input), ..bash("c1", "") };
+        for (with, expected) in [(0xff, of_schema.to_owned()), (0, format!("{of_caller}: contains a NUL byte"))] {
+            let call = call.clone();
+            world.send(move |number| spoiled_call(number, call, b"PLACE", &[with]));
+
+            let failure = world.refusal().await.failure.unwrap();
+            assert_eq!(failure.code, "INVALID_FIELD", "{of_caller}: {failure:?}");
+            assert!(failure.message.contains(&expected), "{of_caller}: {}", failure.message);
+        }
+    }
     assert_eq!(world.runner.fakes.executions_of("c1"), 0);
     world.assert_works("c2").await;
 }

@@ -15,6 +15,7 @@ use runner::session::core::CallStage;
 use runner::work::CallId;
 
 use crate::scripted::{self, Script, welcome};
+use crate::versions::{greet, hello};
 use crate::world::{Options, Runner, World, boottime_ns, left, within};
 
 fn bash(command: &str) -> pb::call::Input {
@@ -245,4 +246,19 @@ async fn revoked_certificate_gets_neither_a_link_nor_a_successor() {
     drop(within("refusal of the renewal", told).await.unwrap());
     assert_eq!((orchestrator.links(), service.issued().1), (0, 0));
     assert!(orchestrator.refused_links()[0].starts_with("CERT_REVOKED: every certificate of runner-1 was revoked"));
+}
+
+/// Whoever has a good certificate is still nobody else.
+#[tokio::test]
+async fn runner_that_greets_under_another_name_than_its_certificate_has_is_refused_by_name() {
+    let another = pb::RunnerIdentity { runner_id: "runner-2".into(), ..Default::default() };
+    let (orchestrator, _sender, mut incoming) =
+        within("greeting", greet(pb::Hello { runner: Some(another), ..hello([0, 0]) })).await;
+
+    let status = within("refusal", incoming.message()).await.unwrap_err();
+
+    let refusal = status.metadata().get("refusal").and_then(|name| name.to_str().ok());
+    assert_eq!((status.code(), refusal), (tonic::Code::PermissionDenied, Some(Refusal::IdentityMismatch.name())));
+    assert_eq!(status.message(), "the certificate is of runner-1, and runner-2 greets with it");
+    assert_eq!(orchestrator.links(), 0);
 }

@@ -100,7 +100,9 @@ async fn features_that_were_not_offered_change_nothing() {
 }
 
 /// A runner that says what it is told to say.
-async fn greet(hello: pb::Hello) -> (Orchestrator, mpsc::Sender<pb::RunnerFrame>, Streaming<pb::OrchestratorFrame>) {
+pub async fn greet(
+    hello: pb::Hello,
+) -> (Orchestrator, mpsc::Sender<pb::RunnerFrame>, Streaming<pb::OrchestratorFrame>) {
     let orchestrator = Orchestrator::start(LinkSettings::default()).await.unwrap();
     let directory = tempfile::tempdir().unwrap();
     let files = orchestrator.write_client_files(directory.path(), "runner-1").unwrap();
@@ -121,7 +123,7 @@ async fn greet(hello: pb::Hello) -> (Orchestrator, mpsc::Sender<pb::RunnerFrame>
     (orchestrator, sender, incoming)
 }
 
-fn hello(minors: [u32; 2]) -> pb::Hello {
+pub fn hello(minors: [u32; 2]) -> pb::Hello {
     let identity = pb::RunnerIdentity { runner_id: "runner-1".into(), version: "9.9.9".into(), ..Default::default() };
     pb::Hello {
         major: 1,

@@ -9,7 +9,7 @@ use runner::connector::backoff::Backoff;
 use runner::connector::dial::Target;
 use runner::connector::enrollment::Renewal;
 use runner::connector::orchestrator::{self, Capacity, Handle, Identity, Settings, Stop};
-use runner::connector::tls::TlsFiles;
+use runner::connector::tls::{TlsError, TlsFiles};
 use runner::dev::{LinkSettings, Orchestrator};
 use runner::journal::{Journal, JournalMemory, Recovered, RecoveredCall, RecoveredPhase, RecoveredSession, Volatile};
 use runner::session::core::Config;
@@ -95,6 +95,11 @@ pub struct Runner {
 impl Runner {
     /// Starts one that dials a port of this machine.
     pub fn dial(port: u16, files: TlsFiles, options: Options) -> Self {
+        Self::try_dial(port, files, options).unwrap()
+    }
+
+    /// The same, with what is wrong with the certificates.
+    pub fn try_dial(port: u16, files: TlsFiles, options: Options) -> Result<Self, TlsError> {
         let fakes = Arc::new(Fakes::default());
         let memory = Arc::new(JournalMemory::new(Arc::clone(&options.journal), &options.recovered));
         let (sessions, updates) = Sessions {
@@ -125,8 +130,8 @@ impl Runner {
             backoff: options.backoff,
             ..plain
         };
-        let connector = orchestrator::start(settings, ports, stopped).unwrap();
-        Self { fakes, sessions, connector, stop }
+        let connector = orchestrator::start(settings, ports, stopped)?;
+        Ok(Self { fakes, sessions, connector, stop })
     }
 }
 

@@ -159,7 +159,8 @@ pub fn run(policy_path: &Path) -> Result<(), StartError> {
     close_range(3, i32::MAX).map_err(step("close inherited descriptors"))?;
     let image = own_image()?;
     let (mut policy, policy_text) = policy_file::load(policy_path)?;
-    let connection = connection();
+    // One that is installed may be started with any socket as its input, as by a socket unit.
+    let connection = if policy.listen.is_none() { connection() } else { None };
     let (shape, refusal) = shape::find();
     let rootless = shape == Shape::Unprivileged;
     if let Some(refusal) = refusal.filter(|refusal| !policy.allow_nested || !refusal.is_for_good()) {

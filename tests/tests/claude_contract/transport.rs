@@ -2,7 +2,7 @@
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use runner::dev::pki::{Authority, Validity};
 use rustls::ServerConfig;
@@ -10,92 +10,36 @@ use rustls::crypto::ring;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use sandbox_runner_tests::claude::{Mock, ToolUse, ours};
+use sandbox_runner_tests::way::Way;
 use sandbox_runner_tests::{host, needs_root};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::task::JoinHandle;
+use tokio::io::copy_bidirectional;
+use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 
 use super::{Site, wait_until};
 
-/// Ends with the test.
-struct Way {
-    port: u16,
-    heads: Arc<Mutex<Vec<String>>>,
-    serving: JoinHandle<()>,
-}
-
-impl Drop for Way {
-    fn drop(&mut self) {
-        self.serving.abort();
-    }
-}
-
-impl Way {
-    /// TLS with this authority before a server without it.
-    async fn tls(authority: &Authority, to: u16) -> Self {
-        let issued = authority.server("localhost", Validity::Now).expect("a certificate");
-        let chain = vec![CertificateDer::from_pem_slice(issued.certificate_pem.as_bytes()).expect("a certificate")];
-        let key = PrivateKeyDer::from_pem_slice(issued.key_pem.as_bytes()).expect("a key");
-        let config = ServerConfig::builder_with_provider(ring::default_provider().into())
-            .with_safe_default_protocol_versions()
-            .expect("versions")
-            .with_no_client_auth()
-            .with_single_cert(chain, key)
-            .expect("a certificate with its key");
-        let acceptor = TlsAcceptor::from(Arc::new(config));
-        Self::serve(move |stream, _| {
-            let acceptor = acceptor.clone();
-            async move {
-                let Ok(mut near) = acceptor.accept(stream).await else { return };
-                let Ok(mut far) = TcpStream::connect(("127.0.0.1", to)).await else { return };
-                // It ends with either side.
-                let _ = copy_bidirectional(&mut near, &mut far).await;
-            }
-        })
-        .await
-    }
-
-    /// A proxy that makes every tunnel that it is asked for.
-    async fn proxy() -> Self {
-        Self::serve(|mut near, heads| async move {
-            let mut head = Vec::new();
-            while !head.ends_with(b"\r\n\r\n") {
-                let Ok(byte) = near.read_u8().await else { return };
-                head.push(byte);
-            }
-            let head = String::from_utf8_lossy(&head).into_owned();
-            let port = head.split([' ', ':']).nth(2).and_then(|port| port.parse::<u16>().ok());
-            heads.lock().unwrap_or_else(PoisonError::into_inner).push(head);
-            let Ok(mut far) = TcpStream::connect(("127.0.0.1", port.expect("a port"))).await else { return };
-            if near.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.is_ok() {
-                // As above.
-                let _ = copy_bidirectional(&mut near, &mut far).await;
-            }
-        })
-        .await
-    }
-
-    async fn serve<F>(speak: impl Fn(TcpStream, Arc<Mutex<Vec<String>>>) -> F + Send + 'static) -> Self
-    where
-        F: Future<Output = ()> + Send + 'static,
-    {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a free port");
-        let port = listener.local_addr().expect("its address").port();
-        let heads: Arc<Mutex<Vec<String>>> = Arc::default();
-        let heard = Arc::clone(&heads);
-        let serving = tokio::spawn(async move {
-            let mut connections = tokio::task::JoinSet::new();
-            while let Ok((stream, _)) = listener.accept().await {
-                connections.spawn(speak(stream, Arc::clone(&heard)));
-            }
-        });
-        Self { port, heads, serving }
-    }
-
-    fn heads(&self) -> Vec<String> {
-        self.heads.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
+/// TLS with this authority before a server without it.
+async fn tls(authority: &Authority, to: u16) -> Way {
+    let issued = authority.server("localhost", Validity::Now).expect("a certificate");
+    let chain = vec![CertificateDer::from_pem_slice(issued.certificate_pem.as_bytes()).expect("a certificate")];
+    let key = PrivateKeyDer::from_pem_slice(issued.key_pem.as_bytes()).expect("a key");
+    let config = ServerConfig::builder_with_provider(ring::default_provider().into())
+        .with_safe_default_protocol_versions()
+        .expect("versions")
+        .with_no_client_auth()
+        .with_single_cert(chain, key)
+        .expect("a certificate with its key");
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    Way::serve(move |stream, _| {
+        let acceptor = acceptor.clone();
+        async move {
+            let Ok(mut near) = acceptor.accept(stream).await else { return };
+            let Ok(mut far) = TcpStream::connect(("127.0.0.1", to)).await else { return };
+            // It ends with either side.
+            let _ = copy_bidirectional(&mut near, &mut far).await;
+        }
+    })
+    .await
 }
 
 /// A daemon that is told to use TLS on this port, with `more` lines in its section.
@@ -129,12 +73,12 @@ async fn session_is_served_over_tls_of_a_private_authority_and_through_a_proxy()
     let _host = host::shared();
     let mock = Mock::start().await;
     let authority = Authority::new("private authority").expect("an authority");
-    let (front, proxy) = (Way::tls(&authority, port_of(&mock)).await, Way::proxy().await);
-    let through = format!("proxy = \"http://u:hunter2@127.0.0.1:{}\"\n", proxy.port);
-    let site = secured(mock, front.port, Some(&authority), &through).await;
+    let (front, proxy) = (tls(&authority, port_of(&mock)).await, Way::proxy().await);
+    let through = format!("proxy = \"http://u:hunter2@127.0.0.1:{}\"\n", proxy.port());
+    let site = secured(mock, front.port(), Some(&authority), &through).await;
     let session = site.session();
     assert_eq!(site.text(&session, ToolUse::bash("echo hi")).await, "hi");
-    let asked = format!("CONNECT localhost:{} HTTP/1.1\r\n", front.port);
+    let asked = format!("CONNECT localhost:{} HTTP/1.1\r\n", front.port());
     assert!(proxy.heads().iter().all(|head| head.starts_with(&asked) && head.contains("Proxy-Authorization: Basic ")));
     assert!(!site.daemon.log().contains("hunter2"));
     site.end();
@@ -147,8 +91,8 @@ async fn server_that_is_not_trusted_hears_nothing_and_the_runner_says_why_and_st
     let _host = host::shared();
     let mock = Mock::start().await;
     let authority = Authority::new("private authority").expect("an authority");
-    let front = Way::tls(&authority, port_of(&mock)).await;
-    let mut site = secured(mock, front.port, None, "").await;
+    let front = tls(&authority, port_of(&mock)).await;
+    let mut site = secured(mock, front.port(), None, "").await;
     let said = |site: &Site| site.daemon.log().matches("UnknownIssuer").count();
     wait_until("it says why", || said(&site) >= 2).await;
     assert!(site.daemon.runner_is_alive());

@@ -6,6 +6,7 @@ mod policy;
 mod requests;
 mod successors;
 mod traces;
+mod volumes;
 mod wire;
 
 use std::path::PathBuf;

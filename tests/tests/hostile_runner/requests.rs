@@ -6,6 +6,7 @@ use proto::launch::v1::{
     CreateSandbox, FreezeSandbox, InspectSandbox, KillSandbox, LayerList, Limits, Volume, create_sandbox, reply,
     request,
 };
+use sandbox_runner_tests::keeper::Keeper;
 use sandbox_runner_tests::launcher::plain_sandbox;
 use sandbox_runner_tests::needs_root;
 
@@ -127,6 +128,36 @@ fn foreign_sandboxes_cannot_be_named() {
             assert_refusal(&failure, &["SANDBOX_UNKNOWN", "INVALID_FIELD"], "sandbox");
         }
     }
+}
+
+/// Another launcher of the same host has a sandbox that lives. Neither its id nor the names of its files mean anything here.
+#[test]
+fn live_sandbox_of_another_launcher_cannot_be_named() {
+    needs_root!();
+    let (bench, other) = (Bench::start(), Bench::start());
+    let (connection, owner) = (bench.connect(), other.connect());
+    let created = create(&owner, plain_sandbox("of-another"));
+    let socket = created.socket_name.trim_end_matches(".sock");
+    for id in ["of-another", socket, &created.pid.to_string(), &created.id_base.to_string()] {
+        let sandbox_id = || id.to_owned();
+        for body in [
+            request::Body::KillSandbox(KillSandbox { sandbox_id: sandbox_id() }),
+            request::Body::FreezeSandbox(FreezeSandbox { sandbox_id: sandbox_id(), frozen: true }),
+            request::Body::InspectSandbox(InspectSandbox { sandbox_id: sandbox_id() }),
+        ] {
+            let failure = connection.refusal(body).expect("refused");
+            assert_refusal(&failure, &["SANDBOX_UNKNOWN"], "sandbox");
+        }
+    }
+    assert_eq!(list(&connection), []);
+    assert_eq!(list(&owner).len(), 1);
+    // Neither ended nor frozen: it does what it is asked.
+    let [_, run] = other.launcher.setup().directories();
+    let mut keeper = Keeper::connect(&run.join("sandboxes").join(created.socket_name)).expect("process 1 answers");
+    let lives = keeper.bash("echo lives");
+    assert_eq!((lives.code(), lives.text().as_str()), (Some(0), "lives\n"), "{lives:?}");
+    drop(keeper);
+    kill(&owner, "of-another");
 }
 
 #[test]

@@ -2,11 +2,14 @@
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
+use std::time::{Duration, Instant};
 
 use prost::Message;
 use proto::launch::v1::{Hello, ListSandboxes, Request, reply, request};
+use sandbox_runner_tests::host;
 use sandbox_runner_tests::launcher::{Connection, plain_sandbox};
 use sandbox_runner_tests::needs_root;
+use sandbox_runner_tests::runner::scaled;
 
 use crate::{Bench, kill, list};
 
@@ -87,6 +90,41 @@ fn garbage_unknown_fields_and_oversize_packets_do_no_harm() {
     }
     drop(connection);
     bench.assert_serves();
+}
+
+/// Descriptors travel from launcher to runner only. Those that come the other way must not stay, or a runner could use up the
+/// launcher's.
+#[test]
+fn descriptors_that_come_with_a_request_do_not_stay_in_the_launcher() {
+    needs_root!();
+    let mut bench = Bench::start();
+    let launcher = bench.launcher.pid();
+    let hello = Request { request_id: 7, body: Some(request::Body::Hello(Hello { major: 1 })) }.encode_to_vec();
+    let listing = Request { request_id: 8, body: Some(request::Body::ListSandboxes(ListSandboxes::default())) };
+    bench.assert_serves();
+    std::thread::sleep(Duration::from_millis(500));
+    let before = host::descriptors(launcher);
+
+    // 253 is the most that the kernel takes in one packet.
+    for count in [1, 250, 253] {
+        for packet in [&hello, &listing.encode_to_vec()] {
+            let connection = Connection::open(&bench.socket()).expect("connected");
+            connection.send_with_descriptors(packet, count).expect("the kernel takes them");
+            // Answered, refused or hung up on: all are fine.
+            let _ = connection.receive();
+            let greeted = Connection::greeted(&bench.socket()).expect("others are served");
+            greeted.send_with_descriptors(packet, count).expect("the kernel takes them");
+            let _ = greeted.receive();
+            assert!(host::descriptors(launcher) < before + 16, "{count} descriptors stay in the launcher");
+        }
+    }
+
+    bench.assert_serves();
+    let deadline = Instant::now() + scaled(Duration::from_secs(10));
+    while host::descriptors(launcher) > before {
+        assert!(Instant::now() < deadline, "{before} descriptors before, {} after", host::descriptors(launcher));
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 #[test]

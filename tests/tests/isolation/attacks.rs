@@ -2,8 +2,8 @@
 
 use sandbox_runner_tests::canary::{self, Canaries};
 use sandbox_runner_tests::host;
-use sandbox_runner_tests::prober::Row;
-use sandbox_runner_tests::rootfs::Rootfs;
+use sandbox_runner_tests::prober::{Row, Verdict};
+use sandbox_runner_tests::rootfs::{Rootfs, SET_UID_PROBER};
 use sandbox_runner_tests::runner::{Caller, Exec, finish};
 
 use crate::expectations::assert_held;
@@ -155,6 +155,57 @@ fn every_profile_holds_against_the_whole_catalogue() {
         canaries.assert_untouched();
         assert!(rows.len() > 300, "profile {profile}: only {} rows", rows.len());
         assert_held(&rows);
+    }
+}
+
+/// Programs that are set-uid for root come with most images, and root inside can make more of them.
+#[test]
+fn set_uid_files_of_the_image_and_of_the_workload_gain_nothing() {
+    for (caller, profile, gifts) in
+        [(Caller::Root, "root", 2), (Caller::Root, "user", 2), (Caller::Root, "strict", 2), (Caller::Nobody, "root", 0)]
+    {
+        if let Some(obstacle) = caller.obstacle() {
+            sandbox_runner_tests::skip!("{obstacle}");
+        }
+        let _host = host::shared();
+        let rootfs = Rootfs::with_set_uid_prober();
+        let exec = Exec::in_rootfs(caller, rootfs.path()).option("--profile", profile);
+
+        let rows = exec.prober(["--set-uid", SET_UID_PROBER, "only", "C04"]).rows();
+
+        assert_held(&rows);
+        // With a single id there is no second user to start as.
+        let held = rows.iter().filter(|row| row.id == "C04.gift" && row.result == Verdict::Held).count();
+        assert_eq!(held, gifts, "{caller:?} {profile}: {rows:#?}");
+    }
+}
+
+/// The capability sets are those of the table, bit by bit.
+#[test]
+fn capabilities_are_exactly_those_of_the_profile() {
+    use sandbox_init::policy::capability::{Profile, mask};
+    for (caller, profile, table) in [
+        (Caller::Root, "root", Profile::Root),
+        (Caller::Root, "user", Profile::None),
+        (Caller::Root, "strict", Profile::None),
+        (Caller::Nobody, "root", Profile::Root),
+    ] {
+        if let Some(obstacle) = caller.obstacle() {
+            sandbox_runner_tests::skip!("{obstacle}");
+        }
+        let _host = host::shared();
+        let rootfs = Rootfs::owned_by(caller.uid());
+        let exec = Exec::in_rootfs(caller, rootfs.path()).option("--profile", profile);
+
+        let rows = exec.prober(["only", "C01"]).rows();
+
+        let kept = mask(table);
+        for (id, expected) in
+            [("C01.CapInh", 0), ("C01.CapPrm", kept), ("C01.CapEff", kept), ("C01.CapBnd", kept), ("C01.CapAmb", 0)]
+        {
+            let row = rows.iter().find(|row| row.id == id).unwrap_or_else(|| panic!("no {id} in {rows:?}"));
+            assert_eq!(row.detail, format!("{expected:016x}"), "{caller:?} {profile}: {row}");
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use sandbox_runner_tests::canary::Canaries;
 use sandbox_runner_tests::prober::{self, Row, Verdict};
-use sandbox_runner_tests::rootfs::{Rootfs, shared_directory};
+use sandbox_runner_tests::rootfs::{Rootfs, SET_UID_PROBER, shared_directory};
 use sandbox_runner_tests::runner::{Caller, Exec, finish};
 use sandbox_runner_tests::{host, needs_root};
 
@@ -97,6 +97,7 @@ const BREACHED_ON_A_BARE_HOST: &[&str] = &[
     "S22.sethostname",
     "S23",
     "D01",
+    "D03",
     "D04",
     "W02",
     "W03",
@@ -175,6 +176,45 @@ fn an_inherited_descriptor_and_variable_are_seen_on_a_bare_host() {
 }
 
 #[test]
+fn a_leaked_directory_and_a_path_of_the_host_are_seen_on_a_bare_host() {
+    let _host = host::shared();
+    for (id, options) in [("F05", ""), ("P08", "--string /proc")] {
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("exec 7</etc && exec \"$0\" {options} only {id}")]).arg(prober::path());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+
+        let rows = finish(command, Duration::from_secs(60)).expect("the prober ends").rows();
+
+        assert!(rows.iter().any(|row| row.id == id && row.result == Verdict::Breached), "{rows:?}");
+    }
+}
+
+/// For an ordinary user the file of root, for root the one that is made and then run as another user.
+#[test]
+fn set_uid_files_gain_on_a_bare_host() {
+    needs_root!();
+    let _host = host::shared();
+    let rootfs = Rootfs::with_set_uid_prober();
+    let place = rootfs.path().join(SET_UID_PROBER.trim_start_matches('/'));
+    for (caller, gained) in [
+        (Caller::Nobody, vec!["set-uid file of root"]),
+        (Caller::Root, vec!["set-uid file of root", "set-uid file made here"]),
+    ] {
+        let directory = shared_directory("bare");
+        std::os::unix::fs::chown(directory.path(), Some(caller.uid()), None).expect("chown of an own directory");
+        let mut command = caller.command(prober::path());
+        command.arg("--set-uid").arg(&place).args(["only", "C04"]).current_dir(directory.path());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+
+        let rows = finish(command, Duration::from_secs(60)).expect("the prober ends").rows();
+
+        let breached = |row: &&Row| row.id == "C04.gift" && row.result == Verdict::Breached;
+        let found: Vec<&str> = rows.iter().filter(breached).map(|row| row.attack.as_str()).collect();
+        assert_eq!(found, gained, "{caller:?}: {rows:#?}");
+    }
+}
+
+#[test]
 fn a_rootfs_of_the_tests_is_readable_and_holds_a_working_prober() {
     let rootfs = Rootfs::with_prober();
     let output = Command::new(rootfs.path().join("usr/bin/prober")).args(["exit", "7"]).status().expect("executable");
@@ -227,12 +267,32 @@ const LAYERS: &[Layer] = &[
         attack: &["forkbomb", "300"],
         rows: &["R01"],
     },
+    Layer {
+        switch: "cgroup_limits",
+        receipt: "cgroup_memory",
+        options: &[("--memory", "64M")],
+        attack: &["memory", "160"],
+        rows: &["R02"],
+    },
+    Layer {
+        switch: "cgroup_limits",
+        receipt: "cgroup_cpu",
+        options: &[("--cpus", "0.1")],
+        attack: &["cpu", "4", "2000", "16"],
+        rows: &["R07"],
+    },
 ];
 
 #[derive(serde::Deserialize)]
 struct Report {
     stdout: String,
+    outcome: Outcome,
     receipt: Receipt,
+}
+
+#[derive(serde::Deserialize)]
+struct Outcome {
+    kind: String,
 }
 
 #[derive(serde::Deserialize)]
@@ -264,6 +324,10 @@ impl Layer {
     }
 
     fn breached(&self, report: &Report) -> Vec<&'static str> {
+        // Who was killed for memory reports nothing more.
+        if report.outcome.kind == "out_of_memory" {
+            return Vec::new();
+        }
         let rows = prober::rows(report.stdout.as_bytes()).expect("result lines");
         let breached = |id: &str| rows.iter().any(|row| row.id == id && row.result == Verdict::Breached);
         self.rows.iter().copied().filter(|id| breached(id)).collect()

@@ -68,6 +68,15 @@ const EXPECTED: &[(&str, &[&str])] = &[
     ("S21", &["ENOSYS", ""]),
     ("R15", &["EPERM"]),
     ("R17", &["EPERM"]),
+    // The neighbour.
+    ("T01", &["ECONNREFUSED", "EADDRNOTAVAIL", "ENETUNREACH"]),
+    ("T02", &["ECONNREFUSED", "EPERM"]),
+    ("T03", &["ENOENT"]),
+    ("T03.number", &["EINVAL"]),
+    ("T04", &["ENOENT"]),
+    ("T05", &["ENOENT"]),
+    ("T06", &[""]),
+    ("T07", &["ESRCH"]),
     // Devices.
     ("D01", &["EPERM", "EACCES", "EROFS", "ENOENT"]),
     ("D03", &["ENOENT"]),

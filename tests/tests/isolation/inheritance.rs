@@ -144,22 +144,26 @@ fn standard_input_is_empty_unless_it_is_asked_for() {
 
 #[test]
 fn arguments_arrive_byte_for_byte() {
-    needs_root!();
-    let _host = host::shared();
-    let rootfs = Rootfs::with_prober();
-    let exec = Exec::in_rootfs(Caller::Root, rootfs.path());
-    let long = "x".repeat(30_000);
-    let odd = [
-        OsString::from("args"),
-        OsString::from_vec(vec![0xff, 0xfe, 0x80]),
-        OsString::from("\u{1b}]0;title\u{7}\n\t"),
-        OsString::new(),
-        OsString::from(long),
-    ];
+    for caller in Caller::BOTH {
+        if let Some(obstacle) = caller.obstacle() {
+            sandbox_runner_tests::skip!("{obstacle}");
+        }
+        let _host = host::shared();
+        let rootfs = Rootfs::owned_by(caller.uid());
+        let exec = Exec::in_rootfs(caller, rootfs.path());
+        let long = "x".repeat(30_000);
+        let odd = [
+            OsString::from("args"),
+            OsString::from_vec(vec![0xff, 0xfe, 0x80]),
+            OsString::from("\u{1b}]0;title\u{7}\n\t"),
+            OsString::new(),
+            OsString::from(long),
+        ];
 
-    let finished = exec.prober(odd);
+        let finished = exec.prober(odd);
 
-    assert_eq!(finished.text(), "3\n12\n0\n30000\n", "{}", finished.errors());
+        assert_eq!(finished.text(), "3\n12\n0\n30000\n", "{caller:?}: {}", finished.errors());
+    }
 }
 
 #[test]
@@ -203,7 +207,9 @@ fn options_work_for_root_and_for_an_ordinary_user() {
         assert!(absent.errors().contains("cannot enter the working directory"), "{caller:?}: {}", absent.errors());
         let network = exec("--network", "none").run(["sh", "-c", "cat /proc/net/dev | wc -l"]);
         assert_eq!(network.text().trim(), "3", "{caller:?}: loopback and two lines of titles: {}", network.errors());
-        let mut input = Exec::new(caller).flag("--stdin").command(["sh", "-c", "read line; echo \"got $line\""]);
+        // Kept, so that its state directory is there as long as the command runs.
+        let with_input = Exec::new(caller).flag("--stdin");
+        let mut input = with_input.command(["sh", "-c", "read line; echo \"got $line\""]);
         input.stdin(std::fs::File::open("/proc/sys/kernel/ostype").expect("a file of one line"));
         let input = finish(input, PATIENCE).expect("the command ends");
         assert_eq!(input.text(), "got Linux\n", "{caller:?}: {}", input.errors());

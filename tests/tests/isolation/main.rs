@@ -8,4 +8,6 @@ mod controls;
 mod expectations;
 mod inheritance;
 mod neighbours;
+mod peers;
 mod resources;
+mod table;

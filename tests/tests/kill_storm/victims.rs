@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use sandbox_runner_tests::daemon::{Daemon, Random};
 use sandbox_runner_tests::host;
+use sandbox_runner_tests::runner::scaled;
 
 use crate::account::{Account, wall_ns};
 
@@ -81,7 +82,8 @@ impl<'a> Killer<'a> {
                     continue;
                 }
             }
-            tokio::time::sleep(Duration::from_millis(self.random.below(PAUSE))).await;
+            // On a slow machine longer, so that as many calls begin and end between two kills.
+            tokio::time::sleep(scaled(Duration::from_millis(self.random.below(PAUSE)))).await;
             let victim = Victim::TURNS[turn % Victim::TURNS.len()];
             // What does not exist at this moment has its turn when it does.
             if self.strike(victim).await {

@@ -126,11 +126,7 @@ fn one(
     let base_url = base_url(check, key, section);
     let ca_file = section.ca_file.as_deref().and_then(|path| check.absolute(&key("ca_file"), path));
     let proxy = section.proxy.clone();
-    if proxy.as_deref().is_some_and(|proxy| !is_proxy(proxy)) {
-        // Its text may hold a password.
-        let fix = "write for example \"http://proxy.example:3128\"";
-        check.report(&key("proxy"), "is not http://[USER:PASSWORD@]HOST:PORT", fix);
-    }
+    check.proxy(&key("proxy"), proxy.as_deref());
     let api_version = section.api_version.clone().unwrap_or_else(|| API_VERSION.to_owned());
     if api_version.is_empty() || !api_version.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-') {
         check.report(&key("api_version"), format!("{api_version:?} is no version"), "write for example \"2023-06-01\"");
@@ -270,11 +266,6 @@ fn checked_url(url: &str, allow_plain_http: bool) -> Result<String, (String, Str
 fn is_path(text: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/_.-~".contains(&byte);
     text.bytes().all(plain) && !text.contains("//") && !text.split('/').any(|part| part == "." || part == "..")
-}
-
-fn is_proxy(text: &str) -> bool {
-    let address = text.strip_prefix("http://").map(|rest| rest.rsplit_once('@').map_or(rest, |(_, address)| address));
-    address.is_some_and(|address| url_host(&format!("http://{address}"), "http://").is_some())
 }
 
 #[cfg(test)]

@@ -257,10 +257,11 @@ impl From<TransportError> for LinkError {
 /// Reads the certificates and starts dialling.
 ///
 /// # Errors
-/// When the certificates are not usable; then nothing was started.
+/// When the certificates are not usable, or are those of another runner; then nothing was started.
 pub fn start(settings: Settings, ports: Ports, stop: watch::Receiver<Stop>) -> Result<Handle, TlsError> {
     let grace = settings.renewal.as_ref().map_or(Duration::ZERO, |_| RENEWAL_GRACE);
     let source = TlsSource::load_with_grace(settings.tls.clone(), SystemTime::now(), grace)?;
+    source.check_runner(settings.identity.runner_id.as_str())?;
     let reload = Arc::new(Notify::new());
     let (status_sender, status) = watch::channel(LinkStatus::default());
     let credentials = certificates::watch(source, settings.renewal.clone(), Arc::clone(&reload), status_sender.clone());

@@ -14,6 +14,8 @@ const TRAILER: &str = "refusal";
 pub enum Refusal {
     /// Its certificate was revoked, by its name or by its serial number.
     CertificateRevoked,
+    /// It greets under another name than its certificate has.
+    IdentityMismatch,
     /// Another runner serves under this name.
     RunnerIdConflict,
     /// What it has on its disk is older than what it has told.
@@ -23,14 +25,20 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    const ALL: [Self; 4] =
-        [Self::CertificateRevoked, Self::RunnerIdConflict, Self::StateRolledBack, Self::VersionUnsupported];
+    const ALL: [Self; 5] = [
+        Self::CertificateRevoked,
+        Self::IdentityMismatch,
+        Self::RunnerIdConflict,
+        Self::StateRolledBack,
+        Self::VersionUnsupported,
+    ];
 
     /// As it is written in the trailer and in logs.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::CertificateRevoked => "CERT_REVOKED",
+            Self::IdentityMismatch => "IDENTITY_MISMATCH",
             Self::RunnerIdConflict => "RUNNER_ID_CONFLICT",
             Self::StateRolledBack => "STATE_ROLLED_BACK",
             Self::VersionUnsupported => "PROTOCOL_VERSION_UNSUPPORTED",
@@ -43,6 +51,9 @@ impl Refusal {
         match self {
             Self::CertificateRevoked => {
                 "ask whoever runs the orchestrator why; if it may serve again, get a new certificate with `sandbox-runner enroll`"
+            }
+            Self::IdentityMismatch => {
+                "write the name that its certificate has as id into [runner], or give it a certificate of its own name"
             }
             Self::RunnerIdConflict => {
                 "stop the runner that should not have this identity, and enrol it under a name and with a state directory of its own"
@@ -58,7 +69,7 @@ impl Refusal {
 
     fn code(self) -> Code {
         match self {
-            Self::CertificateRevoked => Code::PermissionDenied,
+            Self::CertificateRevoked | Self::IdentityMismatch => Code::PermissionDenied,
             Self::RunnerIdConflict => Code::AlreadyExists,
             Self::StateRolledBack | Self::VersionUnsupported => Code::FailedPrecondition,
         }

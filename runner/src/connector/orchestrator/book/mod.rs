@@ -6,11 +6,16 @@
 mod output;
 mod told;
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use crate::work::{CallId, CallPhase, RequestDigest, SessionId, Stream, StreamLengths, StreamSummary};
 pub(super) use output::{Next, Piece};
+
+/// Requests of one call without an answer, more than can be on their way to the sessions: so many are repeats of one that waits
+/// for the disk, and will be accepted.
+const MOST_REPEATS: usize = 1024;
 
 /// Everything that is known.
 #[derive(Debug, Default)]
@@ -49,6 +54,14 @@ impl BookSession {
     }
 }
 
+/// What a call was asked for with.
+#[derive(Debug, Clone)]
+struct Asked {
+    session_id: SessionId,
+    digest: RequestDigest,
+    quiet: bool,
+}
+
 /// One call.
 #[derive(Debug)]
 struct BookCall {
@@ -56,6 +69,8 @@ struct BookCall {
     digest: RequestDigest,
     quiet: bool,
     accepted: bool,
+    /// Requests without an answer behind the one that it is known by, in their order, until one is accepted.
+    repeats: VecDeque<Asked>,
     phase: CallPhase,
     lengths: StreamLengths,
     streams: [BookStream; 4],
@@ -64,6 +79,25 @@ struct BookCall {
     credit: Option<u64>,
     reading: bool,
     last_sent: Option<Duration>,
+}
+
+impl BookCall {
+    fn asked_for(Asked { session_id, digest, quiet }: Asked) -> Self {
+        Self {
+            session_id,
+            digest,
+            quiet,
+            accepted: false,
+            repeats: VecDeque::new(),
+            phase: CallPhase::Accepted,
+            lengths: StreamLengths::default(),
+            streams: [BookStream::default(); 4],
+            result_acknowledged: false,
+            credit: None,
+            reading: false,
+            last_sent: None,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -150,30 +184,32 @@ impl Book {
         digest: RequestDigest,
         quiet: bool,
     ) {
-        self.calls.entry(call_id).or_insert(BookCall {
-            session_id,
-            digest,
-            quiet,
-            accepted: false,
-            phase: CallPhase::Accepted,
-            lengths: StreamLengths::default(),
-            streams: [BookStream::default(); 4],
-            result_acknowledged: false,
-            credit: None,
-            reading: false,
-            last_sent: None,
-        });
+        let asked = Asked { session_id, digest, quiet };
+        match self.calls.entry(call_id) {
+            Entry::Vacant(entry) => drop(entry.insert(BookCall::asked_for(asked))),
+            Entry::Occupied(mut entry) if !entry.get().accepted && entry.get().repeats.len() < MOST_REPEATS => {
+                entry.get_mut().repeats.push_back(asked);
+            }
+            Entry::Occupied(_) => {}
+        }
     }
 
-    /// A refused request leaves a call that was accepted before untouched.
+    /// A refused request leaves a call untouched that was accepted before. One that was asked for again since is known by that
+    /// request, which may be accepted: without it a link would be told of fewer calls than were, and get no output of this one.
     pub(super) fn call_refused(&mut self, call_id: &CallId) {
-        if self.calls.get(call_id).is_some_and(|call| !call.accepted) {
-            self.calls.remove(call_id);
+        let Some(call) = self.calls.get_mut(call_id).filter(|call| !call.accepted) else { return };
+        match call.repeats.pop_front() {
+            Some(next) => {
+                let repeats = std::mem::take(&mut call.repeats);
+                *call = BookCall { repeats, ..BookCall::asked_for(next) };
+            }
+            None => drop(self.calls.remove(call_id)),
         }
     }
 
     pub(super) fn call_accepted(&mut self, call_id: &CallId) {
         let Some(call) = self.calls.get_mut(call_id) else { return };
+        call.repeats.clear();
         if !std::mem::replace(&mut call.accepted, true)
             && let Some(session) = self.sessions.get_mut(&call.session_id)
         {

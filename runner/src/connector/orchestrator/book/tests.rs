@@ -262,3 +262,40 @@ fn new_link_is_told_how_many_calls_a_placement_has_accepted_also_when_they_are_f
     book.session_opened(session(), 2);
     assert_eq!(accepted(&book), 0, "another placement");
 }
+
+/// Sent under a stale epoch and, before the answer, under the right one; or to a full queue that had room a moment later.
+#[test]
+fn call_that_is_sent_again_before_its_refusal_has_come_is_known_by_the_request_that_is_accepted() {
+    let mut book = Book::default();
+    book.session_restored(session(), 1, true, 0);
+    for digest in [[1; 32], [2; 32], [3; 32]] {
+        book.call_requested(call(), session(), RequestDigest(digest), false);
+    }
+    book.call_refused(&call());
+    book.call_refused(&call());
+    book.call_accepted(&call());
+
+    let page = book.resume_pages().remove(0).sessions.remove(0);
+    assert_eq!((page.calls_accepted, page.calls.len()), (1, 1));
+    assert_eq!(page.calls[0].request_sha256, [3; 32]);
+    book.link_opened(1 << 20, None);
+    report(&mut book, 100);
+    assert!(read(&mut book, NOW).is_some(), "its output is sent");
+    // A repeat that is refused late, with a session that has gone on.
+    book.call_requested(call(), session(), RequestDigest([3; 32]), false);
+    book.call_refused(&call());
+    assert_eq!(told(&book)[0].3, 1);
+}
+
+#[test]
+fn call_whose_every_request_was_refused_is_none() {
+    let mut book = Book::default();
+    for _ in 0..3 {
+        book.call_requested(call(), session(), RequestDigest([1; 32]), false);
+    }
+    for _ in 0..3 {
+        assert!(!book.is_empty());
+        book.call_refused(&call());
+    }
+    assert!(book.is_empty());
+}
