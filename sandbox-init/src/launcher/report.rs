@@ -31,7 +31,7 @@ pub(super) fn report(policy: &Policy, tree: &Tree, shape: Shape, refusal: Option
             layer: "separate_principals".to_owned(),
             attempt: "only one id can be mapped".to_owned(),
             errno: libc::EPERM,
-            remedy: "run as root, or give the user a range in /etc/subuid".to_owned(),
+            remedy: "run as root: an ordinary user can map only its own id".to_owned(),
         });
     }
     let image_source = fs::read_link("/proc/self/exe")
@@ -54,7 +54,7 @@ pub(super) fn report(policy: &Policy, tree: &Tree, shape: Shape, refusal: Option
 
 fn cgroup_remedy(rootless: bool) -> &'static str {
     if rootless {
-        "run as root, or under systemd with Delegate=yes"
+        "run as root: the groups of an ordinary user are not used"
     } else if host::in_user_namespace() {
         "give the container's own cgroup to the container's root: with cgroup version 2 a privileged container with its own \
          cgroup namespace has that; with version 1 the directory of the container, and in the unified one cgroup.procs, \
