@@ -280,18 +280,42 @@ fn measured(layer: &Layer, attempts: &[Attempt]) -> String {
     }
 }
 
-/// What would put `layer` in force; empty when it is, or when nothing is known.
+/// What would put `layer` in force; empty when it is.
 pub(super) fn remedy(layer: &Layer, host: &HostReport) -> String {
     if !layer.enforced.is_empty() {
         return String::new();
     }
-    if host.switched_off.contains(&layer.name) {
-        return format!("remove {:?} from [danger] without in the launcher's policy", layer.name);
+    let switch = match layer.name.as_str() {
+        "cgroup_memory" | "cgroup_pids" | "cgroup_cpu" => "cgroup_limits",
+        "landlock_scopes" => "landlock",
+        name => name,
+    };
+    if host.switched_off.iter().any(|name| name == switch) {
+        return format!("remove {switch:?} from [danger] without in the launcher's policy");
     }
     host.missing
         .iter()
         .find(|missing| missing.layer == layer.name)
-        .map_or_else(String::new, |missing| missing.remedy.clone())
+        .map_or_else(|| usual_remedy(&layer.name).to_owned(), |missing| missing.remedy.clone())
+}
+
+/// What puts a layer in force where the launcher names no cause.
+fn usual_remedy(layer: &str) -> &'static str {
+    match layer {
+        "separate_principals" | "idmapped_lowers" => {
+            "run the launcher as root, on a file system that can be mapped to other ids"
+        }
+        "cgroup_memory" | "cgroup_pids" | "cgroup_cpu" => {
+            "let the kernel offer this controller in the cgroup tree: see cgroup.controllers and the boot option cgroup_disable="
+        }
+        "cgroup_kill" => "let the launcher make groups in the cgroup tree",
+        "disk_limit" => "ask for a sandbox whose disk is in memory: others have no bound of their own",
+        "landlock" => "Linux 5.19 with landlock in the lsm= boot option is needed",
+        "landlock_scopes" => "Linux 6.12 with landlock in the lsm= boot option is needed",
+        _ => {
+            "none by configuration: the launcher asks for this layer on every host, so report the attempt that got through"
+        }
+    }
 }
 
 pub(super) fn errno_name(errno: i32) -> String {
@@ -308,7 +332,7 @@ mod tests {
     use super::*;
     use crate::sandbox::launch::{MissingLayer, ReportedLayer};
     use crate::sandbox::measure::apply;
-    use crate::sandbox::receipt::receipt;
+    use crate::sandbox::receipt::{missing_for, receipt};
 
     fn host() -> HostReport {
         let missing = MissingLayer {
@@ -361,6 +385,31 @@ mod tests {
             assert!(text.contains(expected), "{expected} not in\n{text}");
         }
         assert!(text.starts_with("tier provider\n"), "{text}");
+    }
+
+    #[test]
+    fn every_layer_of_the_tier_full_has_a_remedy_where_the_launcher_names_none() {
+        let full = missing_for(&receipt(&[], 1, &HostReport::default()).layers, Tier::Full);
+        let layers = receipt(&[], 1, &HostReport::default()).layers;
+
+        assert!(full.len() > 20, "{full:?}");
+        for layer in layers.iter().filter(|layer| full.contains(&layer.name.as_str())) {
+            let remedy = remedy(layer, &HostReport::default());
+            assert!(!remedy.is_empty(), "{} has no remedy", layer.name);
+        }
+        // What a launcher reports that says no cause is answered by the name, not by the sentence for defects.
+        for name in ["cgroup_memory", "cgroup_kill", "disk_limit", "landlock", "idmapped_lowers", "separate_principals"]
+        {
+            assert_ne!(usual_remedy(name), usual_remedy("seccomp"), "{name}");
+        }
+    }
+
+    #[test]
+    fn limits_switched_off_by_the_operator_name_their_switch() {
+        let host = HostReport { switched_off: vec!["cgroup_limits".into()], ..HostReport::default() };
+        for layer in receipt(&[], 1, &host).layers.iter().filter(|layer| layer.name == "cgroup_memory") {
+            assert!(remedy(layer, &host).starts_with("remove \"cgroup_limits\" from [danger]"));
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! The trimmed mount namespace. The launcher leaves the host's tree for a tmpfs that holds nothing but: a bare `/proc`, the
 //! cgroup tree, the host's `/usr` read-only, the directories that the policy names, our state and run directories, and two
-//! trees made here once: `/dev` with the seven nodes a sandbox gets, and the skeleton of the `host` root filesystem. Every
+//! trees made here once: `/dev` with the six nodes a sandbox gets, and the skeleton of the `host` root filesystem. Every
 //! sandbox starts from a copy of this namespace, so a busy host's thousands of mounts are neither copied nor reachable.
 
 mod trees;

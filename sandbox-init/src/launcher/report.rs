@@ -4,6 +4,7 @@
 
 use std::fs;
 
+use nix::errno::Errno;
 use proto::launch::v1::{HostReport, MissingLayer};
 
 use super::background::chain;
@@ -12,7 +13,7 @@ use super::host;
 use super::nested;
 use super::policy_file::Policy;
 use super::shape::{Refusal, Shape};
-use crate::policy::landlock;
+use crate::policy::landlock::{self, Achieved, WITHOUT_SCOPES};
 
 /// What the launcher found out about the host, for its first answer.
 pub(super) fn report(policy: &Policy, tree: &Tree, shape: Shape, refusal: Option<&Refusal>) -> HostReport {
@@ -31,9 +32,10 @@ pub(super) fn report(policy: &Policy, tree: &Tree, shape: Shape, refusal: Option
             layer: "separate_principals".to_owned(),
             attempt: "only one id can be mapped".to_owned(),
             errno: libc::EPERM,
-            remedy: "run as root, or give the user a range in /etc/subuid".to_owned(),
+            remedy: "run as root: an ordinary user can map only its own id".to_owned(),
         });
     }
+    missing.extend(without_landlock(landlock::offered_here()));
     let image_source = fs::read_link("/proc/self/exe")
         .map(|link| if link.to_string_lossy().starts_with("/memfd:") { "memfd" } else { "file" })
         .unwrap_or("file");
@@ -52,9 +54,26 @@ pub(super) fn report(policy: &Policy, tree: &Tree, shape: Shape, refusal: Option
     }
 }
 
+/// The layers of landlock that this kernel does not give.
+fn without_landlock(offered: Achieved) -> Vec<MissingLayer> {
+    let entry = |layer: &str, errno: Errno, remedy: String| MissingLayer {
+        layer: layer.to_owned(),
+        attempt: "landlock_create_ruleset".to_owned(),
+        errno: errno as i32,
+        remedy,
+    };
+    match offered.not_applied {
+        Some(reason) => {
+            ["landlock", "landlock_scopes"].map(|layer| entry(layer, reason.errno(), reason.to_string())).into()
+        }
+        None if offered.scopes => Vec::new(),
+        None => vec![entry("landlock_scopes", WITHOUT_SCOPES, "Linux 6.12 is needed".to_owned())],
+    }
+}
+
 fn cgroup_remedy(rootless: bool) -> &'static str {
     if rootless {
-        "run as root, or under systemd with Delegate=yes"
+        "run as root: the groups of an ordinary user are not used"
     } else if host::in_user_namespace() {
         "give the container's own cgroup to the container's root: with cgroup version 2 a privileged container with its own \
          cgroup namespace has that; with version 1 the directory of the container, and in the unified one cgroup.procs, \

@@ -83,14 +83,32 @@ pub enum NotApplied {
     RenamesForbidden,
 }
 
+impl NotApplied {
+    /// What the kernel answers; for ABI 1 that is what a rename would be answered with.
+    #[must_use]
+    pub const fn errno(self) -> Errno {
+        match self {
+            Self::Unavailable(errno) => errno,
+            Self::RenamesForbidden => Errno::EXDEV,
+        }
+    }
+}
+
+/// What a kernel before ABI 6 answers to a ruleset with scopes: a field that it does not know (landlock_create_ruleset(2)).
+pub const WITHOUT_SCOPES: Errno = Errno::E2BIG;
+
 impl std::fmt::Display for NotApplied {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Unavailable(Errno::EOPNOTSUPP) => {
                 f.write_str("landlock is not enabled: add it to the lsm= boot option")
             }
-            Self::Unavailable(Errno::ENOSYS) => f.write_str("this kernel has no landlock"),
-            Self::Unavailable(errno) => write!(f, "landlock cannot be used here ({errno})"),
+            Self::Unavailable(Errno::ENOSYS) => f.write_str(
+                "this kernel has no landlock, or a system call filter hides it: Linux 5.19 with CONFIG_SECURITY_LANDLOCK is needed",
+            ),
+            Self::Unavailable(errno) => {
+                write!(f, "landlock cannot be used here ({errno}): let the system call filter of the container pass it")
+            }
             Self::RenamesForbidden => {
                 f.write_str("landlock ABI 1 forbids renames between directories: Linux 5.19 is needed")
             }
@@ -132,6 +150,12 @@ pub fn kernel_abi() -> Option<i32> {
     sys::landlock::abi().ok()
 }
 
+/// What the running kernel lets us enforce.
+#[must_use]
+pub fn offered_here() -> Achieved {
+    offered(sys::landlock::abi())
+}
+
 /// Builds the domain of `profile` over the tree at `root`, which is `/` after the root has been changed.
 ///
 /// Restricts nothing yet. The directories are opened here, so later changes of the tree cannot move the rules.
@@ -141,7 +165,7 @@ pub fn kernel_abi() -> Option<i32> {
 /// [`LandlockError::Build`] when the kernel refuses. A kernel without usable landlock is no error: [`Achieved`] says
 /// so.
 pub fn prepare(profile: Profile, root: &Path) -> Result<Prepared, LandlockError> {
-    let mut achieved = offered(sys::landlock::abi());
+    let mut achieved = offered_here();
     if achieved.abi == 0 {
         return Ok(Prepared { ruleset: None, achieved });
     }
@@ -191,7 +215,7 @@ impl Prepared {
 }
 
 /// What a kernel with this answer to the version question lets us enforce.
-fn offered(kernel: nix::Result<i32>) -> Achieved {
+pub(crate) fn offered(kernel: nix::Result<i32>) -> Achieved {
     let (abi, not_applied) = match kernel {
         Err(errno) => (0, Some(NotApplied::Unavailable(errno))),
         Ok(..=1) => (0, Some(NotApplied::RenamesForbidden)),

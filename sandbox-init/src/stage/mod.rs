@@ -32,6 +32,8 @@ use crate::boot::{BOOT_DESCRIPTOR, Boot, Booted, Role};
 use crate::init::slot::{Slots, V1Counters};
 use crate::init::spawn::{self, Confinement, Domain};
 use crate::init::{self, Context};
+use crate::policy::capability::{self, mask};
+use crate::policy::landlock::WITHOUT_SCOPES;
 use crate::sys::process::{inherited_descriptor, reset_signals};
 use crate::sys::socket::{receive, send};
 
@@ -263,9 +265,11 @@ fn layer(name: &str, enforced: impl Into<String>, errno: i32) -> Layer {
     Layer { name: name.to_owned(), requested: "yes".to_owned(), enforced: enforced.into(), errno }
 }
 
-fn layers(boot: &Boot, domain: Option<Domain>) -> Vec<Layer> {
-    let unless = |switch: &str, text: &'static str| if is_without(boot, switch) { "" } else { text };
+fn layers(boot: &Boot, domain: Result<Domain, i32>) -> Vec<Layer> {
+    let unless = |switch: &str, text: &str| if is_without(boot, switch) { String::new() } else { text.to_owned() };
     let single = boot.id_count == 1;
+    let kept = mask(capability::Profile::Root).count_ones();
+    let capabilities = if boot.root { format!("{kept} inside, none outside") } else { "none".to_owned() };
     let mut layers = vec![
         layer("user_namespace", format!("{} ids", boot.id_count), 0),
         layer(
@@ -283,25 +287,56 @@ fn layers(boot: &Boot, domain: Option<Domain>) -> Vec<Layer> {
         layer("cgroup_namespace", "own", 0),
         layer("proc_masked", unless("proc_masked", "masked, hidepid=ptraceable"), 0),
         layer("private_devices", "six nodes, read-only", 0),
-        layer("capabilities", unless("capabilities", if boot.root { "eight inside, none outside" } else { "none" }), 0),
+        layer("capabilities", unless("capabilities", &capabilities), 0),
         layer("no_new_privileges", "yes", 0),
         layer("seccomp", unless("seccomp", "two filters"), 0),
     ];
     match domain {
-        Some(domain) => {
+        Ok(domain) => {
             layers.push(layer("landlock", format!("ABI {}", domain.abi), 0));
-            let scoped = domain.scopes;
-            layers.push(layer(
-                "landlock_scopes",
-                if scoped { "signal, abstract unix socket" } else { "" },
-                if scoped { 0 } else { libc::ENOSYS },
-            ));
+            layers.push(scopes(domain));
         }
-        None => {
-            let errno = if is_without(boot, "landlock") { 0 } else { libc::ENOSYS };
+        Err(errno) => {
             layers.push(layer("landlock", "", errno));
             layers.push(layer("landlock_scopes", "", errno));
         }
     }
     layers
+}
+
+fn scopes(domain: Domain) -> Layer {
+    let (enforced, errno) =
+        if domain.scopes { ("signal, abstract unix socket", 0) } else { ("", WITHOUT_SCOPES as i32) };
+    layer("landlock_scopes", enforced, errno)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(boot: &Boot, domain: Result<Domain, i32>, name: &str) -> (String, i32) {
+        let layer = layers(boot, domain).into_iter().find(|layer| layer.name == name).expect("listed");
+        (layer.enforced, layer.errno)
+    }
+
+    #[test]
+    fn the_receipt_counts_the_capabilities_that_root_keeps() {
+        let domain = Ok(Domain { abi: 7, scopes: true });
+        let of_root = |root| found(&Boot { root, ..Boot::default() }, domain, "capabilities").0;
+
+        assert_eq!(of_root(true), "9 inside, none outside");
+        assert_eq!(of_root(false), "none");
+    }
+
+    #[test]
+    fn the_receipt_has_the_errno_with_which_the_kernel_gives_no_domain() {
+        let boot = Boot::default();
+        for errno in [libc::ENOSYS, libc::EOPNOTSUPP, libc::EXDEV] {
+            assert_eq!(found(&boot, Err(errno), "landlock"), (String::new(), errno));
+            assert_eq!(found(&boot, Err(errno), "landlock_scopes"), (String::new(), errno));
+        }
+        let without_scopes = Ok(Domain { abi: 5, scopes: false });
+        assert_eq!(found(&boot, without_scopes, "landlock"), ("ABI 5".to_owned(), 0));
+        assert_eq!(found(&boot, without_scopes, "landlock_scopes"), (String::new(), libc::E2BIG));
+    }
 }

@@ -24,7 +24,7 @@ use nix::unistd::{Gid, Pid, Uid, setgroups, setresgid, setresuid};
 use proto::launch::v1::Layer;
 
 use super::identity::{NO_ROOT, NO_SETUID_FIXUP};
-use super::{StageError, confinement, environment, is_without, layer, limit, packet, settle, spawn_step, step};
+use super::{StageError, confinement, environment, is_without, layer, limit, packet, scopes, settle, spawn_step, step};
 use crate::boot::{Boot, Nested, Role};
 use crate::init::Context;
 use crate::init::slot::Slots;
@@ -225,7 +225,7 @@ fn own_environment(boot: &Boot, directory: &Path) -> Vec<Vec<u8>> {
     environment(&asked, false)
 }
 
-fn layers(boot: &Boot, nested: &Nested, domain: Option<Domain>) -> Vec<Layer> {
+fn layers(boot: &Boot, nested: &Nested, domain: Result<Domain, i32>) -> Vec<Layer> {
     let unless = |switch: &str, text: &'static str| if is_without(boot, switch) { "" } else { text };
     let mut layers = vec![
         layer("separate_principals", "launcher, process 1 and workload are three users", 0),
@@ -236,14 +236,12 @@ fn layers(boot: &Boot, nested: &Nested, domain: Option<Domain>) -> Vec<Layer> {
         layer("seccomp", unless("seccomp", "two filters, no socket but unix, no connection"), 0),
     ];
     match domain {
-        Some(domain) => {
+        Ok(domain) => {
             layers.push(layer("landlock", format!("ABI {}, the only wall around files", domain.abi), 0));
             layers.push(layer("private_devices", "six nodes, by landlock", 0));
-            let (scoped, errno) = if domain.scopes { ("signal, abstract unix socket", 0) } else { ("", libc::ENOSYS) };
-            layers.push(layer("landlock_scopes", scoped, errno));
+            layers.push(scopes(domain));
         }
-        None => {
-            let errno = if is_without(boot, "landlock") { 0 } else { libc::ENOSYS };
+        Err(errno) => {
             for name in ["landlock", "landlock_scopes", "private_devices"] {
                 layers.push(layer(name, "", errno));
             }

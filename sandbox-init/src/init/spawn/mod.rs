@@ -98,8 +98,8 @@ pub struct Started {
     pub client: SpawnerClient,
     /// Readable when it has ended.
     pub pidfd: OwnedFd,
-    /// Its landlock domain; `None` when the kernel has none or it is switched off.
-    pub domain: Option<Domain>,
+    /// Its landlock domain, or the errno with which the kernel gives none; 0 when it is switched off.
+    pub domain: Result<Domain, i32>,
 }
 
 /// The landlock domain of the workload.
@@ -161,6 +161,9 @@ struct Answer {
     /// Whether that domain has scopes; first packet only.
     #[prost(bool, tag = "5")]
     landlock_scopes: bool,
+    /// Why there is none, 0 when it is switched off; first packet only.
+    #[prost(int32, tag = "6")]
+    landlock_errno: i32,
 }
 
 /// Makes the spawner, which waits to be told how to confine itself. Must come before any other child but the one that
@@ -215,8 +218,8 @@ impl Begun {
         let Waiting { socket, pidfd } = self.0;
         let mut client = SpawnerClient::new(socket);
         let answer = client.prove(slot)?;
-        let domain =
-            (answer.landlock_abi > 0).then_some(Domain { abi: answer.landlock_abi, scopes: answer.landlock_scopes });
+        let entered = Domain { abi: answer.landlock_abi, scopes: answer.landlock_scopes };
+        let domain = if answer.landlock_abi > 0 { Ok(entered) } else { Err(answer.landlock_errno) };
         Ok(Started { client, pidfd, domain })
     }
 }

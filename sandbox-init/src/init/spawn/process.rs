@@ -51,7 +51,8 @@ pub(super) fn run(socket: &OwnedFd, nested: Option<&OwnedFd>) {
             // Not empty: an empty packet is the end of a connection.
             pid: 1,
             landlock_abi: domain.map_or(0, |domain| domain.abi),
-            landlock_scopes: domain.is_some_and(|domain| domain.scopes),
+            landlock_scopes: domain.is_ok_and(|domain| domain.scopes),
+            landlock_errno: domain.err().unwrap_or(0),
             ..Answer::default()
         },
         Err(error) => Answer { errno: error.source as i32, step: error.step, ..Answer::default() },
@@ -101,8 +102,9 @@ fn close_others(one: RawFd, other: RawFd) -> nix::Result<()> {
     Ok(())
 }
 
-/// Takes the credentials of process 1 and enters the landlock domain of the workload.
-fn enter(confinement: &Confinement) -> Result<Option<Domain>, SpawnStepError> {
+/// Takes the credentials of process 1 and enters the landlock domain of the workload, or says with which errno the kernel
+/// gives none; 0 when none is asked for.
+fn enter(confinement: &Confinement) -> Result<Result<Domain, i32>, SpawnStepError> {
     // `pivot_root` moved the root and, as it was there, the working directory of this process too.
     chdir("/").map_err(SpawnStepError::new("enter the root"))?;
     let stage = |error: StageError| SpawnStepError { step: error.step, source: error.source };
@@ -125,18 +127,18 @@ fn enter(confinement: &Confinement) -> Result<Option<Domain>, SpawnStepError> {
         let processors: Vec<usize> = confinement.processors.iter().filter_map(|cpu| (*cpu).try_into().ok()).collect();
         set_affinity(&processors).map_err(SpawnStepError::new("bind the workload to its processors"))?;
     }
-    if !confinement.landlock || landlock::kernel_abi().is_none() {
-        return Ok(None);
+    if !confinement.landlock {
+        return Ok(Err(0));
     }
     let prepared = match prepared {
         Some(prepared) => prepared,
         None => landlock::prepare(confinement.profile(), Path::new("/")).map_err(refused)?,
     };
-    if prepared.achieved().not_applied.is_some() {
-        return Ok(None);
+    if let Some(reason) = prepared.achieved().not_applied {
+        return Ok(Err(reason.errno() as i32));
     }
     let achieved = prepared.restrict_self().map_err(refused)?;
-    Ok(Some(Domain { abi: achieved.abi, scopes: achieved.scopes }))
+    Ok(Ok(Domain { abi: achieved.abi, scopes: achieved.scopes }))
 }
 
 fn serve(socket: &OwnedFd, slot: Option<&OwnedFd>, workshop: &Workshop<'_>) {

@@ -15,9 +15,8 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::{Mode, SFlag, fstat};
 
-use super::{LandlockError, NEWEST, Prepared, access_for_writing, offered};
+use super::{LandlockError, NEWEST, Prepared, access_for_writing, offered_here};
 use crate::policy::Profile;
-use crate::sys;
 
 /// Programs and libraries.
 const PROGRAMS: [&str; 7] = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"];
@@ -52,7 +51,7 @@ const DEVICES: [&str; 6] = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random"
 /// # Errors
 /// As [`super::prepare`].
 pub fn prepare_nested(profile: Profile, directory: &Path, writable: &[&str]) -> Result<Prepared, LandlockError> {
-    let mut achieved = offered(sys::landlock::abi());
+    let mut achieved = offered_here();
     if achieved.abi == 0 {
         return Ok(Prepared { ruleset: None, achieved });
     }

@@ -207,6 +207,12 @@ fn old_kernels_get_less_and_are_told_why() {
     assert_eq!((first.abi, first.kernel_abi), (0, Some(1)));
     let reason = first.not_applied.expect("a reason").to_string();
     assert_eq!(reason, "landlock ABI 1 forbids renames between directories: Linux 5.19 is needed");
+    assert_eq!(first.not_applied.map(NotApplied::errno), Some(Errno::EXDEV));
+    for errno in [Errno::ENOSYS, Errno::EOPNOTSUPP, Errno::EPERM] {
+        let reason = offered(Err(errno)).not_applied.expect("a reason");
+        assert_eq!(reason.errno(), errno);
+        assert!(reason.to_string().contains(": "), "no remedy: {reason}");
+    }
     let features = |abi| {
         let achieved = offered(Ok(abi));
         (achieved.abi, achieved.truncate, achieved.ioctl_dev, achieved.scopes)
