@@ -263,7 +263,7 @@ fn option_with_a_mistake_ends_exec_with_125_and_names_itself_wherever_other_opti
         ("--cpus", "-1"),
         ("--pids", "0"),
         ("--pids", "1.5"),
-        ("--disk", "9999999999G"),
+        ("--disk", "much"),
         ("--timeout", "0"),
         ("--timeout", "soon"),
         ("--network", "all"),
