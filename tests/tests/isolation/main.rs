@@ -8,6 +8,7 @@ mod controls;
 mod expectations;
 mod inheritance;
 mod neighbours;
+mod outside;
 mod peers;
 mod resources;
 mod table;
