@@ -1,4 +1,4 @@
-//! `sandbox-runner demo` as somebody tries it: the prompt, and a host that forbids what it needs.
+//! `sandbox-runner demo` as somebody tries it: the prompt, and what a host is told that forbids what it needs, also by `doctor --fix`.
 #![forbid(unsafe_code)]
 
 use std::io::Write;
@@ -45,29 +45,61 @@ fn prompt_runs_what_is_typed_says_what_is_wrong_and_ends_in_order() {
     assert!(prompt(&["echo last"]).text().contains("last"), "the end of the input is an end as well");
 }
 
-/// The demo in a user namespace of its own, in which nobody may make another one.
-fn forbidden() -> Command {
+/// A shell script in a user namespace of its own, in which nobody may make another one. `$0` is the command under test, and what is
+/// changed is this namespace's own setting.
+fn forbidden(script: &str) -> Command {
     let mut command = piped(Caller::Nobody.command(Path::new("unshare")));
-    let script = "echo 0 > /proc/sys/user/max_user_namespaces && exec \"$0\" demo";
-    command.args(["--user", "--map-root-user", "sh", "-c", script]).arg(binary()).env("HOME", "/nonexistent");
+    let script = format!("limit=/proc/sys/user/max_user_namespaces; echo 0 > $limit && {script}");
+    command.args(["--user", "--map-root-user", "sh", "-c", &script]).arg(binary()).env("HOME", "/nonexistent");
     command
+}
+
+/// Why nobody can look at such a host here.
+fn obstacle() -> Option<String> {
+    if let Some(obstacle) = Caller::Nobody.obstacle() {
+        return Some(obstacle.to_string());
+    }
+    let mut attempt = piped(Caller::Nobody.command(Path::new("unshare")));
+    attempt.args(["--user", "--map-root-user", "true"]);
+    let can = finish(attempt, PATIENCE).is_ok_and(|attempt| attempt.code() == 0);
+    (!can).then(|| "uid 65534 can make no user namespace here, or there is no unshare(1)".to_owned())
 }
 
 #[test]
 fn host_that_forbids_user_namespaces_is_told_the_setting() {
     needs_root!();
-    if let Some(obstacle) = Caller::Nobody.obstacle() {
+    if let Some(obstacle) = obstacle() {
         skip!("{obstacle}");
     }
-    let mut attempt = piped(Caller::Nobody.command(Path::new("unshare")));
-    attempt.args(["--user", "--map-root-user", "true"]);
-    if !finish(attempt, PATIENCE).is_ok_and(|attempt| attempt.code() == 0) {
-        skip!("uid 65534 can make no user namespace here, or there is no unshare(1)");
-    }
 
-    let ended = finish(forbidden(), PATIENCE).expect("it ends");
+    let ended = finish(forbidden("exec \"$0\" demo"), PATIENCE).expect("it ends");
 
     assert_eq!(ended.code(), 1, "{}{}", ended.text(), ended.errors());
     let setting = "setting: user.max_user_namespaces is 0, should be ";
     assert!(ended.errors().contains(setting), "{}", ended.errors());
+}
+
+#[test]
+fn doctor_shows_a_setting_before_it_changes_it_and_changes_none_without_a_yes() {
+    needs_root!();
+    if let Some(obstacle) = obstacle() {
+        skip!("{obstacle}");
+    }
+    let run = |fix: &str| {
+        let script = format!("{{ \"$0\" doctor {fix} </dev/null; echo \"limit $(cat $limit)\"; }} 2>&1");
+        finish(forbidden(&script), PATIENCE).expect("it ends").text()
+    };
+    let shown = "setting: user.max_user_namespaces is 0, should be 65536: ";
+
+    let asked = run("--fix");
+    assert!(asked.contains(shown) && asked.contains("nothing was changed"), "{asked}");
+    assert!(asked.contains("not asking, because standard input is not a terminal"), "{asked}");
+    assert!(asked.ends_with("limit 0\n"), "it was changed without a yes: {asked}");
+
+    let changed = run("--fix --yes");
+    let before = changed.find(shown).expect("it is shown");
+    let after =
+        changed.find("changed user.max_user_namespaces from 0 to 65536 until the next boot").expect("it is changed");
+    assert!(before < after, "shown after the change: {changed}");
+    assert!(changed.ends_with("limit 65536\n"), "{changed}");
 }
