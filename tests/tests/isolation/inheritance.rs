@@ -281,3 +281,26 @@ fn option_with_a_mistake_ends_exec_with_125_and_names_itself_wherever_other_opti
         }
     }
 }
+
+/// Where nothing may be executed from memory, the image is a file that belongs to root; the setting is that of a pid namespace
+/// (Documentation/admin-guide/sysctl/vm.rst).
+#[test]
+fn host_that_executes_nothing_from_memory_gets_a_file_and_doctor_says_which() {
+    needs_root!();
+    if !std::path::Path::new("/proc/sys/vm/memfd_noexec").exists() {
+        sandbox_runner_tests::skip!("this kernel has no vm.memfd_noexec");
+    }
+    let _host = host::shared();
+    let directory = tempfile::tempdir_in("/var/tmp").expect("a directory of our own");
+    let script = "echo 2 > /proc/sys/vm/memfd_noexec && \"$0\" exec --state-dir \"$1\" -- echo ran >&2 && \
+                  exec \"$0\" doctor --json --state-dir \"$1\"";
+    let mut command = Command::new("unshare");
+    command.args(["--pid", "--fork", "--mount-proc", "sh", "-c", script]).arg(binary()).arg(directory.path());
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+
+    let ended = finish(command, PATIENCE).expect("it ends");
+
+    assert!(ended.errors().contains("ran\n"), "{}", ended.errors());
+    let report: serde_json::Value = serde_json::from_slice(&ended.stdout).expect("JSON");
+    assert_eq!((&report["tier"], &report["host"]["image_source"]), (&"full".into(), &"file".into()), "{report}");
+}
