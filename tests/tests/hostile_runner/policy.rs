@@ -67,7 +67,7 @@ fn policy_that_others_can_change_is_refused() {
 #[test]
 fn policy_with_a_mistake_is_refused_by_key() {
     needs_root!();
-    let cases: [(&str, &str, &str); 11] = [
+    let cases: [(&str, &str, &str); 14] = [
         ("version = 1", "version = 2", "version"),
         ("version = 1", "version = 1\nrunner_user = 5", "runner_user"),
         ("state_directory = \"/", "state_directory = \"", "state_directory"),
@@ -77,7 +77,10 @@ fn policy_with_a_mistake_is_refused_by_key() {
         ("[rootfs.allowed]\npath = \"/", "[rootfs.allowed]\npath = \"", "rootfs.allowed.path"),
         ("per_sandbox = 65536", "per_sandbox = 0", "ids.per_sandbox"),
         ("base = 2080374784", "base = 4294950000", "base + per_sandbox * slots"),
-        ("base = 2080374784", "base = 1000", "1000"),
+        ("base = 2080374784", "base = 1000", "ids.base is 1000"),
+        ("slots = 1", "slots = 0", "ids.slots"),
+        ("[danger]", "[volumes.shared]\npath = \"data\"\n\n[danger]", "volumes.shared"),
+        ("[danger]", "[volumes.shared]\npath = \"/data\"\ntarget = \"data\"\n\n[danger]", "volumes.shared"),
         // What would be cut may be a table that nobody misses.
         ("version = 1", &format!("version = 1\n#{}", "x".repeat(1 << 20)), "bytes"),
     ];

@@ -86,12 +86,14 @@ fn every_namespace_of_a_sandbox_is_another_than_that_of_the_host() {
         }
         let _host = host::shared();
         while_one_lives(caller, "root", |pids| {
+            let spawner = pids.spawner.expect("a spawner");
             let shown = |kind| (link(std::process::id(), kind), link(pids.process_1, kind), link(pids.workload, kind));
             for kind in ["user", "mnt", "pid", "net", "ipc", "uts"] {
                 let (ours, process_1, workload) = shown(kind);
                 assert!(process_1 != ours && workload != ours, "{caller:?}: namespace {kind} of the host");
                 // The workload is in a further user namespace, in which it can do nothing to the others.
                 assert_eq!(workload == process_1, kind != "user", "{caller:?}: {kind}");
+                assert_eq!(link(spawner, kind), process_1, "{caller:?}: {kind} of the spawner");
             }
             // Its root is the group of the call, so process 1, which makes those groups, has none.
             let (ours, _, workload) = shown("cgroup");
