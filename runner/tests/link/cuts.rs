@@ -12,7 +12,7 @@ use runner::session::core::CallStage;
 use tokio::sync::watch;
 
 use crate::fake::bytes_of;
-use crate::world::{Options, World, within};
+use crate::world::{Options, World, patience, within};
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
@@ -106,7 +106,8 @@ async fn cut_for_ever(world: Arc<World>, made: watch::Sender<u64>, seed: u64) {
     let mut hit = [0_u64; 3];
     loop {
         within("runner", world.orchestrator.runner()).await.unwrap();
-        tokio::time::sleep(Duration::from_millis(random.below(30))).await;
+        // On a slow machine longer, so that as much gets through between two cuts.
+        tokio::time::sleep(Duration::from_millis(random.below(30)) * patience()).await;
         let view = world.sessions.view().await.unwrap();
         world.wire.cut();
         let calls = view.sessions.iter().flat_map(|session| &session.calls);

@@ -245,6 +245,6 @@ pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
 }
 
 /// How many times slower than a real one this machine is: `SANDBOX_TEST_PATIENCE`, for emulated ones.
-fn patience() -> u32 {
+pub fn patience() -> u32 {
     std::env::var("SANDBOX_TEST_PATIENCE").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
 }
