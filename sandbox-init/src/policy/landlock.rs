@@ -215,7 +215,7 @@ impl Prepared {
 }
 
 /// What a kernel with this answer to the version question lets us enforce.
-pub(crate) fn offered(kernel: nix::Result<i32>) -> Achieved {
+fn offered(kernel: nix::Result<i32>) -> Achieved {
     let (abi, not_applied) = match kernel {
         Err(errno) => (0, Some(NotApplied::Unavailable(errno))),
         Ok(..=1) => (0, Some(NotApplied::RenamesForbidden)),

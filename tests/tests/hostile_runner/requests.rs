@@ -7,7 +7,7 @@ use proto::launch::v1::{
     request,
 };
 use sandbox_runner_tests::keeper::Keeper;
-use sandbox_runner_tests::launcher::plain_sandbox;
+use sandbox_runner_tests::launcher::{Connection, plain_sandbox};
 use sandbox_runner_tests::needs_root;
 
 use crate::{Bench, MIB, assert_refusal, create, kill, list, refused};
@@ -112,21 +112,26 @@ fn malformed_environment_names_and_directories_are_refused() {
     }
 }
 
+/// That nothing can be done to a sandbox by this name.
+fn assert_unknown(connection: &Connection, id: &str, codes: &[&str]) {
+    let sandbox_id = || id.to_owned();
+    for body in [
+        request::Body::KillSandbox(KillSandbox { sandbox_id: sandbox_id() }),
+        request::Body::FreezeSandbox(FreezeSandbox { sandbox_id: sandbox_id(), frozen: true }),
+        request::Body::InspectSandbox(InspectSandbox { sandbox_id: sandbox_id() }),
+    ] {
+        let failure = connection.refusal(body).expect("refused");
+        assert_refusal(&failure, codes, "sandbox");
+    }
+}
+
 #[test]
 fn foreign_sandboxes_cannot_be_named() {
     needs_root!();
     let bench = Bench::start();
     let connection = bench.connect();
     for id in ["other", "../other", "0", "1", "", "/sys/fs/cgroup"] {
-        let sandbox_id = || id.to_owned();
-        for body in [
-            request::Body::KillSandbox(KillSandbox { sandbox_id: sandbox_id() }),
-            request::Body::FreezeSandbox(FreezeSandbox { sandbox_id: sandbox_id(), frozen: true }),
-            request::Body::InspectSandbox(InspectSandbox { sandbox_id: sandbox_id() }),
-        ] {
-            let failure = connection.refusal(body).expect("refused");
-            assert_refusal(&failure, &["SANDBOX_UNKNOWN", "INVALID_FIELD"], "sandbox");
-        }
+        assert_unknown(&connection, id, &["SANDBOX_UNKNOWN", "INVALID_FIELD"]);
     }
 }
 
@@ -139,15 +144,7 @@ fn live_sandbox_of_another_launcher_cannot_be_named() {
     let created = create(&owner, plain_sandbox("of-another"));
     let socket = created.socket_name.trim_end_matches(".sock");
     for id in ["of-another", socket, &created.pid.to_string(), &created.id_base.to_string()] {
-        let sandbox_id = || id.to_owned();
-        for body in [
-            request::Body::KillSandbox(KillSandbox { sandbox_id: sandbox_id() }),
-            request::Body::FreezeSandbox(FreezeSandbox { sandbox_id: sandbox_id(), frozen: true }),
-            request::Body::InspectSandbox(InspectSandbox { sandbox_id: sandbox_id() }),
-        ] {
-            let failure = connection.refusal(body).expect("refused");
-            assert_refusal(&failure, &["SANDBOX_UNKNOWN"], "sandbox");
-        }
+        assert_unknown(&connection, id, &["SANDBOX_UNKNOWN"]);
     }
     assert_eq!(list(&connection), []);
     assert_eq!(list(&owner).len(), 1);

@@ -279,9 +279,8 @@ fn missing_limits(arguments: &ExecArguments, receipt: &Receipt, host: &HostRepor
     ];
     let line = |(option, _, name): &(&str, bool, &str)| {
         let layer = receipt.layers.iter().find(|layer| layer.name == *name && layer.enforced.is_empty())?;
-        let remedy = doctor::remedy(layer, host);
-        let remedy = if remedy.is_empty() { "run `sandbox-runner doctor`" } else { &remedy };
-        Some(format!("{option} has no effect here ({}): {remedy}", doctor::errno_name(layer.errno)))
+        let (errno, remedy) = (doctor::errno_name(layer.errno), doctor::remedy(layer, host));
+        Some(format!("{option} has no effect here ({errno}): {remedy}"))
     };
     asked.iter().filter(|(_, is_asked, _)| *is_asked).filter_map(line).collect()
 }
